@@ -22,7 +22,8 @@ def test_size_and_encoding():
     text = sample_text()
     assert text.isascii()
     assert 30_000 <= len(text.encode()) <= 45_000
-    assert "\t" not in text and "\r" not in text
+    assert "\t" not in text
+    assert "\r" not in text
 
 
 def test_sections():
