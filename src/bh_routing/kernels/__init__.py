@@ -1,0 +1,1 @@
+"""The decision as one operation: the PyTorch reference, and the Triton kernel beside it."""
