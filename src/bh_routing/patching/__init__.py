@@ -1,0 +1,6 @@
+"""Patching: discovery, contract probe, plan, apply, undo."""
+
+from .apply import RoutingPatch, is_patched, unpatch, watch
+from .plan import LayerPlan, PatchPlan, make_plan
+
+__all__ = ["LayerPlan", "PatchPlan", "RoutingPatch", "is_patched", "make_plan", "unpatch", "watch"]

@@ -1,0 +1,363 @@
+"""Apply a plan and undo it: all or nothing, instances only, restored bit for bit.
+
+Shape legend: T tokens, E experts, K slots per token, H hidden size.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import InvalidParameterError, PatchError, UnsupportedModelError
+from ..policies import RoutingContext, RoutingPolicy
+from ..routing import RoutingDecision
+from ..telemetry import Telemetry
+from . import experts as skip_aware
+from .forward import ForwardInfo, ForwardObserver, find_observers
+from .instance import InstancePatch, find_patch
+from .plan import LayerPlan, PatchPlan
+
+logger = logging.getLogger(__name__)
+
+Skip = Literal["auto", "compact", "zero"]
+
+
+class _Link:
+    """What a router's patch hands to the patch of the experts beside it, within one forward."""
+
+    def __init__(self) -> None:
+        self.decision: RoutingDecision | None = None
+
+
+class RouterPatch(InstancePatch):
+    """Runs the router, lets the policy decide, counts, and returns the router's value with that decision."""
+
+    def __init__(
+        self,
+        layer: LayerPlan,
+        context: RoutingContext,
+        policy: RoutingPolicy,
+        *,
+        info: ForwardInfo | None,
+        telemetry: Telemetry | None,
+        link: _Link | None,
+        change: bool,
+        keep_indices: bool,
+    ) -> None:
+        super().__init__(layer.router)
+        self.layer, self.context, self.policy = layer, context, policy
+        self.info, self.telemetry, self.link = info, telemetry, link
+        self.change, self.keep_indices = change, keep_indices
+
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        outputs = self.inner(*args, **kwargs)
+        logits_TE, weights_TK, experts_TK = self.layer.read(outputs)
+        context = self.context if self.info is None else self.info.complete(self.context, logits_TE)
+        decision = self.policy.decide(logits_TE, weights_TK, experts_TK, context)
+        if self.telemetry is not None:
+            self.telemetry.update(context, decision, logits_TE)
+        if not self.change:
+            return outputs
+        if self.link is not None:
+            self.link.decision = decision
+        chosen_TK = decision.experts_TK
+        if self.keep_indices:  # skip="zero": an index the experts know, with weight 0
+            spare_TK = experts_TK if chosen_TK.shape == experts_TK.shape else experts_TK[:, :1]
+            chosen_TK = torch.where(chosen_TK == context.empty, spare_TK, chosen_TK)
+        assert self.layer.positions is not None
+        return self.layer.positions.replace(outputs, decision.weights_TK, chosen_TK)
+
+
+class ExpertsPatch(InstancePatch):
+    """Compacts the pairs in front of experts outside the registry, and adds the compensation."""
+
+    def __init__(
+        self, layer: LayerPlan, link: _Link | None, *, means_EH: Tensor | None, compact: bool
+    ) -> None:
+        assert layer.experts is not None
+        super().__init__(layer.experts)
+        self.empty = layer.context.empty
+        self.link, self.means_EH, self.compact = link, means_EH, compact
+
+    def run(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        if self.compact:
+            out_TH = skip_aware.compacted(self.inner, self.empty, hidden_states, top_k_index, top_k_weights)
+        else:
+            out_TH = self.inner(hidden_states, top_k_index, top_k_weights)
+        if self.link is None or self.means_EH is None:
+            return out_TH
+        decision, self.link.decision = self.link.decision, None
+        return out_TH if decision is None else out_TH + compensation(decision, self.means_EH).to(out_TH.dtype)
+
+
+def compensation(decision: RoutingDecision, means_EH: Tensor) -> Tensor:
+    """Weight times mean output of every dropped expert of the model's own choice, [T, H]: one product."""
+    lost_TK = decision.dropped_weights_TK
+    lost_TE = torch.zeros(
+        (lost_TK.shape[0], means_EH.shape[0]), dtype=lost_TK.dtype, device=lost_TK.device
+    ).scatter_add(1, decision.own_experts_TK.clamp(max=means_EH.shape[0] - 1), lost_TK)
+    return lost_TE.to(means_EH.dtype) @ means_EH
+
+
+class ImplementationPatch:
+    """Gives one experts module a config of its own that names the skip-aware implementation.
+
+    ``set_experts_implementation`` would write the shared config object, and a second model that uses it
+    would notice.
+    """
+
+    def __init__(self, experts: nn.Module) -> None:
+        self.module: Any = experts
+        self.config: Any = None
+
+    def install(self) -> None:
+        skip_aware.register()
+        self.config = self.module.config
+        own = copy.copy(self.config)
+        own._experts_implementation_internal = skip_aware.IMPLEMENTATION
+        setattr(self.module, skip_aware.STOCK, self.config._experts_implementation)
+        self.module.config = own
+
+    def remove(self) -> None:
+        if self.config is not None:
+            self.module.config = self.config
+            delattr(self.module, skip_aware.STOCK)
+            self.config = None
+
+
+class RoutingPatch:
+    """Handle of an applied plan. `remove` undoes it, in reverse, and may be called twice.
+
+    Parameters
+    ----------
+    plan : PatchPlan
+    policy : RoutingPolicy
+        Bound to the plan's routers here.
+    telemetry : Telemetry, optional
+    change : bool
+        False: only watch (the routers return what they would have returned).
+    skip : "auto", "compact" or "zero"
+        ``compact``: dropped pairs cost nothing. ``zero``: they keep their index and get weight 0, which is
+        safe everywhere and saves nothing. ``auto``: ``compact`` wherever the experts allow it.
+    means : mapping of router path to Tensor, optional
+        Mean outputs [E, H] of the experts, for the compensation.
+    """
+
+    def __init__(
+        self,
+        plan: PatchPlan,
+        policy: RoutingPolicy,
+        *,
+        telemetry: Telemetry | None = None,
+        change: bool = True,
+        skip: Skip = "auto",
+        means: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        if skip not in ("auto", "compact", "zero"):
+            raise InvalidParameterError(f"skip must be 'auto', 'compact' or 'zero', got {skip!r}.")
+        self.plan, self.policy, self.telemetry = plan, policy, telemetry
+        self.change, self.skip, self.means = change, skip, dict(means or {})
+        self._pieces: list[Any] = []
+
+    def apply(self) -> None:
+        """Install every piece, or none.
+
+        Raises
+        ------
+        PatchError
+            If a router or its experts are patched already.
+        """
+        if self._pieces:
+            raise PatchError("this patch is applied already; remove() it first.")
+        for layer in self.plan.layers:
+            for path, module in ((layer.path, layer.router), (layer.experts_path, layer.experts)):
+                if module is not None and (found := find_patch(module)) is not None:
+                    raise PatchError(
+                        f"{path} is already patched ({type(found).__name__}); unpatch the model first "
+                        "(bh_routing.unpatch(model)), or use set_level() on the integration that patched it."
+                    )
+        pieces = self._build()
+        try:
+            for piece in pieces:
+                self._pieces.append(piece)
+                piece.install()
+        except BaseException:
+            self.remove()
+            raise
+
+    def _build(self) -> list[Any]:
+        pieces: list[Any] = []
+        infos: dict[int, ForwardInfo] = {}
+        for layer in self.plan.layers:
+            owner = layer.owner
+            if owner is not None and id(owner) not in infos:
+                observer = ForwardObserver(owner, causal=self.policy.causal or not self.change)
+                infos[id(owner)] = observer.info
+                pieces.append(observer)
+        for layer in self.plan.layers:
+            means_EH = self.means.get(layer.path)
+            link = _Link() if means_EH is not None and self.change else None
+            mode = skip_mode(layer, self.skip) if self.change else "watch"
+            pieces.append(
+                RouterPatch(
+                    layer,
+                    layer.context,
+                    self.policy,
+                    info=infos.get(id(layer.owner)),
+                    telemetry=self.telemetry,
+                    link=link,
+                    change=self.change,
+                    keep_indices=mode == "zero",
+                )
+            )
+            if mode == "registry":
+                pieces.append(ImplementationPatch(layer.experts))  # type: ignore[arg-type]
+            if mode == "wrapper" or link is not None:
+                if means_EH is not None:
+                    weight = next(layer.experts.parameters())  # type: ignore[union-attr]
+                    means_EH = means_EH.to(weight.device, weight.dtype)
+                pieces.append(ExpertsPatch(layer, link, means_EH=means_EH, compact=mode == "wrapper"))
+        return pieces
+
+    def remove(self) -> None:
+        """Undo everything, in reverse; every piece is tried even if one fails."""
+        failure: BaseException | None = None
+        while self._pieces:
+            try:
+                self._pieces.pop().remove()
+            except BaseException as error:
+                failure = error
+        if failure is not None:
+            raise failure
+
+    @property
+    def applied(self) -> bool:
+        """Whether the plan is in place."""
+        return bool(self._pieces)
+
+
+def skip_mode(layer: LayerPlan, skip: Skip) -> str:
+    """How this layer's empty slots are kept out: "registry", "wrapper", "zero", or "index" for a bare mock.
+
+    Raises
+    ------
+    UnsupportedModelError
+        If ``skip="compact"`` is asked for where it is not possible.
+    """
+    experts = layer.experts
+    if skip == "zero":
+        return "zero"
+    if experts is None:
+        return "index"
+    if getattr(experts, "_is_expert_parallel", False):
+        if skip == "compact":
+            raise UnsupportedModelError(
+                f"{layer.experts_path} is expert-parallel, where dropped pairs cannot be taken out: expected "
+                "skip='auto' or 'zero' (weight 0, index kept), got skip='compact'."
+            )
+        return "zero"
+    return "registry" if skip_aware.uses_registry(experts) else "wrapper"
+
+
+def is_patched(model: nn.Module) -> bool:
+    """Whether any router of the model carries an active patch of this library."""
+    return any(find_patch(module) is not None for module in model.modules())
+
+
+def unpatch(model: nn.Module) -> int:
+    """Remove every patch of this library from a model, also from a deep copy or a loaded pickle of a patched one.
+
+    Returns the number of pieces removed.
+    """
+    removed = 0
+    for module in model.modules():
+        while (found := find_patch(module)) is not None:
+            found.remove()
+            removed += 1
+        if hasattr(module, skip_aware.STOCK):
+            piece = ImplementationPatch(module)
+            piece.config = copy.copy(module.config)
+            piece.config._experts_implementation_internal = getattr(module, skip_aware.STOCK)
+            piece.remove()
+            removed += 1
+        for observer in find_observers(module):
+            observer.remove()
+            removed += 1
+    return removed
+
+
+class _Watch(InstancePatch):
+    """Shows a router's own choice to a function, changing nothing."""
+
+    def __init__(self, layer: LayerPlan, info: ForwardInfo | None, on_choice: Callable[..., None]) -> None:
+        super().__init__(layer.router)
+        self.layer, self.info, self.on_choice = layer, info, on_choice
+
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        outputs = self.inner(*args, **kwargs)
+        logits_TE, weights_TK, experts_TK = self.layer.read(outputs)
+        context = self.layer.context
+        if self.info is not None:
+            context = self.info.complete(context, logits_TE)
+        self.on_choice(self.layer, logits_TE, weights_TK, experts_TK, context.mask_T)
+        return outputs
+
+
+class _Around(InstancePatch):
+    """Hands an experts forward to a function that calls it."""
+
+    def __init__(self, layer: LayerPlan, around: Callable[..., Tensor]) -> None:
+        assert layer.experts is not None
+        super().__init__(layer.experts)
+        self.layer, self.around = layer, around
+
+    def run(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        return self.around(self.layer, self.inner, hidden_states, top_k_index, top_k_weights)
+
+
+@contextmanager
+def watch(
+    plan: PatchPlan,
+    on_choice: Callable[[LayerPlan, Tensor, Tensor, Tensor, Tensor | None], None],
+    around_experts: Callable[[LayerPlan, skip_aware.ExpertsForward, Tensor, Tensor, Tensor], Tensor]
+    | None = None,
+) -> Iterator[None]:
+    """Watch a model's own routing within a ``with`` block; the model is restored at its end.
+
+    Parameters
+    ----------
+    on_choice : callable
+        ``f(layer, logits_TE, own_weights_TK, own_experts_TK, mask_T)`` after each router call; ``mask_T`` is
+        bool [T], False for padding, or None where unknown.
+    around_experts : callable, optional
+        ``g(layer, inner, hidden_TH, experts_TK, weights_TK) -> out_TH`` in place of each experts forward.
+    """
+    pieces: list[Any] = []
+    infos: dict[int, ForwardInfo] = {}
+    try:
+        for layer in plan.layers:
+            if layer.owner is not None and id(layer.owner) not in infos:
+                observer = ForwardObserver(layer.owner, causal=True)
+                infos[id(layer.owner)] = observer.info
+                pieces.append(observer)
+                observer.install()
+        for layer in plan.layers:
+            patches: list[InstancePatch] = [_Watch(layer, infos.get(id(layer.owner)), on_choice)]
+            if around_experts is not None and layer.experts is not None:
+                patches.append(_Around(layer, around_experts))
+            for patch in patches:
+                pieces.append(patch)
+                patch.install()
+        yield
+    finally:
+        for piece in reversed(pieces):
+            piece.remove()
+
+
+__all__ = ["RoutingPatch", "compensation", "is_patched", "skip_mode", "unpatch", "watch"]

@@ -1,0 +1,92 @@
+"""The one patching mechanism: an instance attribute ``forward`` that is a module-level callable object.
+
+Instances are touched, never classes. The object holds its module and the forward it replaced, so that a deep
+copy of a patched model uses the copy's weights, and a pickled one can be loaded. It knows accelerate's hooks,
+which move a module's forward to ``_old_forward``; removed while something else still holds it, it becomes a
+tombstone that passes everything through.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from ..errors import PatchError
+
+_SLOTS = ("forward", "_old_forward")  # accelerate keeps the hooked forward in the second
+
+
+class InstancePatch:
+    """Replaces the forward of one module; subclasses say what runs instead, in `run`.
+
+    Attributes
+    ----------
+    module : nn.Module
+        The patched module.
+    active : bool
+        False once removed: the object then only calls what it replaced.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self.previous: Any = None  # the instance attribute that was there, None if there was none
+        self.active = False
+
+    def install(self) -> None:
+        """Put the patch in place.
+
+        Raises
+        ------
+        PatchError
+            If the module is already patched by this library.
+        """
+        if (found := find_patch(self.module)) is not None:
+            raise PatchError(
+                f"{type(self.module).__name__} is already patched ({type(found).__name__}); "
+                "unpatch it first, or use set_level() to change the level of the patch in place."
+            )
+        slot = "_old_forward" if "_old_forward" in self.module.__dict__ else "forward"
+        self.previous = self.module.__dict__.get(slot)
+        self.active = True
+        setattr(self.module, slot, self)
+
+    def remove(self) -> None:
+        """Undo `install`; safe to call twice."""
+        self.active = False
+        attributes = self.module.__dict__
+        for slot in _SLOTS:
+            if attributes.get(slot) is not self:
+                continue
+            if self.previous is not None:
+                setattr(self.module, slot, self.previous)
+            elif slot == "forward":
+                delattr(self.module, slot)
+            else:  # hooked by accelerate after the patch: give it the class's own forward back
+                self.module._old_forward = type(self.module).forward.__get__(self.module)
+
+    def inner(self, *args: Any, **kwargs: Any) -> Any:
+        """What the module would run without this patch."""
+        if self.previous is not None:
+            return self.previous(*args, **kwargs)
+        return type(self.module).forward(self.module, *args, **kwargs)
+
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        """What runs in place of the module's forward."""
+        raise NotImplementedError
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.run(*args, **kwargs) if self.active else self.inner(*args, **kwargs)
+
+    def __repr__(self) -> str:
+        state = "active" if self.active else "removed"
+        return f"{type(self).__name__}({type(self.module).__name__}, {state})"
+
+
+def find_patch(module: nn.Module) -> InstancePatch | None:
+    """The active patch of this library on a module, or None."""
+    for slot in _SLOTS:
+        found = module.__dict__.get(slot)
+        if isinstance(found, InstancePatch) and found.active:
+            return found
+    return None

@@ -1,0 +1,214 @@
+"""The plan: every router that would be patched, with all that is known about it, before anything is touched."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import UnsupportedModelError
+from ..policies import RoutingContext
+from ..routing import Convention
+from .contract import Contract, RouterOutputs, match_outputs, probe
+from .discovery import RouterSite, find_sites
+
+
+@dataclass(kw_only=True, eq=False)
+class LayerPlan:
+    """One router of the plan.
+
+    Attributes
+    ----------
+    path, router : str, nn.Module
+        The router and its module path, the key of everything per layer.
+    experts_path, experts : str, nn.Module or None
+        The experts beside it (None for a bare mock).
+    context : RoutingContext
+        Sizes, convention and device, as a policy sees them.
+    owner : nn.Module or None
+        The nearest transformers model around the router: its forward tells the mask and the shape.
+    probed : bool
+        Whether the router could be run by itself; else its contract is checked at the first real call.
+    """
+
+    path: str
+    router: nn.Module
+    experts_path: str | None
+    experts: nn.Module | None
+    context: RoutingContext
+    owner: nn.Module | None
+    probed: bool
+    positions: RouterOutputs | None = field(default=None)
+
+    def read(self, outputs: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(logits_TE, weights_TK, experts_TK) from the router's return value, checked against the plan."""
+        if self.positions is None:
+            positions = match_outputs(outputs, self.path)
+            logits, weights, experts = positions.read(outputs)
+            expected = (self.context.num_experts, self.context.top_k)
+            if (logits.shape[-1], experts.shape[-1]) != expected:
+                raise UnsupportedModelError(
+                    f"router {self.path} was expected to return logits of {expected[0]} experts and "
+                    f"{expected[1]} slots, got {logits.shape[-1]} and {experts.shape[-1]}; the family's "
+                    "contract has changed, please report it with the transformers version."
+                )
+            self.positions = positions
+            return logits, weights, experts
+        return self.positions.read(outputs)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class PatchPlan:
+    """What patching would do to a model: the layers, in module order. Printing it shows a table."""
+
+    model_class: str
+    layers: tuple[LayerPlan, ...]
+
+    @property
+    def contexts(self) -> list[RoutingContext]:
+        """The routers as a policy sees them."""
+        return [layer.context for layer in self.layers]
+
+    def with_convention(self, convention: Convention) -> PatchPlan:
+        """The same plan with another weight convention in every layer's context."""
+        layers = tuple(
+            replace(layer, context=replace(layer.context, convention=convention)) for layer in self.layers
+        )
+        return replace(self, layers=layers)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One plain dictionary per router: path, class, experts, top_k, score, weights, widen."""
+        return [
+            {
+                "router": layer.path,
+                "class": type(layer.router).__name__,
+                "experts": layer.context.num_experts,
+                "top_k": layer.context.top_k,
+                "score": layer.context.score,
+                "weights": layer.context.convention,
+                "widen": "yes" if layer.context.can_widen else "no",
+            }
+            for layer in self.layers
+        ]
+
+    def __repr__(self) -> str:
+        rows = self.rows()
+        names = list(rows[0])
+        cells = [names] + [[str(row[name]) for name in names] for row in rows]
+        widths = [max(len(line[i]) for line in cells) for i in range(len(names))]
+        lines = ["  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in cells]
+        return f"PatchPlan({self.model_class}, {len(rows)} routers)\n" + "\n".join(lines)
+
+
+def make_plan(model: nn.Module) -> PatchPlan:
+    """Find and probe every router of a model. Nothing is changed.
+
+    Raises
+    ------
+    NoRoutersError, UnsupportedModelError
+        See `bh_routing.patching.discovery.find_sites` and `bh_routing.patching.contract.probe`.
+    """
+    sites = find_sites(model)
+    on_meta = [s.path for s in sites if any(p.device.type == "meta" for p in s.router.parameters())]
+    if on_meta:
+        raise UnsupportedModelError(
+            f"the weights of router {on_meta[0]} are on the meta device: load the model's weights (or dispatch "
+            "it with offloading) before patching it."
+        )
+    owners = _owners(model)
+    layers = [_plan_layer(model, site, index, owners.get(site.path)) for index, site in enumerate(sites)]
+    return PatchPlan(model_class=type(model).__name__, layers=tuple(layers))
+
+
+def _plan_layer(model: nn.Module, site: RouterSite, index: int, owner: nn.Module | None) -> LayerPlan:
+    router, experts = site.router, site.experts
+    config = _text_config(owner if owner is not None else model)
+    hidden = getattr(config, "hidden_size", None)
+    contract = probe(router, router.forward, site.path)
+    if contract is None and isinstance(hidden, int):
+        contract = probe(router, router.forward, site.path, hidden)
+    num_experts = getattr(experts, "num_experts", None) or getattr(router, "num_experts", None)
+    if contract is None:
+        contract = _contract_from_attributes(router, config, num_experts, site.path)
+    convention = contract.convention
+    stated = getattr(router, "norm_topk_prob", None)
+    if isinstance(stated, bool):
+        convention = "renormalised" if stated else "raw"
+    elif owner is None:
+        convention = "unknown"  # a mock that states no convention
+    parameter = next(router.parameters(), None)
+    return LayerPlan(
+        path=site.path,
+        router=router,
+        experts_path=site.experts_path,
+        experts=experts,
+        owner=owner,
+        probed=contract.positions is not None,
+        positions=contract.positions,
+        context=RoutingContext(
+            path=site.path,
+            index=index,
+            num_experts=contract.num_logits,
+            empty=num_experts if isinstance(num_experts, int) else contract.num_logits,
+            top_k=contract.top_k,
+            convention=convention,
+            score=contract.score,
+            can_widen=contract.plain and contract.num_logits == (num_experts or contract.num_logits),
+            device=parameter.device if parameter is not None else torch.device("cpu"),
+        ),
+    )
+
+
+def _contract_from_attributes(router: nn.Module, config: Any, experts: int | None, path: str) -> Contract:
+    """Sizes as the router or its config states them, for a router that cannot be run by itself."""
+    top_k = next(
+        (
+            value
+            for holder, name in (
+                (router, "top_k"),
+                (config, "num_experts_per_tok"),
+                (config, "top_k_experts"),
+                (config, "moe_topk"),
+            )
+            if isinstance(value := getattr(holder, name, None), int)
+        ),
+        None,
+    )
+    if top_k is None or not isinstance(experts, int):
+        raise UnsupportedModelError(
+            f"router {path} ({type(router).__name__}) does not tell how many experts it has and selects: "
+            "expected attributes num_experts and top_k, or a forward that takes hidden states alone."
+        )
+    return Contract(
+        positions=None,  # found at the first real call
+        num_logits=experts,
+        top_k=top_k,
+        score="sigmoid" if "sigmoid" in str(getattr(config, "scoring_func", "")) else "softmax",
+        convention="renormalised",
+        plain=False,
+    )
+
+
+def _text_config(model: nn.Module) -> Any:
+    config = getattr(model, "config", None)
+    if config is not None and hasattr(config, "get_text_config"):
+        return config.get_text_config()
+    return config
+
+
+def _owners(model: nn.Module) -> dict[str, nn.Module]:
+    """Module path -> nearest enclosing transformers model (recognised by its recorder, not by import)."""
+    owners: dict[str, nn.Module] = {}
+
+    def walk(module: nn.Module, path: str, owner: nn.Module | None) -> None:
+        if hasattr(module, "_can_record_outputs") and hasattr(module, "save_pretrained"):
+            owner = module
+        if owner is not None:
+            owners[path] = owner
+        for name, child in module.named_children():
+            walk(child, f"{path}.{name}" if path else name, owner)
+
+    walk(model, "", None)
+    return owners
