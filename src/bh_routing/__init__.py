@@ -1,20 +1,50 @@
-"""bh-routing: as many experts as each token needs, in a pretrained Mixture-of-Experts model."""
+"""bh-routing: as many experts as each token needs, in a pretrained Mixture-of-Experts model.
 
-from .errors import BHRoutingError, NoRoutersError
-from .integration import BHRoutingIntegration, RoutingIntegration
-from .patching import is_patched, make_plan, unpatch
-from .policies import PValuePolicy, RoutingContext, RoutingPolicy, TablePolicy, TopKPolicy
-from .procedures import PROCEDURES, Procedure
-from .routing import (
-    RoutingDecision,
-    benjamini_hochberg_routing,
-    compute_routing_statistics,
-    topk_routing,
-)
-from .statistic import DecisionTable
-from .telemetry import Telemetry
+The names below are loaded when they are first used, so that `bh-routing --help` does not wait for torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .errors import BHRoutingError, NoRoutersError
+    from .integration import BHRoutingIntegration, RoutingIntegration
+    from .patching import is_patched, make_plan, unpatch
+    from .policies import PValuePolicy, RoutingContext, RoutingPolicy, TablePolicy, TopKPolicy
+    from .procedures import PROCEDURES, Procedure
+    from .routing import (
+        RoutingDecision,
+        benjamini_hochberg_routing,
+        compute_routing_statistics,
+        topk_routing,
+    )
+    from .statistic import DecisionTable
+    from .telemetry import Telemetry
 
 __version__ = "0.1.0"
+
+_MODULE_OF = {
+    "BHRoutingError": "errors",
+    "NoRoutersError": "errors",
+    "BHRoutingIntegration": "integration",
+    "RoutingIntegration": "integration",
+    "is_patched": "patching",
+    "make_plan": "patching",
+    "unpatch": "patching",
+    "PValuePolicy": "policies",
+    "RoutingContext": "policies",
+    "RoutingPolicy": "policies",
+    "TablePolicy": "policies",
+    "TopKPolicy": "policies",
+    "PROCEDURES": "procedures",
+    "Procedure": "procedures",
+    "RoutingDecision": "routing",
+    "benjamini_hochberg_routing": "routing",
+    "compute_routing_statistics": "routing",
+    "topk_routing": "routing",
+    "DecisionTable": "statistic",
+    "Telemetry": "telemetry",
+}
 
 __all__ = [
     "PROCEDURES",
@@ -38,3 +68,15 @@ __all__ = [
     "topk_routing",
     "unpatch",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f".{_MODULE_OF[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
