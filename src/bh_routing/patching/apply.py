@@ -20,7 +20,7 @@ from ..routing import RoutingDecision
 from ..telemetry import Telemetry
 from . import experts as skip_aware
 from .forward import ForwardInfo, ForwardObserver, find_observers
-from .instance import InstancePatch, find_patch
+from .instance import InstancePatch, execution_device, find_patch
 from .plan import LayerPlan, PatchPlan
 
 logger = logging.getLogger(__name__)
@@ -58,6 +58,11 @@ class RouterPatch(InstancePatch):
     def run(self, *args: Any, **kwargs: Any) -> Any:
         outputs = self.inner(*args, **kwargs)
         logits_TE, weights_TK, experts_TK = self.layer.read(outputs)
+        if logits_TE.device != self.context.device:
+            raise PatchError(
+                f"{self.layer.path}: expected router logits on {self.context.device}, where it was patched, got "
+                f"{logits_TE.device}; unpatch the model before moving it, and patch it anew."
+            )
         context = self.context if self.info is None else self.info.complete(self.context, logits_TE)
         decision = self.policy.decide(logits_TE, weights_TK, experts_TK, context)
         if self.telemetry is not None:
@@ -220,8 +225,9 @@ class RoutingPatch:
                 pieces.append(ImplementationPatch(layer.experts))  # type: ignore[arg-type]
             if mode == "wrapper" or link is not None:
                 if means_EH is not None:
-                    weight = next(layer.experts.parameters())  # type: ignore[union-attr]
-                    means_EH = means_EH.to(weight.device, weight.dtype)
+                    assert layer.experts is not None
+                    dtype = next(layer.experts.parameters()).dtype
+                    means_EH = means_EH.to(execution_device(layer.experts), dtype)
                 pieces.append(ExpertsPatch(layer, link, means_EH=means_EH, compact=mode == "wrapper"))
         return pieces
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ..errors import UnsupportedModelError
 from ..routing import Convention
 from ..statistic import LOG_SCORES
+from .instance import execution_device
 
 
 class RouterOutputs(NamedTuple):
@@ -117,10 +118,11 @@ def probe(router: nn.Module, forward: Any, where: str, hidden: int | None = None
     """
     width = hidden or hidden_size(router)
     parameter = next((p for p in router.parameters() if p.is_floating_point()), None)
-    if width is None or parameter is None or parameter.device.type == "meta":
+    device = execution_device(router)
+    if width is None or parameter is None or device.type == "meta":
         return None
     generator = torch.Generator().manual_seed(0)
-    x_TH = torch.randn(64, width, generator=generator).to(parameter.device, parameter.dtype)
+    x_TH = torch.randn(64, width, generator=generator).to(device, parameter.dtype)
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
             outputs = forward(x_TH)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import nn
 
 from ..errors import PatchError
@@ -90,3 +91,14 @@ def find_patch(module: nn.Module) -> InstancePatch | None:
         if isinstance(found, InstancePatch) and found.active:
             return found
     return None
+
+
+def execution_device(module: nn.Module) -> torch.device:
+    """Where a module computes: its weights' device, or, for weights that accelerate has offloaded, its hook's."""
+    parameter = next(module.parameters(), None)
+    device = torch.device("cpu") if parameter is None else parameter.device
+    if device.type == "meta":
+        planned = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
+        if planned is not None:
+            return torch.device("cuda", planned) if isinstance(planned, int) else torch.device(planned)
+    return device

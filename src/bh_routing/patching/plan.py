@@ -13,6 +13,7 @@ from ..policies import RoutingContext
 from ..routing import Convention
 from .contract import Contract, RouterOutputs, match_outputs, probe
 from .discovery import RouterSite, find_sites
+from .instance import execution_device
 
 
 @dataclass(kw_only=True, eq=False)
@@ -111,7 +112,7 @@ def make_plan(model: nn.Module) -> PatchPlan:
         See `bh_routing.patching.discovery.find_sites` and `bh_routing.patching.contract.probe`.
     """
     sites = find_sites(model)
-    on_meta = [s.path for s in sites if any(p.device.type == "meta" for p in s.router.parameters())]
+    on_meta = [s.path for s in sites if execution_device(s.router).type == "meta"]
     if on_meta:
         raise UnsupportedModelError(
             f"the weights of router {on_meta[0]} are on the meta device: load the model's weights (or dispatch "
@@ -138,7 +139,6 @@ def _plan_layer(model: nn.Module, site: RouterSite, index: int, owner: nn.Module
         convention = "renormalised" if stated else "raw"
     elif owner is None:
         convention = "unknown"  # a mock that states no convention
-    parameter = next(router.parameters(), None)
     return LayerPlan(
         path=site.path,
         router=router,
@@ -156,7 +156,7 @@ def _plan_layer(model: nn.Module, site: RouterSite, index: int, owner: nn.Module
             convention=convention,
             score=contract.score,
             can_widen=contract.plain and contract.num_logits == (num_experts or contract.num_logits),
-            device=parameter.device if parameter is not None else torch.device("cpu"),
+            device=execution_device(router),
         ),
     )
 

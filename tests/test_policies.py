@@ -1,0 +1,269 @@
+"""The policy contract: tables against p-values against a plain loop, weight rules, widening, fallbacks."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from bh_routing.errors import CalibrationMismatchError, InvalidParameterError
+from bh_routing.kernels.decide import keep_by_p_values, keep_by_table
+from bh_routing.policies import PValuePolicy, RoutingContext, TablePolicy, TopKPolicy
+from bh_routing.procedures import PROCEDURES
+from bh_routing.routing import apply_weight_rule, benjamini_hochberg_routing
+from bh_routing.statistic import DecisionTable
+
+E, K, T = 16, 6, 200
+
+
+def context(**changes):
+    settings = {
+        "path": "layers.0.gate",
+        "index": 0,
+        "num_experts": E,
+        "empty": E,
+        "top_k": K,
+        "convention": "raw",
+        "score": "softmax",
+        "can_widen": True,
+    }
+    return RoutingContext(**(settings | changes))
+
+
+def own_choice(logits):
+    weights, experts = torch.softmax(logits.float(), -1).topk(K, dim=-1)
+    return weights.to(logits.dtype), experts
+
+
+def count_by_loop(sorted_passes, rule):
+    count = 0
+    for rank, passes in enumerate(sorted_passes, start=1):
+        if passes:
+            count = rank
+        elif rule == "step_down":
+            break
+    return count
+
+
+@pytest.mark.parametrize("clamp", ["after", "inside"])
+@pytest.mark.parametrize("rule", ["step_up", "step_down"])
+@pytest.mark.parametrize("limits", [(1, None), (2, 4), (6, 6)])
+def test_table_against_a_loop(rule, clamp, limits):
+    statistic = torch.randint(-3, 4, (T, K)).float()  # integers: many ties
+    thresholds = torch.tensor([2.0, 2.0, 0.0, 1.0, -1.0, 0.0] + [-9.0] * (E - K))
+    min_k, max_k = limits
+    kept = keep_by_table(statistic, thresholds, rule=rule, min_k=min_k, max_k=max_k, clamp=clamp)
+    top = max_k or K
+    for token, row in enumerate(statistic.tolist()):
+        order = sorted(range(K), key=lambda slot: (-row[slot], slot))
+        passes = [row[slot] >= thresholds[rank] for rank, slot in enumerate(order)]
+        raw = count_by_loop(passes, rule)
+        inside = count_by_loop(passes[:top], rule)
+        count = min(max(inside if clamp == "inside" else raw, min_k), top)
+        assert int(kept.raw_counts_T[token]) == raw
+        assert int(kept.counts_T[token]) == count
+        assert kept.keep_TK[token].nonzero().flatten().tolist() == sorted(order[:count])
+
+
+def test_keep_by_p_values_compares_in_float64():
+    critical = PROCEDURES["bh"].critical_values(0.05, 4)
+    p = torch.tensor([[0.0125, 0.5, 0.5, 0.5]], dtype=torch.float64)
+    assert keep_by_p_values(p, critical).counts_T.tolist() == [1]
+    above = torch.nextafter(p, torch.ones_like(p))
+    kept = keep_by_p_values(above, critical, min_k=1)
+    assert kept.raw_counts_T.tolist() == [0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("convention", ["raw", "renormalised"])
+def test_keeping_everything_returns_the_own_choice_bit_for_bit(dtype, convention):
+    logits = torch.randn(T, E).to(dtype)
+    weights, experts = own_choice(logits)
+    table = DecisionTable.top_k(E, 1, E)
+    for policy in (TopKPolicy(), TablePolicy(table), PValuePolicy("robust", alpha=0.5, min_k=K)):
+        policy.bind([context()])
+        decision = policy.decide(logits, weights, experts, context(convention=convention))
+        assert torch.equal(decision.weights_TK, weights)
+        assert torch.equal(decision.experts_TK, experts)
+        assert not bool(decision.dropped_TK.any())
+
+
+@pytest.mark.parametrize("k", [1, 3, 6])
+def test_a_table_for_top_k_equals_the_top_k_policy(k):
+    logits = torch.randn(T, E)
+    weights, experts = own_choice(logits)
+    decisions = []
+    for policy in (TopKPolicy(k), TablePolicy(DecisionTable.top_k(k, 1, E))):
+        policy.bind([context()])
+        decisions.append(policy.decide(logits, weights, experts, context()))
+    for name in ("weights_TK", "experts_TK", "counts_T"):
+        assert torch.equal(getattr(decisions[0], name), getattr(decisions[1], name))
+    assert bool((decisions[0].counts_T == k).all())
+    assert bool(((decisions[0].experts_TK == E).sum(-1) == K - k).all())
+
+
+def test_a_probability_threshold():
+    logits = torch.randn(T, E) * 2
+    weights, experts = own_choice(logits)
+    policy = TablePolicy(DecisionTable.threshold(0.1, 1, E))
+    policy.bind([context()])
+    decision = policy.decide(logits, weights, experts, context())
+    expected = (weights >= 0.1).sum(-1).clamp(min=1)
+    assert torch.equal(decision.counts_T, expected)
+    assert len(expected.unique()) > 2
+
+
+@pytest.mark.parametrize("procedure", ["bh", "by", "bonferroni", "holm", "hochberg"])
+def test_shrinking_is_the_procedure_with_p_equal_one_outside_the_candidates(procedure):
+    logits = torch.randn(T, E, dtype=torch.float64) * 2
+    weights, experts = own_choice(logits)
+    policy = PValuePolicy("robust", procedure=procedure, alpha=0.4)
+    policy.bind([context()])
+    decision = policy.decide(logits, weights, experts, context())
+    p = policy.p_values(logits, context())
+    p = torch.ones_like(p).scatter(-1, experts, p.gather(-1, experts))
+    raw = PROCEDURES[procedure].rejection_counts(p.sort(-1).values, 0.4)
+    assert torch.equal(decision.raw_counts_T, raw)
+    assert torch.equal(decision.counts_T, raw.clamp(1, K))
+    assert len(raw.unique()) > 2
+
+
+@pytest.mark.parametrize("procedure", ["bh", "storey", "higher_criticism"])
+def test_widening_equals_the_pure_function(procedure):
+    logits = torch.randn(T, E) * 2
+    weights, experts = own_choice(logits)
+    policy = PValuePolicy("robust", procedure=procedure, alpha=0.8, max_k=10, weights="sum")
+    policy.bind([context()])
+    decision = policy.decide(logits, weights, experts, context())
+    sparse, chosen, counts = benjamini_hochberg_routing(logits, 0.8, max_k=10, procedure=procedure)
+    assert decision.weights_TK.shape == (T, 10)
+    assert torch.equal(decision.counts_T, counts)
+    assert torch.equal(decision.experts_TK.masked_fill(decision.experts_TK == E, -1), chosen)
+    dense = torch.zeros(T, E + 1).scatter(-1, decision.experts_TK, decision.weights_TK)[:, :E]
+    torch.testing.assert_close(dense, sparse, rtol=1e-5, atol=1e-7)  # exp(log-softmax) against softmax
+    assert int(counts.max()) > K
+
+
+def test_widening_with_a_table():
+    logits = torch.randn(T, E) * 2
+    weights, experts = own_choice(logits)
+    policy = TablePolicy(DecisionTable.threshold(0.03, 1, E), max_k=E)
+    policy.bind([context()])
+    decision = policy.decide(logits, weights, experts, context())
+    probability = torch.softmax(logits, -1)
+    assert torch.equal(decision.counts_T, (probability >= 0.03).sum(-1).clamp(min=1))
+    dense = torch.zeros(T, E + 1).scatter(-1, decision.experts_TK, decision.weights_TK)[:, :E]
+    torch.testing.assert_close(dense, probability * (dense > 0), rtol=1e-5, atol=0)
+    lost = ~(decision.experts_TK.unsqueeze(1) == experts.unsqueeze(2)).any(-1)
+    assert torch.equal(decision.dropped_TK, lost)
+
+
+def test_weight_rules():
+    own = torch.tensor([[0.4, 0.2, 0.1]])
+    kept = torch.tensor([[True, True, False]])
+    cases = {
+        ("model", "raw"): [0.4, 0.2, 0.0],
+        ("model", "renormalised"): [0.4 * 0.7 / 0.6, 0.2 * 0.7 / 0.6, 0.0],
+        ("model", "unknown"): [0.4 / 0.6, 0.2 / 0.6, 0.0],
+        ("preserve", "raw"): [0.4 * 0.7 / 0.6, 0.2 * 0.7 / 0.6, 0.0],
+        ("sum", "raw"): [0.4 / 0.6, 0.2 / 0.6, 0.0],
+    }
+    for (rule, convention), expected in cases.items():
+        got = apply_weight_rule(own, kept, rule, convention)
+        torch.testing.assert_close(got, torch.tensor([expected]), rtol=1e-6, atol=0)
+    nothing = torch.zeros(1, 3, dtype=torch.bool)
+    assert torch.equal(apply_weight_rule(own, nothing, "sum", "raw"), torch.zeros(1, 3))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("max_k", [None, 10])
+def test_non_finite_logits_keep_the_own_choice(bad, max_k):
+    logits = torch.randn(4, E) * 2
+    weights, experts = own_choice(logits)
+    logits[2, 5] = bad
+    for policy in (
+        PValuePolicy("robust", alpha=0.1, max_k=max_k),
+        TablePolicy(DecisionTable.threshold(0.2, 1, E), max_k=max_k),
+    ):
+        policy.bind([context()])
+        decision = policy.decide(logits, weights, experts, context())
+        assert decision.fallback_T.tolist() == [False, False, True, False]
+        assert torch.equal(decision.experts_TK[2, :K], experts[2])
+        assert torch.equal(decision.weights_TK[2, :K], weights[2])
+        assert decision.counts_T[2] == K
+        assert bool(torch.isfinite(decision.weights_TK).all())
+
+
+def test_gradients_reach_the_kept_weights_only():
+    logits = torch.randn(8, E, requires_grad=True)
+    weights, experts = torch.softmax(logits, -1).topk(K, dim=-1)
+    policy = TopKPolicy(2)
+    policy.bind([context()])
+    decision = policy.decide(logits, weights, experts, context())
+    (grad,) = torch.autograd.grad(decision.weights_TK.sum(), weights)
+    assert torch.equal(grad, torch.tensor([1.0] * 2 + [0.0] * (K - 2)).expand(8, K))
+
+
+def test_set_table_rewrites_the_same_buffers():
+    policy = TablePolicy(DecisionTable.threshold(0.2, 1, E))
+    policy.bind([context()])
+    buffers = [b.data_ptr() for b in policy._rows["layers.0.gate"]]
+    policy.set_table(DecisionTable.threshold(0.01, 1, E))
+    assert [b.data_ptr() for b in policy._rows["layers.0.gate"]] == buffers
+    logits = torch.randn(T, E)
+    weights, experts = own_choice(logits)
+    counts = policy.decide(logits, weights, experts, context()).counts_T
+    assert torch.equal(counts, (weights >= 0.01).sum(-1).clamp(min=1))
+    with pytest.raises(InvalidParameterError, match="statistic='logit', the one in use 'logprob'"):
+        policy.set_table(DecisionTable.top_k(2, 1, E))
+
+
+@pytest.mark.parametrize(
+    ("policy", "changes", "error", "message"),
+    [
+        (
+            TopKPolicy(7),
+            {},
+            InvalidParameterError,
+            "k=7 is more than the 6 experts that router layers.0.gate",
+        ),
+        (
+            TablePolicy(DecisionTable.top_k(2, 1, 8)),
+            {},
+            InvalidParameterError,
+            "the table has 8 experts, router layers.0.gate has 16",
+        ),
+        (
+            TablePolicy(DecisionTable.top_k(2, 1, E)),
+            {"index": 1},
+            CalibrationMismatchError,
+            "the table has 1 layers, the model has a router number 1",
+        ),
+        (
+            PValuePolicy(max_k=8),
+            {"can_widen": False},
+            InvalidParameterError,
+            "max_k=8 asks router layers.0.gate for more than the 6 experts",
+        ),
+        (
+            PValuePolicy(max_k=17),
+            {},
+            InvalidParameterError,
+            "max_k must not exceed the number of experts, 16",
+        ),
+        (PValuePolicy(min_k=7), {}, InvalidParameterError, "min_k=7 is more than the 6 experts"),
+    ],
+)
+def test_a_policy_that_does_not_fit_is_refused_when_bound(policy, changes, error, message):
+    with pytest.raises(error, match=message.replace("(", r"\(")):
+        policy.bind([context(**changes)])
+
+
+def test_unknown_settings():
+    with pytest.raises(
+        InvalidParameterError, match=r"weights must be 'model', 'preserve' or 'sum', got 'norm'\."
+    ):
+        TopKPolicy(2, weights="norm")
+    with pytest.raises(InvalidParameterError, match="unknown pvalues='kde'"):
+        PValuePolicy("kde")
+    with pytest.raises(InvalidParameterError, match="rule must be 'step_up' or 'step_down', got 'up'"):
+        DecisionTable.top_k(2, 1, E).with_thresholds(torch.zeros(1, E), rule="up")
