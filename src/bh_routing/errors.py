@@ -30,6 +30,10 @@ class UnsupportedModelError(BHRoutingError, RuntimeError):
     """The model routes, but by a contract that cannot be served; the message says which and why."""
 
 
+class ModelLoadError(BHRoutingError, RuntimeError):
+    """A model cannot be loaded: it is missing, damaged or incomplete."""
+
+
 class PatchError(BHRoutingError, RuntimeError):
     """Patching or unpatching is not possible in the present state (already patched, for example)."""
 

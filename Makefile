@@ -1,0 +1,95 @@
+# Every target sets up what it needs in .venv: plain venv and pip, nothing else. `make demo` and `make test` are the
+# two to know. PYTHON chooses the interpreter, PIP_ARGS is passed to pip (another index, for example), ARGS to pytest.
+
+PYTHON   ?= python3
+VENV     ?= .venv
+PIP_ARGS ?=
+ARGS     ?=
+JOBS     ?= 2
+
+BIN  := $(VENV)/bin
+PIP  := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt
+# Tests run in JOBS processes of one thread each. -rs lists what was skipped, and why, above the counts.
+TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -rs
+# A target whose tests are not there says so, and counts them as skipped.
+ABSENT = @echo "$(1): 0 passed, 1 skipped: there is no $(2) in this version."
+
+.PHONY: demo test test-all conformance test-vllm test-browser bench lint clean help
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make demo          the embedded model with its own routing and with BH routing, side by side"
+	@echo "make test          all tests but the slow ones, in at most ten minutes"
+	@echo "make test-all      all tests, the slow ones (built wheel in a fresh environment) too"
+	@echo "make conformance   every supported model family against the contract"
+	@echo "make test-vllm     the vLLM plugin"
+	@echo "make test-browser  pages in a real browser"
+	@echo "make bench         the benchmarks whose figures stand in docs/"
+	@echo "make lint          ruff and mypy"
+	@echo "make clean         remove everything that the other targets made"
+
+# ------------------------------------------------------------------------------------------------ set-up
+
+RUN := $(VENV)/.installed
+DEV := $(VENV)/.installed-dev
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+# torch first: the largest part by far, and the one that the constraints pin.
+$(RUN): pyproject.toml constraints.txt | $(BIN)/python
+	@echo "installing into $(VENV) (torch first, a few minutes)"
+	$(PIP) torch
+	$(PIP) --editable .
+	@touch $@
+
+$(DEV): pyproject.toml constraints.txt | $(RUN)
+	@echo "installing the test tools into $(VENV)"
+	$(PIP) torch
+	$(PIP) --editable '.[dev]'
+	@touch $@ $(RUN)
+
+# --------------------------------------------------------------------------------------------------- use
+
+demo: $(RUN)
+	@$(BIN)/bh-routing demo $(ARGS)
+
+test: $(DEV)
+	$(TEST) -n $(JOBS) -m "not slow" $(ARGS)
+
+test-all: $(DEV)
+	$(TEST) -n $(JOBS) $(ARGS)
+
+conformance: $(DEV)
+ifneq ($(wildcard tests/conformance),)
+	$(TEST) -n $(JOBS) tests/conformance $(ARGS)
+else
+	$(call ABSENT,conformance,tests/conformance)
+endif
+
+test-vllm: $(DEV)
+ifneq ($(wildcard tests/vllm),)
+	$(TEST) tests/vllm $(ARGS)
+else
+	$(call ABSENT,test-vllm,tests/vllm)
+endif
+
+test-browser: $(DEV)
+ifneq ($(wildcard tests/browser),)
+	$(TEST) tests/browser $(ARGS)
+else
+	$(call ABSENT,test-browser,tests/browser)
+endif
+
+bench: $(DEV)
+	$(BIN)/python benchmarks/decide.py
+	$(BIN)/python benchmarks/parameters.py
+
+lint: $(DEV)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,100 @@
+"""The command line, ``bh-routing COMMAND``.
+
+One module per command: ``add_arguments(parser)`` states its options, ``run(args)`` does it and returns the exit
+code. `COMMANDS` is the only list of them. Neither this module nor the options import torch, so that ``--help``
+answers at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from typing import NoReturn
+
+from .. import __version__
+from ..errors import BHRoutingError
+from .common import notes
+
+# command: (module, one line of help), in the order in which --help lists them.
+COMMANDS: dict[str, tuple[str, str]] = {
+    "demo": ("demo", "the embedded model with its own routing and with BH routing, side by side"),
+    "generate": ("generate", "continue a text under BH routing and print what the routers did"),
+    "inspect": ("inspect", "what a model's routers are, or what a calibration file holds"),
+}
+
+USER_ERROR = 2
+INTERRUPTED = 130
+
+__all__ = ["COMMANDS", "main"]
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one sentence, without the usage block."""
+
+    def _check_value(self, action: argparse.Action, value: object) -> None:
+        """As in argparse, with a sentence that does not depend on Python's version."""
+        if action.choices is not None and value not in action.choices:
+            expected = ", ".join(map(str, action.choices))
+            raise argparse.ArgumentError(action, f"expected one of {expected}, got {value!r}")
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(USER_ERROR, f"{self.prog}: {message.rstrip('.')}; see `{self.prog} --help`.\n")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser with every command of `COMMANDS`."""
+    parser = _Parser(
+        prog="bh-routing",
+        description="As many experts as each token needs, in a pretrained Mixture-of-Experts model.",
+        epilog="MODEL is olmoe-nano (embedded), a folder, or a hub id such as allenai/OLMoE-1B-7B-0924.",
+    )
+    parser.add_argument("--version", action="version", version=f"bh-routing {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", dest="command", required=True)
+    for name, (module, summary) in COMMANDS.items():
+        command = import_module(f".{module}", __name__)
+        sub = commands.add_parser(name, help=summary, description=command.__doc__, formatter_class=_Plain)
+        command.add_arguments(sub)
+        sub.set_defaults(run=command.run, parser=sub)
+    return parser
+
+
+class _Plain(argparse.RawDescriptionHelpFormatter):
+    """Keeps the paragraphs of a command's description."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code.
+
+    0: done. 2: something in what was asked is wrong (one sentence on stderr). 130: interrupted.
+    """
+    parser = build_parser()
+    try:
+        args, unknown = parser.parse_known_args(argv)
+        if unknown:
+            args.parser.error(f"unknown option {unknown[0]!r}")
+    except SystemExit as leave:  # argparse's way to end: --help, --version, a usage error
+        return int(leave.code or 0)
+    prog = args.parser.prog
+    try:
+        with notes():
+            return args.run(args) or 0
+    except BHRoutingError as error:
+        return _fail(prog, str(error))
+    except BrokenPipeError:  # the reader of a pipe has gone (`| head`)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except OSError as error:
+        if error.filename is None:
+            raise
+        return _fail(prog, f"{error.filename}: {(error.strerror or type(error).__name__).lower()}.")
+    except KeyboardInterrupt:
+        print(f"{prog}: interrupted.", file=sys.stderr)
+        return INTERRUPTED
+
+
+def _fail(prog: str, sentence: str) -> int:
+    print(f"{prog}: {' '.join(sentence.split())}", file=sys.stderr)
+    return USER_ERROR

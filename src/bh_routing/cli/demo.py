@@ -1,0 +1,234 @@
+"""Show what BH routing does to a model: answers side by side, perplexity on the bundled text, experts per token
+and layer, share of experts saved, and time. Without arguments: olmoe-nano, the embedded model, in less than two
+minutes and without a network.
+
+With a calibration the rows are budgets of experts per token, each beside the model's own top-k cut to the same
+number; without one, levels alpha.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import TYPE_CHECKING, Any
+
+from . import common
+
+if TYPE_CHECKING:
+    from ..calibration import Calibration
+    from ..evaluation import Measured
+    from ..integration import RoutingIntegration
+
+BUDGETS = (6.0, 4.0, 3.0, 2.0)
+ALPHAS = (0.6, 0.4, 0.2, 0.05)
+CUTS = (6, 4, 3, 2)  # of the model's own top-k, beside uncalibrated levels
+UNCALIBRATED = 0.4  # the level of the one uncalibrated row beside calibrated ones
+WINDOW = 256  # tokens
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", nargs="?", default="olmoe-nano", help="default: olmoe-nano")
+    level = parser.add_mutually_exclusive_group()
+    level.add_argument("--alpha", type=float, nargs="+", metavar="A", help="levels, each 0 < A < 1")
+    level.add_argument(
+        "--experts", type=float, nargs="+", metavar="N", help="budgets, N experts per token each"
+    )
+    parser.add_argument("--calibration", metavar="FILE", help="calibrated null; `none` for no calibration")
+    parser.add_argument("--text", metavar="FILE", help="measure on this text instead of the bundled one")
+    parser.add_argument(
+        "--max-new-tokens", type=int, default=24, metavar="N", help="tokens per answer (default 24)"
+    )
+    parser.add_argument("--quick", action="store_true", help="a tenth of the text, two levels, two prompts")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
+    common.add_model_arguments(parser)
+
+
+def run(args: argparse.Namespace) -> None:
+    from ..loading import check_device, check_dtype
+    from ..procedures import check_alpha
+
+    if args.max_new_tokens < 1:
+        raise common.InvalidParameterError(f"max-new-tokens must be at least 1, got {args.max_new_tokens}.")
+    for alpha in args.alpha or ():
+        check_alpha(alpha)
+    check_device(args.device)
+    check_dtype(args.dtype)
+    calibration = common.load_calibration(args.calibration, args.model)
+
+    import torch
+
+    from ..data import prompts, sample_text
+    from ..evaluation import compare, cut_windows
+    from ..loading import load_model
+
+    text = sample_text() if args.text is None else common.read_text(args.text)
+    model, tokenizer = load_model(args.model, device=args.device, dtype=args.dtype)
+    torch.manual_seed(args.seed)
+    routings = make_routings(model, calibration, args.alpha, args.experts, quick=args.quick)
+    windows = cut_windows(tokenizer, text, WINDOW)
+    if args.quick:
+        windows = cut_windows(tokenizer, text, WINDOW, limit=max(3, len(windows) // 10))
+    asked = {tier: tier_prompts[0] for tier, tier_prompts in prompts().items()}
+    if args.quick:
+        asked = dict(list(asked.items())[:2])
+    answering = _answering(routings)
+
+    with common.muted("bh_routing.integration"), common.make_progress() as progress:
+        bar = progress.add_task("measuring", total=len(windows) * len(routings))
+        measured = compare(model, windows, routings, step=lambda: progress.advance(bar))
+        bar = progress.add_task("answering", total=len(asked) * len(answering))
+        answers = {}
+        for tier, prompt in asked.items():
+            answers[tier] = [prompt]
+            for label in answering:
+                answers[tier].append(
+                    _continue(model, tokenizer, prompt, routings[label], args.max_new_tokens)
+                )
+                progress.advance(bar)
+
+    source = "the bundled text" if args.text is None else args.text
+    tokens = sum(w.shape[1] for w in windows)
+    if args.json:
+        answered = [
+            {"tier": tier, "prompt": prompt, "answers": dict(zip(answering, texts, strict=True))}
+            for tier, (prompt, *texts) in answers.items()
+        ]
+        print(
+            json.dumps(
+                {
+                    "model": args.model,
+                    "tokens": tokens,
+                    "window": WINDOW,
+                    "calibrated": calibration is not None,
+                    "routings": [m.to_dict() for m in measured],
+                    "answers": answered,
+                },
+                indent=2,
+            )
+        )
+        return
+    console = common.make_console()
+    common.print_text(common.describe_model(common.model_name(args.model), model))
+    _show_measured(console, measured, tokens, source, windows[0].shape[1])
+    _show_layers(console, measured)
+    _show_answers(console, answering, answers)
+    if calibration is None:
+        print()
+        common.print_text(
+            "No calibration: every token is its own null. `bh-routing calibrate MODEL --text FILE -o FILE` makes "
+            "one, and keeps more quality at the same number of experts."
+        )
+
+
+def make_routings(
+    model: Any,
+    calibration: Calibration | None,
+    alphas: list[float] | None,
+    budgets: list[float] | None,
+    *,
+    quick: bool = False,
+) -> dict[str, RoutingIntegration | None]:
+    """The rows of the demo: the model itself, BH at every level or budget, the cut top-k at the same number."""
+    from ..integration import BHRoutingIntegration, RoutingIntegration
+    from ..patching import make_plan
+    from ..policies import TopKPolicy
+
+    top_k = min(context.top_k for context in make_plan(model).contexts)
+    rows: dict[str, RoutingIntegration | None] = {f"own top-{top_k}": None}
+
+    def cut(k: float) -> None:
+        if k == int(k) and 1 <= k < top_k:
+            rows[f"top-{k:g}"] = RoutingIntegration(model, TopKPolicy(int(k)))
+
+    if budgets is None and alphas is None and calibration is not None:
+        budgets = [b for b in BUDGETS if b < top_k]
+    if budgets is not None:
+        for budget in budgets[1:3] if quick and len(budgets) > 2 else budgets:
+            rows[f"BH, {budget:g} experts"] = BHRoutingIntegration(
+                model, experts_per_token=budget, calibration=calibration
+            )
+            cut(budget)
+        rows[f"BH uncalibrated, alpha {UNCALIBRATED:g}"] = BHRoutingIntegration(model, alpha=UNCALIBRATED)
+        return rows
+    alphas = list(ALPHAS) if alphas is None else alphas
+    for alpha in alphas[1:3] if quick and len(alphas) > 2 else alphas:
+        rows[f"BH, alpha {alpha:g}"] = BHRoutingIntegration(model, alpha=alpha, calibration=calibration)
+    for k in CUTS[1:3] if quick else CUTS:
+        cut(k)
+    return rows
+
+
+def _answering(routings: dict[str, RoutingIntegration | None]) -> list[str]:
+    """Which rows answer the prompts: the model itself and two of the BH rows."""
+    own, *others = routings
+    chosen = [label for label in others if label.startswith("BH, ")]
+    return [own, *(chosen if len(chosen) <= 2 else [chosen[1], chosen[-1]])]
+
+
+def _continue(
+    model: Any, tokenizer: Any, prompt: str, integration: RoutingIntegration | None, max_new_tokens: int
+) -> str:
+    from contextlib import nullcontext
+
+    from .generate import generate
+
+    inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
+    with integration or nullcontext():
+        tokens = generate(model, tokenizer, inputs, max_new_tokens)
+    return tokenizer.decode(tokens[inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+# ------------------------------------------------------------------------------------------------- tables
+
+
+def _show_measured(console: Any, measured: list[Measured], tokens: int, source: str, window: int) -> None:
+    own = measured[0]
+    table = common.make_table(
+        f"Perplexity on {source}, experts and time",
+        "routing",
+        "experts/token",
+        "saved",
+        "perplexity",
+        "change",
+        "ms",
+    )
+    for row in measured:
+        change = row.perplexity / own.perplexity - 1
+        table.add_row(
+            row.label,
+            f"{row.mean_experts:.2f} ± {row.std_experts:.2f}",
+            f"{row.share_saved:.0%}",
+            f"{row.perplexity:.2f}",
+            "" if row is own else f"{change:+.1%}",
+            f"{row.median_seconds * 1e3:.0f}",
+        )
+    common.print_table(console, table)
+    print()
+    common.print_text(
+        f"{tokens:,} tokens in windows of {window}; experts/token: mean ± standard deviation over tokens and layers; "
+        f"ms: median time of a forward pass over {window} tokens, counting included, the rows taking turns."
+    )
+
+
+def _show_layers(console: Any, measured: list[Measured]) -> None:
+    shown = [row for row in measured if row.std_experts > 0]
+    layers = range(len(measured[0].layers))
+    picked = [*layers] if len(layers) <= 6 else sorted({round(i * (len(layers) - 1) / 5) for i in range(6)})
+    table = common.make_table(
+        "Experts per token by layer (mean ± standard deviation)", "routing", *(f"layer {i}" for i in picked)
+    )
+    for row in shown:
+        table.add_row(row.label, *(f"{row.layers[i][0]:.1f} ± {row.layers[i][1]:.1f}" for i in picked))
+    common.print_table(console, table)
+
+
+def _show_answers(console: Any, labels: list[str], answers: dict[str, list[str]]) -> None:
+    from rich.text import Text
+
+    for tier, (prompt, *texts) in answers.items():
+        table = common.make_table(f"{tier}: {prompt}", *labels, left=len(labels))
+        table.expand = True
+        for column in table.columns:
+            column.ratio = 1
+        table.add_row(*(Text(" ".join(text.split())) for text in texts))
+        common.print_table(console, table)

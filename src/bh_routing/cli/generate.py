@@ -1,0 +1,128 @@
+"""Continue a text under BH routing and print the text and what the routers did, exact per token and layer.
+
+With --mode analyze the model routes as always, and the statistics say what BH would have selected.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from typing import Any
+
+from . import common
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="olmoe-nano, a folder, or a hub id")
+    parser.add_argument("-p", "--prompt", required=True, metavar="TEXT", help="the text to continue")
+    parser.add_argument(
+        "--max-new-tokens", type=int, default=40, metavar="N", help="tokens to generate (default 40)"
+    )
+    parser.add_argument("--sample", action="store_true", help="sample (default: greedy)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object: text, stats, telemetry")
+    common.add_routing_arguments(parser)
+    common.add_model_arguments(parser)
+
+
+def run(args: argparse.Namespace) -> None:
+    if args.max_new_tokens < 1:
+        raise common.InvalidParameterError(f"max-new-tokens must be at least 1, got {args.max_new_tokens}.")
+    common.check_routing_arguments(args)
+    calibration = common.load_calibration(args.calibration, args.model)
+
+    import torch
+
+    from ..integration import BHRoutingIntegration
+    from ..loading import load_model
+
+    model, tokenizer = load_model(args.model, device=args.device, dtype=args.dtype)
+    inputs = tokenizer(args.prompt, return_tensors="pt").to(model.device)
+    if inputs["input_ids"].shape[1] == 0:
+        raise common.InvalidParameterError(f"prompt must have at least one token, got {args.prompt!r}.")
+    integrator = BHRoutingIntegration(
+        model,
+        alpha=args.alpha,
+        experts_per_token=args.experts,
+        temperature=args.temperature,
+        min_k=args.min_k,
+        max_k=args.max_k,
+        mode=args.mode,
+        calibration=calibration,
+    )
+    torch.manual_seed(args.seed)
+    with integrator:
+        start = time.perf_counter()
+        tokens = generate(model, tokenizer, inputs, args.max_new_tokens, sample=args.sample)
+        seconds = time.perf_counter() - start
+        stats = integrator.get_routing_stats()
+    new = len(tokens) - inputs["input_ids"].shape[1]
+    result = {
+        "model": args.model,
+        "prompt": args.prompt,
+        "text": tokenizer.decode(tokens, skip_special_tokens=True),
+        "new_tokens": new,
+        "seconds": seconds,
+        "stats": stats,
+        "telemetry": integrator.telemetry.to_dict(),
+    }
+    if args.json:
+        print(json.dumps(result, indent=2))
+    else:
+        _show(result, common.describe_model(common.model_name(args.model), model))
+
+
+def generate(
+    model: Any, tokenizer: Any, inputs: Any, max_new_tokens: int, *, sample: bool = False
+) -> list[int]:
+    """Token ids of prompt and continuation."""
+    tokens = model.generate(
+        **inputs,
+        max_new_tokens=max_new_tokens,
+        do_sample=sample,
+        pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+    )
+    return tokens[0].tolist()
+
+
+def _show(result: dict[str, Any], heading: str) -> None:
+    stats, layers, total = result["stats"], result["telemetry"]["layers"], result["telemetry"]["total"]
+    print(result["text"])
+    print()
+    common.print_text(heading)
+    common.print_text(settings_line(stats))
+    who = "BH would select" if stats["mode"] == "analyze" else "BH selected"
+    table = common.make_table(None, "router", who, "std", "own top-k", "saved", "weight lost")
+    for layer in layers:
+        table.add_row(layer["path"], *_figures(layer), end_section=layer is layers[-1])
+    own = {layer["top_k"] for layer in layers}
+    table.add_row("all", *_figures(total | {"top_k": own.pop() if len(own) == 1 else ""}))
+    common.print_table(common.make_console(), table)
+    print()
+    common.print_text(
+        f"{result['new_tokens']} new tokens in {result['seconds']:.2f} s; experts per token over the "
+        f"{total['tokens']} tokens that went through the model ({stats['total_forward_passes']} router calls)."
+    )
+
+
+def _figures(part: dict[str, Any]) -> list[str]:
+    return [
+        f"{part['mean_experts']:.2f}",
+        f"{part['std_experts']:.2f}",
+        str(part["top_k"]),
+        f"{part['share_saved']:.0%}",
+        f"{part['lost_weight_share']:.0%}",
+    ]
+
+
+def settings_line(stats: dict[str, Any]) -> str:
+    """The routing's settings in one line."""
+    parts = [f"procedure {stats['procedure']}"]
+    if "experts_per_token" in stats:
+        parts.append(f"budget {stats['experts_per_token']:g}")
+    if stats["alpha"] is not None:
+        parts.append(f"alpha {stats['alpha']:.4g}")
+    parts.append(f"{stats['min_k']} to {stats['max_k']} experts")
+    parts.append("calibrated null" if stats["calibrated"] else "the token's own null (uncalibrated)")
+    parts.append(f"mode {stats['mode']}")
+    return ", ".join(parts)

@@ -1,0 +1,53 @@
+"""Print what there is: the plan of a model (every router with path, class, experts, top_k, score and weight
+convention; nothing is patched), or the content of a calibration file.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from . import common
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("what", metavar="MODEL|FILE.safetensors", help="a model, or a calibration file")
+    parser.add_argument("--plot", metavar="OUT", help="of a calibration: draw it to OUT (.png or .svg)")
+    common.add_model_arguments(parser)
+
+
+def run(args: argparse.Namespace) -> None:
+    if args.what.endswith(".safetensors"):
+        _inspect_calibration(args)
+        return
+    if args.plot is not None:
+        raise common.InvalidParameterError(
+            f"--plot draws a calibration: expected a FILE.safetensors, got {args.what!r}."
+        )
+    from ..loading import load_model
+    from ..patching import make_plan
+
+    model, _ = load_model(args.what, device=args.device, dtype=args.dtype)
+    plan = make_plan(model)
+    common.print_text(common.describe_model(common.model_name(args.what), model))
+    rows = plan.rows()
+    table = common.make_table(None, *rows[0], left=2)
+    for row in rows:
+        table.add_row(*(str(value) for value in row.values()))
+    common.print_table(common.make_console(), table)
+    print()
+    common.print_text(
+        "weights: raw = the selected experts' scores as they are; renormalised = rescaled to a fixed sum."
+    )
+    common.print_text("widen: whether max_k may exceed top_k.")
+
+
+def _inspect_calibration(args: argparse.Namespace) -> None:
+    from ..calibration import Calibration
+
+    calibration = Calibration.load(args.what)
+    print(repr(calibration))
+    if args.plot is not None:
+        from ..plots import plot_calibration
+
+        plot_calibration(calibration, args.plot)
+        print(f"drawn to {args.plot}")
