@@ -232,8 +232,8 @@ class BHRoutingIntegration(RoutingIntegration):
         Only without a calibration: ``"robust"``, ``"softmax"`` or ``"batch"``.
     clamp : {"after", "inside"}
         See `bh_routing.benjamini_hochberg_routing`.
-    statistic, null, scope, estimator, size : str, optional
-        Which calibrated statistic and null (`Calibration.table`); default: the recommended configuration.
+    statistic, null, scope, estimator, size, kernel, bandwidth : optional
+        Which calibrated statistic and null (`Calibration.settings`); default: the recommended configuration.
     compensation : bool, optional
         Add the mean outputs of dropped experts back; default: where the calibration has them. With it, and
         ``weights="model"``, kept experts keep their own weights in every family: nothing is renormalised,
@@ -287,6 +287,8 @@ class BHRoutingIntegration(RoutingIntegration):
         scope: str | None = None,
         estimator: str | None = None,
         size: str | None = None,
+        kernel: str | None = None,
+        bandwidth: str | float | None = None,
         compensation: bool | None = None,
         skip: Skip = "auto",
         strict: bool = True,
@@ -312,11 +314,13 @@ class BHRoutingIntegration(RoutingIntegration):
             "scope": scope,
             "estimator": estimator,
             "size": size,
+            "kernel": kernel,
+            "bandwidth": bandwidth,
         }
-        self._choice = {key: value for key, value in chosen.items() if value is not None}
+        self._choice: dict[str, Any] = {key: value for key, value in chosen.items() if value is not None}
         self._strict = strict
         self.calibration: Calibration | None = None
-        self._budget = experts_per_token
+        self._budget: Any = experts_per_token
         self._told = False
         limits: dict[str, Any] = {"min_k": min_k, "max_k": max_k, "clamp": clamp, "weights": weights}
 
@@ -342,18 +346,16 @@ class BHRoutingIntegration(RoutingIntegration):
         else:
             from .calibration import Calibration
 
-            if not isinstance(calibration, Calibration):
-                calibration = Calibration.load(calibration)
-            self.calibration = calibration
-            means = calibration.mean_outputs() if compensation is not False else {}
+            held = calibration if isinstance(calibration, Calibration) else Calibration.load(calibration)
+            self.calibration = held
+            means = held.mean_outputs() if compensation is not False else {}
             if compensation and not means:
                 raise InvalidParameterError(
                     "compensation=True needs the experts' mean outputs, which this calibration does not hold; "
                     "calibrate without --no-means, or pass compensation=False."
                 )
-            if self._choice.get("size") is None and not means:
-                self._choice.setdefault("compensated", False)
-            policy = calibration.policy(
+            self._choice["compensated"] = bool(means)
+            policy = held.policy(
                 alpha=alpha,
                 experts_per_token=experts_per_token,
                 procedure=procedure,
