@@ -52,6 +52,14 @@ def base_statistic(logits_TE: Tensor, statistic: str, score: str, temperature: f
     return x_TE if statistic == "logit" else LOG_SCORES[score](x_TE)
 
 
+def affine_statistic(base: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
+    """s = scale * x + offset in float32: the one place where it is rounded.
+
+    Thresholds are found for these float32 values, so that comparing with them says what the p-values say.
+    """
+    return base.float() * scale + offset
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class DecisionTable:
     """Level, null and procedure in one table: E thresholds on the statistic per layer.

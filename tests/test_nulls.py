@@ -1,0 +1,265 @@
+"""Null distributions against raw samples, scipy and KDEpy; thresholds against p-values, exactly."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import scipy.stats
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bh_routing.errors import CalibrationError, InvalidParameterError
+from bh_routing.nulls import (
+    BINS_PER_UNIT,
+    ESTIMATORS,
+    KERNELS,
+    GridNull,
+    Histogram,
+    PooledCounts,
+    bin_index,
+    empirical_null,
+    fit_null,
+    isj_bandwidth,
+    kde_null,
+    pool_counts,
+    silverman_bandwidth,
+    smallest_passing,
+)
+
+N = 20_000
+
+
+def histogram_of(samples_LEN: np.ndarray) -> Histogram:
+    """Counts of raw samples [L, E, N] on the fixed bins."""
+    bins = bin_index(torch.from_numpy(samples_LEN.astype(np.float32))).numpy()
+    start, num = int(bins.min()), int(bins.max() - bins.min()) + 1
+    counts = np.stack([[np.bincount(row - start, minlength=num) for row in layer] for layer in bins])
+    return Histogram(start, torch.from_numpy(counts))
+
+
+def pooled(samples: np.ndarray) -> PooledCounts:
+    histogram = histogram_of(samples[None, None])
+    one = torch.ones(1, 1)
+    return pool_counts(histogram, one, 0 * one, None)
+
+
+@pytest.fixture(scope="module")
+def samples() -> np.ndarray:
+    rng = np.random.default_rng(5)
+    mixed = np.where(rng.random(N) < 0.3, rng.normal(-1.0, 0.3, N), rng.normal(-3.5, 0.8, N))
+    return mixed.astype(np.float32).astype(np.float64)
+
+
+def test_counts_of_different_ranges_add_up():
+    a = Histogram(-3, torch.tensor([[[1, 2, 3]]]))
+    b = Histogram(1, torch.tensor([[[5, 7]]]))
+    total = a + b
+    assert total.start == -3
+    assert total.counts_LEB.tolist() == [[[1, 2, 3, 0, 5, 7]]]
+    assert (total.trimmed_to_use().start, total.trimmed_to_use().counts_LEB.tolist()) == (
+        -3,
+        [[[1, 2, 3, 0, 5, 7]]],
+    )
+
+
+def test_unused_bins_are_cut_off():
+    used = Histogram(-3, torch.tensor([[[0, 0, 3, 0]], [[0, 1, 0, 0]]])).trimmed_to_use()
+    assert used.start == -2
+    assert used.counts_LEB.tolist() == [[[0, 3]], [[1, 0]]]
+    assert Histogram(4, torch.zeros(1, 1, 9, dtype=torch.int64)).trimmed_to_use().counts_LEB.numel() == 1
+
+
+def test_bins_are_closed_on_the_left_and_clipped():
+    values = torch.tensor([0.0, 1 / 64, -1e-6, 63.999, 1e9, -1e9, -64.0])
+    assert bin_index(values).tolist() == [0, 1, -1, 4095, 4095, -4096, -4096]
+
+
+def test_empirical_tail_by_hand():
+    null = empirical_null(PooledCounts(np.array([0.0, 1.0, 2.0]), np.array([3.0, 1.0]), 4))
+    points = torch.tensor([-5.0, 0.0, 0.5, 1.0, 2.0, 9.0])
+    # (1 + number at or above) / 5, the number linear inside a bin: 4, 4, 2.5, 1, 0, 0
+    assert null.p_values(points).tolist() == pytest.approx([1.0, 1.0, 0.7, 0.4, 0.2, 0.2], abs=1e-15)
+
+
+def test_empirical_tail_equals_raw_samples(samples):
+    null = empirical_null(pooled(samples))
+    points = np.arange(-6 * 64, 64) / 64  # on the edges the count is exact
+    raw = (1 + (samples[None] >= points[:, None]).sum(1)) / (N + 1)
+    np.testing.assert_allclose(null.p_values(torch.from_numpy(points)).numpy(), raw, rtol=0, atol=1e-15)
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_held_out_p_values_are_uniform(estimator):
+    rng = np.random.default_rng(11)
+    null = fit_null(pooled(rng.normal(-2.0, 0.7, 200_000)), estimator)
+    p = null.p_values(torch.from_numpy(rng.normal(-2.0, 0.7, N).astype(np.float32))).numpy()
+    # the 1 % point of the one-sample statistic is 1.63 / sqrt(n) = 0.0115; the null's own sampling adds a third
+    assert scipy.stats.kstest(p, "uniform").statistic < 0.014
+
+
+def test_shifted_experts_pool_like_raw_samples():
+    rng = np.random.default_rng(3)
+    raw = rng.normal(-2.0, 0.6, (2, 3, 4000)).astype(np.float32)
+    scale, offset = torch.tensor([[1.0, 1.0, 2.0]] * 2), torch.tensor([[0.1, -0.73, 0.4], [1.3, 0.0, -0.2]])
+    shifted = raw * scale.numpy()[..., None] + offset.numpy()[..., None]
+    for layer, of in ((None, shifted.ravel()), (1, shifted[1].ravel())):
+        null = empirical_null(pool_counts(histogram_of(raw), scale, offset, layer))
+        points = np.linspace(-5, 1, 50)
+        exact = (1 + (of[None] >= points[:, None]).sum(1)) / (len(of) + 1)
+        # a count moves at most within its bin, twice as wide for the scale 2: density 0.7 x 2/64
+        np.testing.assert_allclose(null.p_values(torch.from_numpy(points)).numpy(), exact, atol=0.01)
+        assert null.num == len(of)
+
+
+def test_silverman_is_that_of_the_raw_samples(samples):
+    from KDEpy.bw_selection import silvermans_rule
+
+    # samples sit at bin centres: the spread differs by at most 1/64 / sqrt(12) of 0.8
+    assert silverman_bandwidth(pooled(samples)) == pytest.approx(silvermans_rule(samples[:, None]), rel=1e-3)
+
+
+def test_silverman_uses_the_number_of_samples_not_of_bins(samples):
+    few = pooled(samples)
+    many = PooledCounts(few.edges_G, few.counts_G * 100, few.num * 100)
+    assert silverman_bandwidth(many) == pytest.approx(silverman_bandwidth(few) * 100**-0.2, rel=1e-4)
+
+
+def test_isj_is_kdepys_fixed_point_on_the_length_of_its_grid(samples):
+    """KDEpy multiplies the root by the range of the data instead of the length of its grid: undone here."""
+    from KDEpy.bw_selection import improved_sheather_jones
+    from KDEpy.utils import autogrid
+
+    data = samples[:, None]
+    grid = autogrid(data, boundary_abs=6, num_points=2**10, boundary_rel=0.5)
+    theirs = improved_sheather_jones(data) * np.ptp(grid) / np.ptp(data)
+    assert isj_bandwidth(pooled(samples)) == pytest.approx(theirs, rel=0.01)
+
+
+def test_isj_of_a_normal_sample_is_near_the_optimum():
+    rng = np.random.default_rng(8)
+    optimum = 1.06 * 0.7 * N**-0.2  # Silverman 1986, eq. 3.28
+    assert isj_bandwidth(pooled(rng.normal(-3.0, 0.7, N))) == pytest.approx(optimum, rel=0.1)
+
+
+def test_isj_refuses_degenerate_samples():
+    with pytest.raises(CalibrationError, match="found no bandwidth for these samples; use bandwidth="):
+        isj_bandwidth(PooledCounts(np.array([0.0, 1 / 64]), np.array([1.0]), 1))
+
+
+def test_kde_tail_is_scipys(samples):
+    size = 0.15
+    null = kde_null(pooled(samples), bandwidth=size)
+    exact = scipy.stats.gaussian_kde(samples, bw_method=size / samples.std(ddof=1))
+    for point in (-5.0, -3.5, -2.0, -1.0, -0.3):
+        tail = (1 + N * exact.integrate_box_1d(point, np.inf)) / (N + 1)
+        # binning moves samples by up to 1/128, of which the convolution averages out all but the second order
+        assert float(null.p_values(torch.tensor([point]))) == pytest.approx(tail, abs=2e-4)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_kernels_have_the_bandwidth_as_standard_deviation(kernel):
+    """One sample: the density is the kernel itself."""
+    single = PooledCounts(np.array([0.0, 1 / BINS_PER_UNIT]), np.array([1.0e6]), 10**6)
+    null = kde_null(single, kernel=kernel, bandwidth=0.5)
+    density, x = -np.diff(null.survival_G.numpy()), null.grid_G.numpy()
+    centres = (x[1:] + x[:-1]) / 2
+    mean = (density * centres).sum() / density.sum()
+    assert mean == pytest.approx(1 / 128, abs=1e-6)
+    # tophat and triangular end between two grid points: 1/64 of the bandwidth
+    spread = np.sqrt((density * (centres - mean) ** 2).sum() / density.sum())
+    assert spread == pytest.approx(0.5, rel=0.03)
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_far_tails(estimator, samples):
+    null = fit_null(pooled(samples), estimator)
+    p = null.p_values(torch.tensor([-200.0, 200.0, float("inf"), float("-inf"), float("nan")]))
+    assert p[0] == p[3] == p[4] == 1.0
+    assert 0.0 < p[1] == p[2] <= 1 / (N + 1) + 1e-15
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_p_values_never_increase(estimator, samples):
+    null = fit_null(pooled(samples), estimator)
+    edges = np.arange(-7 * 64, 2 * 64) / 64
+    near = np.nextafter(edges.astype(np.float32), np.float32(np.inf))
+    below = np.nextafter(edges.astype(np.float32), np.float32(-np.inf))
+    points = np.sort(np.concatenate((edges.astype(np.float32), near, below, samples.astype(np.float32))))
+    p = null.p_values(torch.from_numpy(points))
+    assert bool((p[1:] <= p[:-1]).all())
+    assert len(p.unique()) > 100
+
+
+NULLS = {e: fit_null(pooled(np.random.default_rng(2).normal(-2.5, 0.8, 3000)), e) for e in ESTIMATORS}
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+@given(
+    values=st.lists(st.floats(-8.0, 3.0, width=32), min_size=1, max_size=30),
+    critical=st.lists(st.floats(1e-9, 0.999), min_size=1, max_size=8),
+)
+@settings(max_examples=60, deadline=None)
+def test_thresholds_say_what_p_values_say(estimator, values, critical):
+    null = NULLS[estimator]
+    critical_E = torch.tensor(critical, dtype=torch.float64)
+    thresholds_E = smallest_passing(null, critical_E)
+    finite = thresholds_E[torch.isfinite(thresholds_E)]
+    nearby = [t for edge in finite for t in (edge, edge.nextafter(finite.new_tensor(-torch.inf)))]
+    s_T1 = torch.stack([torch.tensor(v) for v in values] + nearby).float().unsqueeze(1)
+    assert torch.equal(s_T1 >= thresholds_E, null.p_values(s_T1) <= critical_E)
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_critical_values_that_are_attained_exactly(estimator):
+    """Ties at the boundary: critical values that are p-values themselves."""
+    rng = np.random.default_rng(4)
+    null = fit_null(pooled(rng.normal(0.0, 1.0, 500)), estimator)
+    s_T = torch.from_numpy(rng.normal(0.5, 1.0, 200).astype(np.float32))
+    critical_T = null.p_values(s_T)
+    thresholds_T = smallest_passing(null, critical_T)
+    assert bool((s_T >= thresholds_T).all())
+    assert torch.equal(null.p_values(thresholds_T) <= critical_T, torch.ones(200, dtype=torch.bool))
+
+
+def test_threshold_is_infinite_where_nothing_passes(samples):
+    null = empirical_null(pooled(samples))
+    thresholds = smallest_passing(null, torch.tensor([0.5 / N, 1.0 / (N + 1), 1.0], dtype=torch.float64))
+    assert thresholds[0] == float("inf")
+    assert thresholds[1] == pytest.approx(samples.max(), abs=1 / 64)
+    assert thresholds[2] == torch.finfo(torch.float32).min  # p = 1 passes everywhere
+
+
+def test_grid_null_on_uneven_points():
+    null = GridNull(
+        torch.tensor([0.0, 1.0, 5.0]).double(), torch.tensor([1.0, 0.5, 0.1], dtype=torch.float64), 0
+    )
+    assert null.p_values(torch.tensor([0.5, 3.0, 5.0])).tolist() == pytest.approx([0.75, 0.3, 0.1])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"estimator": "spline"}, "unknown estimator 'spline'; expected one of empirical, kde, normal."),
+        ({"estimator": "kde", "kernel": "cosine"}, "unknown kernel 'cosine'; expected one of gaussian, "),
+        (
+            {"estimator": "kde", "bandwidth": "scott"},
+            "unknown bandwidth 'scott'; expected one of silverman, ",
+        ),
+        ({"estimator": "kde", "bandwidth": 0.0}, "bandwidth must be above 0, got 0.0."),
+    ],
+)
+def test_unknown_names(arguments, message, samples):
+    with pytest.raises(InvalidParameterError, match=message):
+        fit_null(pooled(samples), **arguments)
+
+
+def test_nothing_to_estimate_from():
+    empty = PooledCounts(np.array([0.0, 1.0]), np.array([0.0]), 0)
+    with pytest.raises(
+        CalibrationError, match=r"^there are no null samples to estimate a distribution from\.$"
+    ):
+        fit_null(empty)
+    constant = PooledCounts(np.array([0.0, 1.0]), np.array([9.0]), 9)
+    with pytest.raises(CalibrationError, match="do not vary, so that no normal distribution fits them"):
+        fit_null(constant, "normal")
