@@ -53,6 +53,8 @@ class RoutingContext:
         What the model does with the selected scores.
     score : str
         A key of `bh_routing.statistic.LOG_SCORES`.
+    scale : float
+        A raw weight is the score times this.
     can_widen : bool
         Whether scores of experts beyond the router's own choice are known (plain softmax or sigmoid).
     device : torch.device
@@ -71,6 +73,7 @@ class RoutingContext:
     top_k: int
     convention: Convention = "unknown"
     score: str = "softmax"
+    scale: float = 1.0
     can_widen: bool = False
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     shape: tuple[int, int] | None = None
@@ -247,7 +250,7 @@ class _CountPolicy(RoutingPolicy):
         """Turn a decision over all E experts into one over the max_k most significant."""
         assert self.max_k is not None
         experts_TC = statistic_TE.argsort(dim=-1, descending=True, stable=True)[:, : self.max_k]
-        scores_TE = LOG_SCORES[context.score](at_least_float32(logits_TE)).exp()
+        scores_TE = LOG_SCORES[context.score](at_least_float32(logits_TE)).exp() * context.scale
         return self.widen(
             Kept(kept_TE.keep_TK.gather(-1, experts_TC), kept_TE.counts_T, kept_TE.raw_counts_T),
             scores_TE.gather(-1, experts_TC),

@@ -9,6 +9,7 @@ import copy
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -19,6 +20,7 @@ from ..policies import RoutingContext, RoutingPolicy
 from ..routing import RoutingDecision
 from ..telemetry import Telemetry
 from . import experts as skip_aware
+from .adapters import flat_experts
 from .forward import ForwardInfo, ForwardObserver, find_observers
 from .instance import InstancePatch, execution_device, find_patch
 from .plan import LayerPlan, PatchPlan
@@ -50,21 +52,25 @@ class RouterPatch(InstancePatch):
         change: bool,
         keep_indices: bool,
     ) -> None:
-        super().__init__(layer.router)
+        super().__init__(layer.call.module, layer.call.attribute)
         self.layer, self.context, self.policy = layer, context, policy
         self.info, self.telemetry, self.link = info, telemetry, link
         self.change, self.keep_indices = change, keep_indices
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
         outputs = self.inner(*args, **kwargs)
-        logits_TE, weights_TK, experts_TK = self.layer.read(outputs)
+        logits_TE, weights_TK, experts_TK = self.layer.read(outputs, args, kwargs)
         if logits_TE.device != self.context.device:
             raise PatchError(
                 f"{self.layer.path}: expected router logits on {self.context.device}, where it was patched, got "
                 f"{logits_TE.device}; unpatch the model before moving it, and patch it anew."
             )
         context = self.context if self.info is None else self.info.complete(self.context, logits_TE)
-        decision = self.policy.decide(logits_TE, weights_TK, experts_TK, context)
+        factors_E = self.layer.expert_factors_E
+        if factors_E is None:
+            decision = self.policy.decide(logits_TE, weights_TK, experts_TK, context)
+        else:
+            decision = decide_with_factors(self.policy, logits_TE, weights_TK, experts_TK, context, factors_E)
         if self.telemetry is not None:
             self.telemetry.update(context, decision, logits_TE)
         if not self.change:
@@ -75,8 +81,30 @@ class RouterPatch(InstancePatch):
         if self.keep_indices:  # skip="zero": an index the experts know, with weight 0
             spare_TK = experts_TK if chosen_TK.shape == experts_TK.shape else experts_TK[:, :1]
             chosen_TK = torch.where(chosen_TK == context.empty, spare_TK, chosen_TK)
-        assert self.layer.positions is not None
-        return self.layer.positions.replace(outputs, decision.weights_TK, chosen_TK)
+        return self.layer.replace(outputs, args, kwargs, decision.weights_TK, chosen_TK)
+
+
+def decide_with_factors(
+    policy: RoutingPolicy,
+    logits_TE: Tensor,
+    weights_TK: Tensor,
+    experts_TK: Tensor,
+    context: RoutingContext,
+    factors_E: Tensor,
+) -> RoutingDecision:
+    """Decide on weights before a router's factors per expert, and put the factors back.
+
+    Such a router renormalises first and multiplies afterwards: the rule that renormalises over the kept experts
+    must see the weights in between. Rows of which nothing was dropped stay the router's own, bit for bit.
+    """
+    factors_TK = factors_E.to(weights_TK.dtype)[experts_TK]
+    decision = policy.decide(logits_TE, weights_TK / factors_TK, experts_TK, context)
+    whole_T1 = ~decision.dropped_TK.any(-1, keepdim=True)
+    return replace(
+        decision,
+        weights_TK=torch.where(whole_T1, weights_TK, decision.weights_TK * factors_TK),
+        own_weights_TK=weights_TK,
+    )
 
 
 class ExpertsPatch(InstancePatch):
@@ -87,12 +115,12 @@ class ExpertsPatch(InstancePatch):
     ) -> None:
         assert layer.experts is not None
         super().__init__(layer.experts)
-        self.empty = layer.context.empty
+        self.ids = layer.ids
         self.link, self.means_EH, self.compact = link, means_EH, compact
 
     def run(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         if self.compact:
-            out_TH = skip_aware.compacted(self.inner, self.empty, hidden_states, top_k_index, top_k_weights)
+            out_TH = skip_aware.compacted(self.inner, self.ids, hidden_states, top_k_index, top_k_weights)
         else:
             out_TH = self.inner(hidden_states, top_k_index, top_k_weights)
         if self.link is None or self.means_EH is None:
@@ -181,7 +209,7 @@ class RoutingPatch:
         if self._pieces:
             raise PatchError("this patch is applied already; remove() it first.")
         for layer in self.plan.layers:
-            for path, module in ((layer.path, layer.router), (layer.experts_path, layer.experts)):
+            for path, module in ((layer.path, layer.call.module), (layer.experts_path, layer.experts)):
                 if module is not None and (found := find_patch(module)) is not None:
                     raise PatchError(
                         f"{path} is already patched ({type(found).__name__}); unpatch the model first "
@@ -268,6 +296,13 @@ def skip_mode(layer: LayerPlan, skip: Skip) -> str:
                 "skip='auto' or 'zero' (weight 0, index kept), got skip='compact'."
             )
         return "zero"
+    if not layer.ids.can_compact:
+        if skip == "compact":
+            raise UnsupportedModelError(
+                f"{layer.experts_path} ({type(experts).__name__}) needs several slots per token and has no expert "
+                "that costs nothing: expected skip='auto' or 'zero' (weight 0, index kept), got skip='compact'."
+            )
+        return "zero"
     return "registry" if skip_aware.uses_registry(experts) else "wrapper"
 
 
@@ -302,12 +337,12 @@ class _Watch(InstancePatch):
     """Shows a router's own choice to a function, changing nothing."""
 
     def __init__(self, layer: LayerPlan, info: ForwardInfo | None, on_choice: Callable[..., None]) -> None:
-        super().__init__(layer.router)
+        super().__init__(layer.call.module, layer.call.attribute)
         self.layer, self.info, self.on_choice = layer, info, on_choice
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
         outputs = self.inner(*args, **kwargs)
-        logits_TE, weights_TK, experts_TK = self.layer.read(outputs)
+        logits_TE, weights_TK, experts_TK = self.layer.read(outputs, args, kwargs)
         context = self.layer.context
         if self.info is not None:
             context = self.info.complete(context, logits_TE)
@@ -324,7 +359,10 @@ class _Around(InstancePatch):
         self.layer, self.around = layer, around
 
     def run(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        return self.around(self.layer, self.inner, hidden_states, top_k_index, top_k_weights)
+        inner = flat_experts(self.inner, self.layer.ids)
+        hidden_TH = hidden_states.reshape(-1, hidden_states.shape[-1])
+        out_TH = self.around(self.layer, inner, hidden_TH, top_k_index, top_k_weights)
+        return out_TH.reshape(hidden_states.shape)
 
 
 @contextmanager

@@ -8,12 +8,19 @@ module whose class is called exactly ``OlmoeTopKRouter`` counts without either, 
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
 from ..errors import NoRoutersError, UnsupportedModelError
+from .adapters import router_call
+from .contract import call_through, hidden_size
+from .instance import InstancePatch, execution_device, find_patch
+
+logger = logging.getLogger(__name__)
 
 BARE_ROUTER = "OlmoeTopKRouter"
 
@@ -67,10 +74,11 @@ def find_sites(model: nn.Module) -> list[RouterSite]:
         If there is none; the message lists what was looked for and what the model has.
     """
     model_type = getattr(getattr(model, "config", None), "model_type", None)
-    if model_type in REFUSED:
-        raise UnsupportedModelError(
-            f"{model_type} models cannot be routed by this library: {REFUSED[model_type]}."
-        )
+    for refused in (model_type, *_inner_types(model)):
+        if refused in REFUSED:
+            raise UnsupportedModelError(
+                f"{refused} models cannot be routed by this library: {REFUSED[refused]}."
+            )
     modules = dict(model.named_modules())
     recorded = {
         id(module)
@@ -107,6 +115,68 @@ def find_sites(model: nn.Module) -> list[RouterSite]:
     return sites
 
 
+def _inner_types(model: nn.Module) -> Iterator[str | None]:
+    """config.model_type of every transformers model inside (the text model of a composite, for example)."""
+    for submodel in model.modules():
+        if hasattr(submodel, "_can_record_outputs"):
+            yield getattr(getattr(submodel, "config", None), "model_type", None)
+
+
+def check_reachable(sites: list[RouterSite]) -> None:
+    """Refuse models whose blocks were replaced so that their router is never called (a hub kernel, for example).
+
+    Blocks whose forward is not their class's own are run once on random tokens; a block that ends without
+    calling its router bypasses it. A router whose own forward was replaced is served as it is: the patch goes
+    around what is there.
+
+    Raises
+    ------
+    UnsupportedModelError
+        If any router is bypassed.
+    """
+    bypassed = []
+    for site in sites:
+        replaced = None if site.parent is None else _replaced_forward(site.parent)
+        if replaced is None or site.parent is None:
+            if (other := _replaced_forward(site.router)) is not None:
+                logger.info(
+                    "router %s: its forward was replaced by %s, which stays and runs.", site.path, other
+                )
+            continue
+        width = hidden_size(site.router)
+        parameter = next(site.router.parameters(), None)
+        call = router_call(site.router, site.parent)
+        if width is None or parameter is None or find_patch(call.module, call.attribute) is not None:
+            continue
+        x_TH = torch.zeros(2, width, dtype=parameter.dtype, device=execution_device(site.router))
+        with torch.no_grad():
+            if call_through(site.parent, call.module, call.attribute, x_TH)[1]:
+                bypassed.append((site, replaced))
+    if bypassed:
+        site, replaced = bypassed[0]
+        raise UnsupportedModelError(
+            f"router {site.path} ({type(site.router).__name__}) is never called: the forward of its block "
+            f"{type(site.parent).__name__} was replaced by {replaced}, which routes by itself; {len(bypassed)} of "
+            f"{len(sites)} routers are bypassed. Expected a block that calls its router: load the model with "
+            "use_kernels=False (no kernel for the whole block)."
+        )
+
+
+def _replaced_forward(module: nn.Module) -> str | None:
+    """Where a module's forward comes from, if it is neither its class's own, nor ours, nor accelerate's."""
+    own = module.__dict__.get("forward")
+    if isinstance(own, InstancePatch) or hasattr(module, "_hf_hook"):
+        own = None
+    if own is None:
+        function = inspect.unwrap(type(module).forward)
+        home = getattr(function, "__module__", None)
+        defined = {cls.__module__ for cls in type(module).__mro__}
+        return None if home in defined or home is None else f"{home}.{function.__qualname__}"
+    function = getattr(own, "__func__", own)
+    name = getattr(function, "__qualname__", type(function).__name__)
+    return f"{getattr(function, '__module__', '?')}.{name}"
+
+
 def _routes_by_token_id(router: nn.Module) -> bool:
     """A hash router: it has nothing learned to test, the token id alone decides."""
     try:
@@ -127,6 +197,8 @@ def _nothing_found(model: nn.Module, model_type: str | None) -> str:
     )
     found = f"modules that look related: {', '.join(likely)}" if likely else "no module that looks like one"
     kind = f" of type {model_type!r}" if model_type else ""
+    if getattr(model, "_use_kernels", False):
+        found += "; its modules may have been replaced by kernels, load it with use_kernels=False"
     return (
         f"No {BARE_ROUTER} modules found, nor any other router: expected a Mixture-of-Experts model whose "
         f"layers have `experts` beside a `gate` or `router`, got {type(model).__name__}{kind} with {found}. "

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .adapters import ExpertIds, flat_experts
+
 IMPLEMENTATION = "bh_routing"
 
 ExpertsForward = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -36,24 +38,28 @@ def uses_registry(experts: nn.Module) -> bool:
 
 
 def compacted(
-    inner: ExpertsForward, num_experts: int, hidden_TH: Tensor, experts_TK: Tensor, weights_TK: Tensor
+    inner: ExpertsForward, ids: ExpertIds, hidden_states: Tensor, experts_TK: Tensor, weights_TK: Tensor
 ) -> Tensor:
     """Run only the kept pairs through any experts forward, as top-1 with its weight; sum in float32.
 
-    One ``nonzero``: on a GPU it synchronises, and its shape depends on the data.
+    One ``nonzero``: on a GPU it synchronises, and its shape depends on the data. Where nothing is empty, the
+    experts run as they are, and the result is their own, bit for bit.
     """
     slots = experts_TK.shape[-1]
-    pair_P = (experts_TK.reshape(-1) < num_experts).nonzero().squeeze(-1)
+    pair_P = (experts_TK.reshape(-1) < ids.empty).nonzero().squeeze(-1)
+    if pair_P.numel() == experts_TK.numel():
+        return inner(hidden_states, experts_TK, weights_TK)
+    hidden_TH = hidden_states.reshape(-1, hidden_states.shape[-1])
     token_P = pair_P // slots
     out_TH = torch.zeros(hidden_TH.shape, dtype=torch.float32, device=hidden_TH.device)
     if pair_P.numel():
-        out_PH = inner(
+        out_PH = flat_experts(inner, ids)(
             hidden_TH[token_P],
             experts_TK.reshape(-1)[pair_P].unsqueeze(-1),
             weights_TK.reshape(-1)[pair_P].unsqueeze(-1),
         )
         out_TH = out_TH.index_add(0, token_P, out_PH.float())
-    return out_TH.to(hidden_TH.dtype)
+    return out_TH.to(hidden_states.dtype).reshape(hidden_states.shape)
 
 
 def skip_experts_forward(

@@ -18,19 +18,25 @@ from ..errors import PatchError
 _SLOTS = ("forward", "_old_forward")  # accelerate keeps the hooked forward in the second
 
 
+def _slots(attribute: str) -> tuple[str, ...]:
+    return _SLOTS if attribute == "forward" else (attribute,)
+
+
 class InstancePatch:
-    """Replaces the forward of one module; subclasses say what runs instead, in `run`.
+    """Replaces the forward (or another method) of one module; subclasses say what runs instead, in `run`.
 
     Attributes
     ----------
     module : nn.Module
         The patched module.
+    attribute : str
+        The method that is replaced.
     active : bool
         False once removed: the object then only calls what it replaced.
     """
 
-    def __init__(self, module: nn.Module) -> None:
-        self.module = module
+    def __init__(self, module: nn.Module, attribute: str = "forward") -> None:
+        self.module, self.attribute = module, attribute
         self.previous: Any = None  # the instance attribute that was there, None if there was none
         self.active = False
 
@@ -42,12 +48,13 @@ class InstancePatch:
         PatchError
             If the module is already patched by this library.
         """
-        if (found := find_patch(self.module)) is not None:
+        if (found := find_patch(self.module, self.attribute)) is not None:
             raise PatchError(
                 f"{type(self.module).__name__} is already patched ({type(found).__name__}); "
                 "unpatch it first, or use set_level() to change the level of the patch in place."
             )
-        slot = "_old_forward" if "_old_forward" in self.module.__dict__ else "forward"
+        slots = _slots(self.attribute)
+        slot = slots[-1] if slots[-1] in self.module.__dict__ else slots[0]
         self.previous = self.module.__dict__.get(slot)
         self.active = True
         setattr(self.module, slot, self)
@@ -56,12 +63,12 @@ class InstancePatch:
         """Undo `install`; safe to call twice."""
         self.active = False
         attributes = self.module.__dict__
-        for slot in _SLOTS:
+        for slot in _slots(self.attribute):
             if attributes.get(slot) is not self:
                 continue
             if self.previous is not None:
                 setattr(self.module, slot, self.previous)
-            elif slot == "forward":
+            elif slot == self.attribute:
                 delattr(self.module, slot)
             else:  # hooked by accelerate after the patch: give it the class's own forward back
                 self.module._old_forward = type(self.module).forward.__get__(self.module)
@@ -70,7 +77,7 @@ class InstancePatch:
         """What the module would run without this patch."""
         if self.previous is not None:
             return self.previous(*args, **kwargs)
-        return type(self.module).forward(self.module, *args, **kwargs)
+        return getattr(type(self.module), self.attribute)(self.module, *args, **kwargs)
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
         """What runs in place of the module's forward."""
@@ -84,13 +91,11 @@ class InstancePatch:
         return f"{type(self).__name__}({type(self.module).__name__}, {state})"
 
 
-def find_patch(module: nn.Module) -> InstancePatch | None:
-    """The active patch of this library on a module, or None."""
-    for slot in _SLOTS:
-        found = module.__dict__.get(slot)
-        if isinstance(found, InstancePatch) and found.active:
-            return found
-    return None
+def find_patch(module: nn.Module, attribute: str | None = None) -> InstancePatch | None:
+    """The active patch of this library on a module (on one of its methods, if named), or None."""
+    attributes = module.__dict__
+    held = attributes.values() if attribute is None else map(attributes.get, _slots(attribute))
+    return next((found for found in held if isinstance(found, InstancePatch) and found.active), None)
 
 
 def execution_device(module: nn.Module) -> torch.device:
@@ -98,7 +103,8 @@ def execution_device(module: nn.Module) -> torch.device:
     parameter = next(module.parameters(), None)
     device = torch.device("cpu") if parameter is None else parameter.device
     if device.type == "meta":
-        planned = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
-        if planned is not None:
-            return torch.device("cuda", planned) if isinstance(planned, int) else torch.device(planned)
+        for part in module.modules():  # the hook is on whatever holds the weights
+            planned = getattr(getattr(part, "_hf_hook", None), "execution_device", None)
+            if planned is not None:
+                return torch.device("cuda", planned) if isinstance(planned, int) else torch.device(planned)
     return device

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -11,8 +12,9 @@ from torch import nn
 from ..errors import UnsupportedModelError
 from ..policies import RoutingContext
 from ..routing import Convention
-from .contract import Contract, RouterOutputs, match_outputs, probe
-from .discovery import RouterSite, find_sites
+from .adapters import ExpertIds, RouterCall, expert_ids, router_call
+from .contract import Contract, Reading, RouterOutputs, match_outputs, probe
+from .discovery import RouterSite, check_reachable, find_sites
 from .instance import execution_device
 
 
@@ -31,7 +33,13 @@ class LayerPlan:
     owner : nn.Module or None
         The nearest transformers model around the router: its forward tells the mask and the shape.
     probed : bool
-        Whether the router could be run by itself; else its contract is checked at the first real call.
+        Whether the router could be run; else its contract is checked at the first real call.
+    call : RouterCall
+        What is called to route, and patched.
+    ids : ExpertIds
+        Which indices the experts know.
+    reading : Reading
+        How the router makes its weights.
     """
 
     path: str
@@ -42,9 +50,15 @@ class LayerPlan:
     owner: nn.Module | None
     probed: bool
     positions: RouterOutputs | None = field(default=None)
+    call: RouterCall
+    ids: ExpertIds
+    reading: Reading = field(default_factory=Reading)
 
-    def read(self, outputs: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """(logits_TE, weights_TK, experts_TK) from the router's return value, checked against the plan."""
+    def read(
+        self, outputs: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(logits_TE, weights_TK, experts_TK) from a routing call, checked against the plan."""
+        outputs = self.call.canonical(args, kwargs or {}, outputs)
         if self.positions is None:
             positions = match_outputs(outputs, self.path)
             logits, weights, experts = positions.read(outputs)
@@ -58,6 +72,27 @@ class LayerPlan:
             self.positions = positions
             return logits, weights, experts
         return self.positions.read(outputs)
+
+    def replace(
+        self,
+        outputs: Any,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        weights_TK: torch.Tensor,
+        experts_TK: torch.Tensor,
+    ) -> Any:
+        """The routing call's result with other weights and indices; everything else untouched."""
+        assert self.positions is not None
+        full = self.call.canonical(args, kwargs, outputs)
+        return self.call.original(self.positions.replace(full, weights_TK, experts_TK))
+
+    @property
+    def expert_factors_E(self) -> torch.Tensor | None:
+        """Factors per expert on the renormalised weights, [E], where the router has them."""
+        name = self.reading.per_expert
+        if not name or self.context.convention != "renormalised":
+            return None
+        return self.router.get_parameter(name)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -118,27 +153,43 @@ def make_plan(model: nn.Module) -> PatchPlan:
             f"the weights of router {on_meta[0]} are on the meta device: load the model's weights (or dispatch "
             "it with offloading) before patching it."
         )
+    check_reachable(sites)
     owners = _owners(model)
-    layers = [_plan_layer(model, site, index, owners.get(site.path)) for index, site in enumerate(sites)]
+    layers = []
+    for index, site in enumerate(sites):
+        try:
+            layers.append(_plan_layer(model, site, index, owners.get(site.path)))
+        except UnsupportedModelError as error:
+            found = ", ".join(f"{s.path} ({type(s.router).__name__})" for s in sites[:4])
+            more = f" and {len(sites) - 4} more" if len(sites) > 4 else ""
+            raise UnsupportedModelError(
+                f"{error} Routers found in {type(model).__name__}: {found}{more}; each must keep that contract."
+            ) from error
     return PatchPlan(model_class=type(model).__name__, layers=tuple(layers))
 
 
 def _plan_layer(model: nn.Module, site: RouterSite, index: int, owner: nn.Module | None) -> LayerPlan:
     router, experts = site.router, site.experts
     config = _text_config(owner if owner is not None else model)
+    call = router_call(router, site.parent)
+
+    def probe_with(hidden: int | None = None) -> Contract | None:
+        return probe(
+            router,
+            site.path,
+            site.parent,
+            hidden,
+            canonical=lambda args, outputs: call.canonical(args, {}, outputs),
+            target=(call.module, call.attribute),
+        )
+
+    contract = probe_with()
     hidden = getattr(config, "hidden_size", None)
-    contract = probe(router, router.forward, site.path)
     if contract is None and isinstance(hidden, int):
-        contract = probe(router, router.forward, site.path, hidden)
-    num_experts = getattr(experts, "num_experts", None) or getattr(router, "num_experts", None)
+        contract = probe_with(hidden)
     if contract is None:
-        contract = _contract_from_attributes(router, config, num_experts, site.path)
-    convention = contract.convention
-    stated = getattr(router, "norm_topk_prob", None)
-    if isinstance(stated, bool):
-        convention = "renormalised" if stated else "raw"
-    elif owner is None:
-        convention = "unknown"  # a mock that states no convention
+        contract = _contract_from_attributes(router, experts, config, site.path)
+    reading, ids = contract.reading, expert_ids(experts, contract.num_logits)
     return LayerPlan(
         path=site.path,
         router=router,
@@ -147,22 +198,38 @@ def _plan_layer(model: nn.Module, site: RouterSite, index: int, owner: nn.Module
         owner=owner,
         probed=contract.positions is not None,
         positions=contract.positions,
+        call=call,
+        ids=ids,
+        reading=reading,
         context=RoutingContext(
             path=site.path,
             index=index,
             num_experts=contract.num_logits,
-            empty=num_experts if isinstance(num_experts, int) else contract.num_logits,
+            empty=ids.empty,
             top_k=contract.top_k,
-            convention=convention,
-            score=contract.score,
-            can_widen=contract.plain and contract.num_logits == (num_experts or contract.num_logits),
+            convention=_convention(router, reading, mock=owner is None),
+            score=reading.score,
+            scale=reading.scale if reading.convention == "raw" else 1.0,
+            can_widen=reading.plain and contract.num_logits == ids.empty,
             device=execution_device(router),
         ),
     )
 
 
-def _contract_from_attributes(router: nn.Module, config: Any, experts: int | None, path: str) -> Contract:
-    """Sizes as the router or its config states them, for a router that cannot be run by itself."""
+def _convention(router: nn.Module, reading: Reading, *, mock: bool) -> Convention:
+    """What the numbers say; else what the router states; else nothing (mock) or weights left alone (model)."""
+    stated = getattr(router, "norm_topk_prob", None)
+    if not mock and reading.convention != "unknown":
+        return reading.convention
+    if isinstance(stated, bool):
+        return "renormalised" if stated else "raw"
+    return "unknown" if mock else "raw"
+
+
+def _contract_from_attributes(
+    router: nn.Module, experts: nn.Module | None, config: Any, path: str
+) -> Contract:
+    """Sizes as the router or its config states them, for a router that cannot be run at all."""
     top_k = next(
         (
             value
@@ -176,19 +243,14 @@ def _contract_from_attributes(router: nn.Module, config: Any, experts: int | Non
         ),
         None,
     )
-    if top_k is None or not isinstance(experts, int):
+    num_experts = getattr(experts, "num_experts", None) or getattr(router, "num_experts", None)
+    if top_k is None or not isinstance(num_experts, int):
         raise UnsupportedModelError(
             f"router {path} ({type(router).__name__}) does not tell how many experts it has and selects: "
             "expected attributes num_experts and top_k, or a forward that takes hidden states alone."
         )
-    return Contract(
-        positions=None,  # found at the first real call
-        num_logits=experts,
-        top_k=top_k,
-        score="sigmoid" if "sigmoid" in str(getattr(config, "scoring_func", "")) else "softmax",
-        convention="renormalised",
-        plain=False,
-    )
+    # Positions and widths are checked at the first real call.
+    return Contract(positions=None, num_logits=num_experts, top_k=top_k, reading=Reading())
 
 
 def _text_config(model: nn.Module) -> Any:
