@@ -61,21 +61,21 @@ test-all: $(DEV)
 	$(TEST) -n $(JOBS) $(ARGS)
 
 conformance: $(DEV)
-ifneq ($(wildcard tests/conformance),)
+ifneq ($(wildcard tests/conformance/test_*.py),)
 	$(TEST) -n $(JOBS) tests/conformance $(ARGS)
 else
 	$(call ABSENT,conformance,tests/conformance)
 endif
 
 test-vllm: $(DEV)
-ifneq ($(wildcard tests/vllm),)
+ifneq ($(wildcard tests/vllm/test_*.py),)
 	$(TEST) tests/vllm $(ARGS)
 else
 	$(call ABSENT,test-vllm,tests/vllm)
 endif
 
 test-browser: $(DEV)
-ifneq ($(wildcard tests/browser),)
+ifneq ($(wildcard tests/browser/test_*.py),)
 	$(TEST) tests/browser $(ARGS)
 else
 	$(call ABSENT,test-browser,tests/browser)

@@ -22,6 +22,7 @@ from .common import notes
 COMMANDS: dict[str, tuple[str, str]] = {
     "demo": ("demo", "the embedded model with its own routing and with BH routing, side by side"),
     "generate": ("generate", "continue a text under BH routing and print what the routers did"),
+    "calibrate": ("calibrate", "what a model's routers do on a text, once; saved to a file"),
     "inspect": ("inspect", "what a model's routers are, or what a calibration file holds"),
 }
 

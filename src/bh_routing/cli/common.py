@@ -191,7 +191,9 @@ def make_table(title: str | None, *columns: str, left: int = 1) -> Table:
         padding=(0, 2, 0, 0),
     )
     for i, name in enumerate(columns):
-        table.add_column(name, justify="left" if i < left else "right", overflow="fold")
+        table.add_column(
+            name, justify="left" if i < left else "right", overflow="fold", no_wrap=i < left == 1
+        )
     return table
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 import argparse
 
 from . import common
+from .calibrate import show_calibration
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -45,7 +46,7 @@ def _inspect_calibration(args: argparse.Namespace) -> None:
     from ..calibration import Calibration
 
     calibration = Calibration.load(args.what)
-    print(repr(calibration))
+    show_calibration(calibration)
     if args.plot is not None:
         from ..plots import plot_calibration
 

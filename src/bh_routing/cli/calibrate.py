@@ -1,0 +1,194 @@
+"""Calibrate a model on text: what its routers' statistics look like for experts that the model itself passed over,
+how large each expert's output is, and (--sensitivity) how much the loss feels it. Constant memory; the model is not
+changed. Levels, budgets and procedures are chosen later, from the same file.
+
+Several processes: torchrun --nproc-per-node N -m bh_routing calibrate MODEL --text FILE -o OUT.safetensors
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from ..errors import CalibrationError, InvalidParameterError, MissingDependencyError
+from . import common
+
+DATASET_TOKENS = 1_000_000  # where --max-tokens does not say: a data set may have no end
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="olmoe-nano, a folder, or a hub id")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--text", nargs="+", metavar="FILE", help="UTF-8 text, plain or .xz, .gz, .bz2")
+    source.add_argument(
+        "--dataset", metavar="HUB_ID", help="a data set of the hub, streamed (needs the extra `datasets`)"
+    )
+    parser.add_argument("-o", "--output", required=True, metavar="OUT.safetensors", help="the file to write")
+    parser.add_argument(
+        "--max-tokens", type=int, metavar="N", help="stop after N tokens (data set: default 1,000,000)"
+    )
+    parser.add_argument(
+        "--sensitivity", action="store_true", help="also loss sensitivities: a second pass, with backward"
+    )
+    parser.add_argument(
+        "--sensitivity-tokens", type=int, metavar="N", help="stop the second pass after N tokens"
+    )
+    parser.add_argument(
+        "--no-means", action="store_true", help="leave the experts' mean outputs out (no compensation)"
+    )
+    parser.add_argument(
+        "--no-outputs",
+        action="store_true",
+        help="leave the experts' outputs out: faster, logit and logprob only",
+    )
+    parser.add_argument(
+        "--temperature", type=float, default=1.0, metavar="T", help="divides the router logits (default 1)"
+    )
+    parser.add_argument(
+        "--window", type=int, metavar="N", help="tokens per window (default: the context, at most 512)"
+    )
+    parser.add_argument(
+        "--batch-tokens", type=int, default=4096, metavar="N", help="tokens per forward (default 4096)"
+    )
+    group = parser.add_argument_group("data set")
+    group.add_argument("--dataset-config", metavar="NAME", help="its configuration")
+    group.add_argument("--split", default="train", help="its split (default train)")
+    group.add_argument("--column", default="text", help="the column that holds the text (default text)")
+    common.add_model_arguments(parser)
+
+
+def run(args: argparse.Namespace) -> None:
+    _check_output(Path(args.output))
+    texts = _files(args.text) if args.text else _dataset(args)
+    from ..loading import check_device, check_dtype
+    from ..routing import check_temperature
+
+    check_device(args.device)
+    check_dtype(args.dtype)
+    check_temperature(args.temperature)
+
+    from ..collect import calibrate, distributed
+    from ..loading import load_model
+
+    model, tokenizer = load_model(args.model, device=args.device, dtype=args.dtype)
+    rank, world = distributed()
+    try:
+        calibration = calibrate(
+            model,
+            tokenizer,
+            texts,
+            max_tokens=args.max_tokens or (DATASET_TOKENS if args.dataset else None),
+            window=args.window,
+            batch_tokens=args.batch_tokens,
+            temperature=args.temperature,
+            outputs=not args.no_outputs,
+            means=not args.no_means,
+            sensitivity=args.sensitivity,
+            sensitivity_tokens=args.sensitivity_tokens,
+            seed=args.seed,
+            model_id=args.model,
+        )
+        if rank == 0:
+            calibration.save(args.output)
+    finally:
+        if world > 1:
+            import torch
+
+            torch.distributed.destroy_process_group()
+    if rank == 0:
+        show_calibration(calibration)
+        print()
+        common.print_text(
+            f"saved to {args.output} ({os.path.getsize(args.output) / 1e6:.1f} MB); use it with "
+            f"`bh-routing generate {args.model} -p TEXT --calibration {args.output} --experts 4`."
+        )
+
+
+# column of the printed table: key of Calibration.summary()
+COLUMNS = {
+    "top k": "top_k",
+    "log p passed over": "logprob unselected",
+    "selected": "logprob selected",
+    "unused": "unused",
+    "output": "output",
+    "deviation": "deviation",
+    "sensitivity": "sensitivity",
+}
+
+
+def show_calibration(calibration: Any) -> None:
+    """The summary of a calibration: what it holds, and a table per layer."""
+    head, *_ = repr(calibration).split("\n")
+    common.print_text(head)
+    rows = calibration.summary()
+    columns = {title: key for title, key in COLUMNS.items() if key in rows[0]}
+    table = common.make_table(None, "router", *columns)
+    for row in rows:
+        values = [row[key] for key in columns.values()]
+        table.add_row(row["router"], *(f"{v:.3g}" if isinstance(v, float) else str(v) for v in values))
+    common.print_table(common.make_console(), table)
+    print()
+    common.print_text(
+        "log p: mean log routing score of the experts that the model passed over and of those it selected; unused: "
+        "experts it never selected; output, deviation, sensitivity: median over experts of the output's size, of its "
+        "deviation from its mean, and of what the loss feels of that (where collected)."
+    )
+
+
+def _check_output(path: Path) -> None:
+    """Find out before the pass over the text, not after it, that the file cannot be written."""
+    if path.suffix != ".safetensors":
+        raise InvalidParameterError(
+            f"output must be a file name that ends in .safetensors, got {str(path)!r}."
+        )
+    folder = path.parent
+    if not folder.is_dir():
+        raise InvalidParameterError(
+            f"output must lie in a folder that exists, got {str(path)!r}; make {folder} first."
+        )
+    if path.is_dir() or not os.access(folder, os.W_OK):
+        raise InvalidParameterError(f"output must be a file that can be written, got {str(path)!r}.")
+
+
+def _files(paths: list[str]) -> Callable[[], Iterator[str]]:
+    from ..stream import TextFile
+
+    files = [TextFile(path) for path in paths]
+
+    def documents() -> Iterator[str]:
+        for file in files:
+            yield from file
+
+    return documents
+
+
+def _dataset(args: argparse.Namespace) -> Callable[[], Iterator[str]]:
+    try:
+        import datasets
+    except ImportError as error:
+        raise MissingDependencyError(
+            "--dataset needs the package datasets, which is not installed; pip install 'bh-routing[datasets]', or "
+            "give a file with --text."
+        ) from error
+
+    try:
+        rows = datasets.load_dataset(args.dataset, args.dataset_config, split=args.split, streaming=True)
+        columns = rows.column_names
+    except Exception as error:  # whatever the hub, the network or a loading script raises
+        reason = " ".join(str(error).split())[:200].rstrip(".")
+        raise CalibrationError(
+            f"expected to open the data set {args.dataset} (split {args.split}), got {type(error).__name__}: {reason}."
+        ) from error
+    if columns is not None and args.column not in columns:
+        raise InvalidParameterError(
+            f"column must be one of the data set's columns ({', '.join(columns)}), got {args.column!r}."
+        )
+
+    def documents() -> Iterator[str]:
+        for row in rows:
+            yield row[args.column]
+
+    return documents
