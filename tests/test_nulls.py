@@ -263,3 +263,40 @@ def test_nothing_to_estimate_from():
     constant = PooledCounts(np.array([0.0, 1.0]), np.array([9.0]), 9)
     with pytest.raises(CalibrationError, match="do not vary, so that no normal distribution fits them"):
         fit_null(constant, "normal")
+
+
+@pytest.mark.parametrize("estimator", ["empirical", "kde"])
+def test_an_exponential_tail_changes_nothing_among_the_samples(samples, estimator):
+    counts = pooled(samples)
+    plain, extended = fit_null(counts, estimator), fit_null(counts, estimator, extended=True)
+    inside = torch.linspace(-8.0, float(plain.grid_G[-1]), 5000, dtype=torch.float64).float()
+    inside = inside[inside.double() <= plain.grid_G[-1]]
+    assert torch.equal(plain.p_values(inside), extended.p_values(inside))
+
+
+def test_the_exponential_tail_has_the_rate_of_the_largest_samples():
+    rate = 3.0
+    values = np.random.default_rng(2).exponential(1.0 / rate, 200_000) - 5.0
+    counts = pooled(values)
+    null = fit_null(counts, extended=True)
+    # 2000 samples beyond the quantile: the mean excess has a standard error of 2.2 %; three of them
+    assert null.tail_rate == pytest.approx(rate, rel=0.07)
+    last = float(null.grid_G[-1])
+    far = torch.tensor([last + 1.0, last + 2.0])
+    p = null.p_values(far)
+    assert float(p[1] / p[0]) == pytest.approx(np.exp(-null.tail_rate), rel=1e-5)
+    assert float(p[0]) < 1.0 / (counts.num + 1)
+    critical = torch.tensor([1e-12, 1e-9, 1e-6, 1e-3], dtype=torch.float64)
+    thresholds = smallest_passing(null, critical)
+    assert torch.isfinite(thresholds).all()
+    below = torch.nextafter(thresholds, torch.tensor(-np.inf))
+    assert bool((null.p_values(thresholds) <= critical).all())
+    assert bool((null.p_values(below) > critical).all())
+
+
+def test_the_exponential_tail_never_increases(samples):
+    null = fit_null(pooled(samples), extended=True)
+    steps = torch.arange(200_000, dtype=torch.float64) * 2.0**-18
+    s = (float(null.grid_G[-1]) + steps).float()
+    assert bool((null.p_values(s).diff() <= 0).all())
+    assert float(null.p_values(torch.tensor([1e30]))) > 0.0

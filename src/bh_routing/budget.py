@@ -22,11 +22,16 @@ if TYPE_CHECKING:
 
 class Solution(NamedTuple):
     """A solved budget: the level (one per layer path for a budget per layer), what it selects on the
-    calibration text on average, and the table (None for a procedure without one)."""
+    calibration text on average, the table (None for a procedure without one), and the null's settings."""
 
     alpha: float | dict[str, float]
     mean_experts: float
     table: DecisionTable | None
+    settings: NullSettings
+
+
+class UnresolvedBudgetError(BudgetError):
+    """The mean jumps over the budget: too many statistics share one p-value."""
 
 
 class Counter:
@@ -98,7 +103,7 @@ def bisect(counters: list[Counter], budget: float, where: str, min_k: int) -> tu
             high, most = middle, value
     alpha, reached = (low, least) if budget - least < most - budget else (high, most)
     if abs(reached - budget) > max(tolerance, 1e-9):
-        raise BudgetError(
+        raise UnresolvedBudgetError(
             f"no level meets {budget:g} experts per token in {where} within 2 %: the mean jumps from "
             f"{least:.4g} to {most:.4g} on the calibration text; change the budget, or calibrate on more text."
         )

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .budget import Counter, Solution, bisect
+from .budget import Counter, Solution, UnresolvedBudgetError, bisect
 from .calibration_parts import SIZES, LayerRecord, Moments, NullSettings, Reservoir
 from .errors import (
     BudgetError,
@@ -140,6 +140,7 @@ class Calibration:
         estimator: str = "empirical",
         kernel: str = "gaussian",
         bandwidth: str | float = "silverman",
+        extended: bool = False,
         compensated: bool | None = None,
     ) -> NullSettings:
         """Resolve defaults to the recommended configuration, as far as this calibration supports it.
@@ -151,7 +152,7 @@ class Calibration:
         size : str, optional
             Default: ``sensitivity`` where it was collected; else ``deviation`` with compensation, ``output``
             without.
-        null, estimator, kernel, bandwidth
+        null, estimator, kernel, bandwidth, extended
             As in `NullSettings`.
         scope : str, optional
             Default: ``model`` for ``contribution`` and ``logprob``, whose units compare across layers;
@@ -192,6 +193,7 @@ class Calibration:
             estimator=estimator,
             kernel=kernel,
             bandwidth=bandwidth,
+            extended=extended,
         )
 
     def affine(self, settings: NullSettings) -> tuple[Tensor, Tensor]:
@@ -238,7 +240,13 @@ class Calibration:
                         "router passed over; calibrate on more text, or use null='all'."
                     )
                 nulls.append(
-                    fit_null(pooled, settings.estimator, kernel=settings.kernel, bandwidth=settings.bandwidth)
+                    fit_null(
+                        pooled,
+                        settings.estimator,
+                        kernel=settings.kernel,
+                        bandwidth=settings.bandwidth,
+                        extended=settings.extended,
+                    )
                 )
             if len(nulls) == 1:
                 nulls *= self.num_layers
@@ -393,7 +401,9 @@ class Calibration:
         """Find the level at which the mean number of experts over the whole model meets a budget.
 
         The mean is taken over the reservoir's tokens and all layers, after min_k, max_k and clamp. It is a
-        step function of the level; the nearest step is taken.
+        step function of the level; the nearest step is taken. Statistics beyond every null sample share the
+        p-value 1 / (n + 1); where a budget has to tell them apart, the null is extended by an exponential tail
+        (``extended=True`` in the settings that are returned), and the level is an ordering, not a rate.
 
         Parameters
         ----------
@@ -416,6 +426,28 @@ class Calibration:
         check_k(min_k, max_k, self.num_experts)
         check_clamp(clamp)
         per_layer = self._budgets(experts_per_token)
+        if per_layer is not None and not rule.has_table:
+            raise InvalidParameterError(
+                f"a budget per layer needs a procedure with a decision table; {rule.name!r} has none."
+            )
+        try:
+            return self._solve(experts_per_token, per_layer, rule, min_k, max_k, clamp, chosen)
+        except UnresolvedBudgetError:
+            if chosen.extended or chosen.estimator == "normal":
+                raise
+            longer = replace(chosen, extended=True)
+            return self._solve(experts_per_token, per_layer, rule, min_k, max_k, clamp, longer)
+
+    def _solve(
+        self,
+        experts_per_token: float | Mapping[str, float],
+        per_layer: dict[str, float] | None,
+        rule: Procedure,
+        min_k: int,
+        max_k: int | None,
+        clamp: Clamp,
+        chosen: NullSettings,
+    ) -> Solution:
         counters = [Counter(self, i, rule, chosen, min_k, max_k, clamp) for i in range(self.num_layers)]
         if per_layer is None:
             budget = _number(experts_per_token, "experts_per_token")
@@ -424,19 +456,15 @@ class Calibration:
             if rule.has_table:
                 thresholds_LE = self._thresholds([alpha] * self.num_layers, rule, chosen)
                 table = self._table(thresholds_LE, alpha, rule, chosen)
-            return Solution(alpha, mean, table)
+            return Solution(alpha, mean, table, chosen)
         solved = [
             bisect([counter], budget, f"layer {path}", min_k)
             for counter, (path, budget) in zip(counters, per_layer.items(), strict=True)
         ]
-        if not rule.has_table:
-            raise InvalidParameterError(
-                f"a budget per layer needs a procedure with a decision table; {rule.name!r} has none."
-            )
         alphas = [alpha for alpha, _ in solved]
         table = self._table(self._thresholds(alphas, rule, chosen), None, rule, chosen)
         mean = sum(mean for _, mean in solved) / len(solved)
-        return Solution(dict(zip(self.paths, alphas, strict=True)), mean, table)
+        return Solution(dict(zip(self.paths, alphas, strict=True)), mean, table, chosen)
 
     def _budgets(self, experts_per_token: float | Mapping[str, float]) -> dict[str, float] | None:
         if not isinstance(experts_per_token, Mapping):
@@ -498,8 +526,9 @@ class Calibration:
         rule = get_procedure(procedure)
         limits: dict[str, Any] = {"min_k": min_k, "max_k": max_k, "clamp": clamp}
         table: DecisionTable | None = None
+        chosen = self.settings(**settings)
         if experts_per_token is not None:
-            level, _, table = self.solve(
+            level, _, table, chosen = self.solve(
                 experts_per_token, rule, temperature=temperature, **limits, **settings
             )
         else:
@@ -509,7 +538,6 @@ class Calibration:
         if table is not None:
             return TablePolicy(table, weights=weights, **limits)
         self._check_temperature(temperature)
-        chosen = self.settings(**settings)
         fitted = self.fit(chosen)
 
         def p_values(logits_TE: Tensor, context: RoutingContext) -> Tensor:

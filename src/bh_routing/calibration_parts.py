@@ -174,6 +174,8 @@ class NullSettings:
     estimator : {"empirical", "kde", "normal"}
     kernel, bandwidth
         Of the KDE (`bh_routing.nulls.kde_null`).
+    extended : bool
+        Whether the null falls exponentially beyond its samples (`bh_routing.nulls.with_exponential_tail`).
     """
 
     statistic: str
@@ -183,6 +185,7 @@ class NullSettings:
     estimator: str
     kernel: str
     bandwidth: str | float
+    extended: bool = False
 
     def __post_init__(self) -> None:
         for name, allowed in (
@@ -207,4 +210,5 @@ class NullSettings:
         """One line for people."""
         size = f" ({self.size})" if self.size else ""
         how = f"{self.kernel} kde" if self.estimator == "kde" else self.estimator
-        return f"{self.statistic}{size}, {self.null} null per {self.scope}, {how}"
+        tail = ", exponential tail" if self.extended else ""
+        return f"{self.statistic}{size}, {self.null} null per {self.scope}, {how}{tail}"

@@ -11,7 +11,7 @@ say exactly what the p-values say.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
 import numpy as np
@@ -90,7 +90,7 @@ class Null(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class GridNull:
-    """A null whose p-value is linear between grid points, constant beyond them.
+    """A null whose p-value is linear between grid points, and constant (or `tail_rate`) beyond them.
 
     Attributes
     ----------
@@ -100,11 +100,14 @@ class GridNull:
         float64, non-increasing, in (0, 1]: the p-value at each grid point.
     num : int
         How many null samples it was estimated from (0: unknown).
+    tail_rate : float
+        Beyond the last grid point p falls as exp(-rate * distance); 0 keeps it constant.
     """
 
     grid_G: Tensor
     survival_G: Tensor
     num: int
+    tail_rate: float = 0.0
 
     def p_values(self, statistic: Tensor) -> Tensor:
         """p-values in float64; exactly non-increasing in the statistic."""
@@ -115,6 +118,10 @@ class GridNull:
         share = (s - grid_G[cell]) / (grid_G[cell + 1] - grid_G[cell])
         # Rounding must not carry the value past either end of the cell, or p would not be monotone.
         p = torch.minimum(left, torch.maximum(right, left + share * (right - left)))
+        if self.tail_rate:
+            # Distances in steps of 2^-20, far above the rounding of exp, which so cannot make p increase.
+            beyond = ((statistic.to(torch.float64) - grid_G[-1]) * 2.0**20).floor().clamp_min(0.0) / 2.0**20
+            p = (p * torch.exp(-self.tail_rate * beyond)).clamp_min(torch.finfo(torch.float64).tiny)
         return p.where(~torch.isnan(statistic), 1.0)
 
 
@@ -356,22 +363,43 @@ def isj_bandwidth(pooled: PooledCounts) -> float:
     )
 
 
+def with_exponential_tail(null: GridNull, pooled: PooledCounts, share: float = 0.01) -> GridNull:
+    """The same null, falling exponentially beyond its last grid point instead of staying at 1 / (n + 1).
+
+    The rate is 1 / the mean excess of the samples over their (1 - share) quantile: the exponential case of the
+    generalised Pareto tail that Knijnenburg et al. (2009) fit to a permutation null. Nothing below 1 / (n + 1)
+    is supported by samples; it serves to order statistics beyond all of them, where a budget needs that.
+    """
+    threshold = pooled.quantile(1.0 - share)
+    centres = (pooled.edges_G[1:] + pooled.edges_G[:-1]) / 2
+    beyond_G = np.where(centres > threshold, pooled.counts_G, 0.0)
+    excess = float((beyond_G * (centres - threshold)).sum() / max(beyond_G.sum(), 1e-300))
+    return replace(null, tail_rate=1.0 / max(excess, pooled.width))
+
+
 def fit_null(
     pooled: PooledCounts,
     estimator: str = "empirical",
     *,
     kernel: str = "gaussian",
     bandwidth: str | float = "silverman",
+    extended: bool = False,
 ) -> GridNull | NormalNull:
-    """A null of the named estimator. Raises `InvalidParameterError` for an unknown one."""
+    """A null of the named estimator; ``extended`` gives it an exponential tail (the normal null has its own).
+
+    Raises `InvalidParameterError` for an unknown estimator.
+    """
     if pooled.num < 1:
         raise CalibrationError("there are no null samples to estimate a distribution from.")
-    if estimator == "empirical":
-        return empirical_null(pooled)
-    if estimator == "kde":
-        return kde_null(pooled, kernel=kernel, bandwidth=bandwidth)
     if estimator == "normal":
         return normal_null(pooled)
+    if estimator in ("empirical", "kde"):
+        null = (
+            empirical_null(pooled)
+            if estimator == "empirical"
+            else kde_null(pooled, kernel=kernel, bandwidth=bandwidth)
+        )
+        return with_exponential_tail(null, pooled) if extended else null
     raise InvalidParameterError(f"unknown estimator {estimator!r}; expected one of {', '.join(ESTIMATORS)}.")
 
 
