@@ -26,6 +26,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "inspect": ("inspect", "what a model's routers are, or what a calibration file holds"),
 }
 
+MODEL_HELP = "MODEL is olmoe-nano (embedded), a folder, or a hub id such as allenai/OLMoE-1B-7B-0924."
+
 USER_ERROR = 2
 INTERRUPTED = 130
 
@@ -47,23 +49,27 @@ class _Parser(argparse.ArgumentParser):
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser with every command of `COMMANDS`."""
+    width = max(map(len, COMMANDS)) + 2
+    listed = "\n".join(f"  {name:<{width}}{summary}" for name, (_, summary) in COMMANDS.items())
     parser = _Parser(
         prog="bh-routing",
+        usage="bh-routing [-h] [--version] COMMAND ...",
         description="As many experts as each token needs, in a pretrained Mixture-of-Experts model.",
-        epilog="MODEL is olmoe-nano (embedded), a folder, or a hub id such as allenai/OLMoE-1B-7B-0924.",
+        epilog=f"commands:\n{listed}\n\n{MODEL_HELP}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"bh-routing {__version__}")
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND", dest="command", required=True)
-    for name, (module, summary) in COMMANDS.items():
+    commands = parser.add_subparsers(
+        prog=parser.prog, metavar="COMMAND", dest="command", required=True, help=argparse.SUPPRESS
+    )
+    for name, (module, _) in COMMANDS.items():
         command = import_module(f".{module}", __name__)
-        sub = commands.add_parser(name, help=summary, description=command.__doc__, formatter_class=_Plain)
+        sub = commands.add_parser(
+            name, description=command.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        )
         command.add_arguments(sub)
         sub.set_defaults(run=command.run, parser=sub)
     return parser
-
-
-class _Plain(argparse.RawDescriptionHelpFormatter):
-    """Keeps the paragraphs of a command's description."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -109,8 +109,7 @@ def run(args: argparse.Namespace) -> None:
 
 # column of the printed table: key of Calibration.summary()
 COLUMNS = {
-    "top k": "top_k",
-    "log p passed over": "logprob unselected",
+    "passed": "logprob unselected",
     "selected": "logprob selected",
     "unused": "unused",
     "output": "output",
@@ -132,9 +131,9 @@ def show_calibration(calibration: Any) -> None:
     common.print_table(common.make_console(), table)
     print()
     common.print_text(
-        "log p: mean log routing score of the experts that the model passed over and of those it selected; unused: "
-        "experts it never selected; output, deviation, sensitivity: median over experts of the output's size, of its "
-        "deviation from its mean, and of what the loss feels of that (where collected)."
+        "passed, selected: mean log routing score of the experts that the model passed over, and of those it selected; "
+        "unused: experts it never selected; output, deviation, sensitivity: median over experts of the size of the "
+        "output, of its deviation from its mean, and of what the loss feels of that (where collected)."
     )
 
 

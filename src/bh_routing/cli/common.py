@@ -7,7 +7,7 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from textwrap import fill
 from typing import TYPE_CHECKING, Any
@@ -78,22 +78,31 @@ def check_routing_arguments(args: argparse.Namespace) -> None:
         raise InvalidParameterError(f"mode must be 'patch' or 'analyze', got {args.mode!r}.")
     if args.alpha is not None:
         check_alpha(args.alpha)
-    if args.experts is not None and not args.experts > 0:
-        raise InvalidParameterError(
-            f"experts must be a number of experts per token above 0, got {args.experts:g}."
-        )
     check_temperature(args.temperature)
     check_k(args.min_k, args.max_k)
     check_device(args.device)
     check_dtype(args.dtype)
 
 
-def load_calibration(choice: str | None, model: str) -> Calibration | None:
-    """The calibration that --calibration asks for: a file, `none`, or (not given) the one that comes with the model."""
+def load_calibration(choice: str | None, model: str, budgets: Sequence[float]) -> Calibration | None:
+    """The calibration that --calibration asks for: a file, `none`, or (not given) the one that comes with the model.
+
+    Raises where budgets are asked for and there is none to solve them on.
+    """
     from ..loading import default_calibration
 
+    for budget in budgets:
+        if not budget > 0:
+            raise InvalidParameterError(
+                f"experts must be a number of experts per token above 0, got {budget:g}."
+            )
     path = default_calibration(model) if choice is None else choice
     if path is None or choice == "none":
+        if budgets:
+            raise InvalidParameterError(
+                f"a budget of {budgets[0]:g} experts needs a calibration: give --calibration FILE, made by "
+                "`bh-routing calibrate MODEL --text FILE -o FILE`."
+            )
         return None
     from ..calibration import Calibration
 

@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> None:
         check_alpha(alpha)
     check_device(args.device)
     check_dtype(args.dtype)
-    calibration = common.load_calibration(args.calibration, args.model)
+    calibration = common.load_calibration(args.calibration, args.model, args.experts or [])
 
     import torch
 

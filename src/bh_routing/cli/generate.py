@@ -29,7 +29,9 @@ def run(args: argparse.Namespace) -> None:
     if args.max_new_tokens < 1:
         raise common.InvalidParameterError(f"max-new-tokens must be at least 1, got {args.max_new_tokens}.")
     common.check_routing_arguments(args)
-    calibration = common.load_calibration(args.calibration, args.model)
+    calibration = common.load_calibration(
+        args.calibration, args.model, [] if args.experts is None else [args.experts]
+    )
 
     import torch
 

@@ -1,0 +1,192 @@
+"""A model from a name, a folder or a hub id; everything that is missing or damaged is one sentence."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+
+from bh_routing.errors import InvalidParameterError, ModelLoadError
+from bh_routing.loading import default_calibration, load_model, resolve
+from bh_routing.models import bundled_calibration, bundled_path
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A copy of olmoe-nano to damage."""
+    return shutil.copytree(bundled_path(), tmp_path / "model")
+
+
+def change_config(folder, **settings):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | settings))
+
+
+def message(name, **options):
+    with pytest.raises(ModelLoadError) as caught:
+        load_model(str(name), **options)
+    return str(caught.value)
+
+
+def test_bundled():
+    model, tokenizer = load_model("olmoe-nano", device="cpu")
+    assert type(model).__name__ == "OlmoeForCausalLM"
+    assert model.dtype == torch.float32
+    assert not model.training
+    assert len(tokenizer) == model.config.vocab_size
+
+
+def test_folder_keeps_the_stored_dtype(folder):
+    model, _ = load_model(str(folder))
+    assert model.dtype == torch.bfloat16
+    assert load_model(str(folder), dtype="float16")[0].dtype == torch.float16
+
+
+def test_loading_prints_nothing(capfd, folder):
+    load_model(str(folder))
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("name", "meaning"),
+    [
+        ("olmoe-nano", ("bundled", str(bundled_path()))),
+        (str(bundled_path()), ("folder", str(bundled_path()))),
+        ("allenai/OLMoE-1B-7B-0924", ("hub", "allenai/OLMoE-1B-7B-0924")),
+    ],
+)
+def test_resolve(name, meaning):
+    assert resolve(name) == meaning
+
+
+def test_calibration_beside_a_model():
+    assert default_calibration("olmoe-nano") == bundled_calibration()
+    assert default_calibration(str(bundled_path())) is None
+    assert default_calibration("allenai/OLMoE-1B-7B-0924") is None
+
+
+def test_unknown_bundled_name():
+    with pytest.raises(InvalidParameterError) as caught:
+        bundled_path("olmoe-mega")
+    assert str(caught.value) == "expected a bundled model, one of olmoe-nano, got 'olmoe-mega'."
+
+
+@pytest.mark.parametrize("name", ["", "foo", "./foo", "/no/such/folder", "~/no-such-folder-here", "a/b/c"])
+def test_no_such_model(name):
+    assert message(name) == (
+        "expected a model: one of olmoe-nano, a folder, or a hub id such as allenai/OLMoE-1B-7B-0924, "
+        f"got {name!r}, which is none of these (no such folder)."
+    )
+
+
+def test_hub_without_network():
+    text = message("allenai/no-such-model-at-all")
+    assert text.startswith(
+        "expected to load a model and its tokenizer from allenai/no-such-model-at-all, got "
+    )
+    assert text.endswith("; check the id and the network, or give a folder.")
+
+
+def test_file_instead_of_folder(folder):
+    path = folder / "model.safetensors"
+    assert message(path) == f"expected a model folder, got the file {path}; give the folder that it is in."
+
+
+def test_no_config(folder):
+    (folder / "config.json").unlink()
+    assert message(folder) == (
+        f"expected a model folder with a config.json, got {folder} without one; save a model there with "
+        "save_pretrained."
+    )
+
+
+def test_damaged_config(folder):
+    (folder / "config.json").write_text("[1, 2")
+    assert message(folder) == (
+        f"{folder / 'config.json'} is damaged: expected JSON, got Expecting ',' delimiter: line 1 column 6 "
+        "(char 5); copy the model again."
+    )
+
+
+def test_config_without_model_type(folder):
+    (folder / "config.json").write_text("{}")
+    assert message(folder) == (
+        f"{folder / 'config.json'} is damaged: expected a model_type in it, got none; copy the model again."
+    )
+
+
+def test_unknown_model_type(folder):
+    change_config(folder, model_type="nonsense")
+    text = message(folder)
+    assert text.startswith(f"expected to load a model and its tokenizer from {folder}, got ValueError: ")
+    assert "model type `nonsense`" in text
+    assert text.endswith("; copy the model again.")
+
+
+def test_no_weights(folder):
+    (folder / "model.safetensors").unlink()
+    assert message(folder) == (
+        f"expected weights (*.safetensors) in the model folder {folder}, got none; copy the model again."
+    )
+
+
+@pytest.mark.parametrize("keep", [0, 100_000])
+def test_truncated_weights(folder, keep):
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:keep])
+    text = message(folder)
+    assert text.startswith(
+        f"expected to load a model and its tokenizer from {folder}, got SafetensorError: "
+        "Error while deserializing header: "
+    )
+    assert text.endswith("; copy the model again.")
+
+
+def test_no_tokenizer(folder):
+    (folder / "tokenizer.json").unlink()
+    assert message(folder) == (
+        "expected a tokenizer (tokenizer.json, tokenizer.model, vocab.json, vocab.txt) in the model folder "
+        f"{folder}, got none; save the model's tokenizer there with save_pretrained."
+    )
+
+
+def test_damaged_tokenizer(folder):
+    (folder / "tokenizer.json").write_text("{")
+    text = message(folder)
+    assert text.startswith(f"expected to load a model and its tokenizer from {folder}, got ")
+    assert text.endswith("; copy the model again.")
+
+
+def test_missing_weights_are_not_invented(folder):
+    layers = json.loads((folder / "config.json").read_text())["num_hidden_layers"]
+    change_config(folder, num_hidden_layers=layers + 1)
+    assert message(folder) == (
+        f"the weights of {folder} do not fit its config.json: expected all of the model's weights, got 11 missing "
+        f"keys (such as model.layers.{layers}.input_layernorm.weight); copy the model again."
+    )
+
+
+def test_weights_of_another_shape(folder):
+    change_config(folder, num_experts=32)
+    layers = json.loads((folder / "config.json").read_text())["num_hidden_layers"]
+    assert message(folder) == (
+        f"the weights of {folder} do not fit its config.json: expected all of the model's weights, got {3 * layers} "
+        "mismatched keys (such as model.layers.0.mlp.experts.down_proj); copy the model again."
+    )
+
+
+@pytest.mark.parametrize("device", ["nonsense", "cuda:99"])
+def test_unusable_device(device):
+    with pytest.raises(InvalidParameterError) as caught:
+        load_model("olmoe-nano", device=device)
+    text = str(caught.value)
+    assert text.startswith("device must be auto or one usable here (cpu")
+    assert text.endswith(f"), got {device!r}.")
+
+
+def test_unknown_dtype():
+    with pytest.raises(InvalidParameterError) as caught:
+        load_model("olmoe-nano", dtype="int8")
+    assert str(caught.value) == "dtype must be one of auto, float32, bfloat16, float16, got 'int8'."
