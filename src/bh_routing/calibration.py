@@ -84,6 +84,9 @@ class Calibration:
         Of the documents, whatever their order.
     seed, window : int
         Seed of the reservoir's hash; the longest run of tokens in one forward.
+    left_out : tuple of str
+        Paths of routers that no token of a text reaches (of a vision tower, for example): they are not
+        calibrated, and an integration leaves them as they are.
     """
 
     model_id: str
@@ -101,6 +104,7 @@ class Calibration:
     text_digest: str = "0" * 32
     seed: int = 0
     window: int = 0
+    left_out: tuple[str, ...] = ()
     library_version: str = ""
     _cache: dict[Any, Any] = field(default_factory=dict, repr=False)
 

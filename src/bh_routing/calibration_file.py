@@ -86,7 +86,8 @@ def save(calibration: Calibration, path: str | os.PathLike[str]) -> None:
     tensors = {key: value.cpu().contiguous() for key, value in tensors.items()}
     header = json.dumps(
         {name: getattr(calibration, name) for name in _SCALARS}
-        | {"layers": [asdict(layer) for layer in calibration.layers], "starts": starts},
+        | {"layers": [asdict(layer) for layer in calibration.layers], "starts": starts}
+        | {"left_out": list(calibration.left_out)},
         sort_keys=True,
     )
     metadata = {
@@ -197,6 +198,7 @@ def _build(header: dict[str, Any], tensors: dict[str, Tensor]) -> Calibration:
         )
     return Calibration(
         **{name: header[name] for name in _SCALARS},
+        left_out=tuple(header.get("left_out", ())),
         layers=layers,
         histograms=histograms,
         moments=moments,
@@ -245,7 +247,7 @@ def fingerprint(router: nn.Module) -> Tensor:
 
 def check_model(calibration: Calibration, plan: PatchPlan, *, strict: bool = True) -> None:
     """Check a calibration against a plan (`Calibration.check`)."""
-    ours, theirs = set(calibration.paths), {layer.path for layer in plan.layers}
+    ours, theirs = set(calibration.paths), {layer.path for layer in plan.layers} - set(calibration.left_out)
     if missing := sorted(theirs - ours):
         raise CalibrationMismatchError(
             f"the calibration is of another model ({calibration.model_id}): it has no layer {missing[0]!r}, "
@@ -258,6 +260,8 @@ def check_model(calibration: Calibration, plan: PatchPlan, *, strict: bool = Tru
         )
     by_path = {layer.path: (i, layer) for i, layer in enumerate(calibration.layers)}
     for site in plan.layers:
+        if site.path not in by_path:
+            continue  # left out
         index, layer = by_path[site.path]
         fields = {
             "num_experts": (calibration.num_experts, site.context.num_experts),

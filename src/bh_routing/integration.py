@@ -370,6 +370,7 @@ class BHRoutingIntegration(RoutingIntegration):
         plan = super()._make_plan()
         if self.calibration is not None:
             self.calibration.check(plan, strict=self._strict)
+            plan = plan.without(self.calibration.left_out)
         if self.means and self.weights == "model":
             plan = plan.with_convention("raw")
         return plan

@@ -1,6 +1,15 @@
 """Patching: discovery, contract probe, plan, apply, undo."""
 
-from .apply import RoutingPatch, is_patched, unpatch, watch
+from .apply import RoutingPatch, is_patched, reached_by_text, unpatch, watch
 from .plan import LayerPlan, PatchPlan, make_plan
 
-__all__ = ["LayerPlan", "PatchPlan", "RoutingPatch", "is_patched", "make_plan", "unpatch", "watch"]
+__all__ = [
+    "LayerPlan",
+    "PatchPlan",
+    "RoutingPatch",
+    "is_patched",
+    "make_plan",
+    "reached_by_text",
+    "unpatch",
+    "watch",
+]

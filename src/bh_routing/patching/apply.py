@@ -126,7 +126,9 @@ class ExpertsPatch(InstancePatch):
         if self.link is None or self.means_EH is None:
             return out_TH
         decision, self.link.decision = self.link.decision, None
-        return out_TH if decision is None else out_TH + compensation(decision, self.means_EH).to(out_TH.dtype)
+        if decision is None:
+            return out_TH
+        return out_TH + compensation(decision, self.means_EH).to(out_TH.dtype).reshape(out_TH.shape)
 
 
 def compensation(decision: RoutingDecision, means_EH: Tensor) -> Tensor:
@@ -404,4 +406,30 @@ def watch(
             piece.remove()
 
 
-__all__ = ["RoutingPatch", "compensation", "is_patched", "skip_mode", "unpatch", "watch"]
+def reached_by_text(model: nn.Module, plan: PatchPlan) -> set[str]:
+    """Paths of the routers that a forward of two text tokens calls.
+
+    Routers of a vision tower, or of experts for image tokens only, are not among them; neither are those that a
+    kernel for the whole block bypasses.
+    """
+    config = getattr(model, "config", None)
+    text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    special = (
+        {
+            value
+            for part in (config, text_config)
+            for name, value in vars(part).items()
+            if "token" in name and isinstance(value, int)
+        }
+        if config is not None
+        else set()
+    )
+    tokens = [i for i in range(len(special) + 2) if i not in special][:2]
+    seen: set[str] = set()
+    device = next(model.parameters()).device
+    with torch.inference_mode(), watch(plan, lambda layer, *_: seen.add(layer.path)):
+        model(input_ids=torch.tensor([tokens], device=device), use_cache=False)
+    return seen
+
+
+__all__ = ["RoutingPatch", "compensation", "is_patched", "reached_by_text", "skip_mode", "unpatch", "watch"]

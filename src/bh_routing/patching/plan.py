@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -112,6 +112,14 @@ class PatchPlan:
         layers = tuple(
             replace(layer, context=replace(layer.context, convention=convention)) for layer in self.layers
         )
+        return replace(self, layers=layers)
+
+    def without(self, paths: Collection[str]) -> PatchPlan:
+        """The same plan without some routers, which stay as they are."""
+        if not paths:
+            return self
+        kept = [layer for layer in self.layers if layer.path not in paths]
+        layers = tuple(replace(x, context=replace(x.context, index=i)) for i, x in enumerate(kept))
         return replace(self, layers=layers)
 
     def rows(self) -> list[dict[str, Any]]:
