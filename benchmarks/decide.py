@@ -1,0 +1,121 @@
+"""Time the routing decision against what a plain router does (softmax + top-k), for E = 64 experts and top-8.
+
+    python benchmarks/decide.py [--threads N] [--device cpu|cuda] [--write docs/performance.md]
+
+All candidates take turns within one run, in an order that rotates from round to round, so that a busy machine is
+busy for all of them; the table shows medians in microseconds, and in brackets the median over rounds of the ratio
+to softmax + top-k of the same round.
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from pages import markdown_table, write_block
+from torch import Tensor
+
+from bh_routing import DecisionTable, PValuePolicy, RoutingContext, TablePolicy, TopKPolicy
+from bh_routing import benjamini_hochberg_routing as bh
+from bh_routing.policies import RoutingPolicy
+
+EXPERTS, TOP_K = 64, 8
+TOKENS = (1, 32, 512, 4096)
+BASE = "softmax + top-k"
+
+
+def candidates(logits_TE: Tensor) -> dict[str, Callable[[], object]]:
+    """What is timed, by name, on these logits."""
+    context = RoutingContext(
+        path="gate",
+        index=0,
+        num_experts=EXPERTS,
+        empty=EXPERTS,
+        top_k=TOP_K,
+        convention="raw",
+        device=logits_TE.device,
+    )
+    own_weights_TK, own_experts_TK = torch.softmax(logits_TE, -1).topk(TOP_K, -1)
+    # thresholds that keep about half of the eight, as a calibrated table would
+    table = DecisionTable(
+        thresholds_LE=torch.linspace(-3.0, -4.0, EXPERTS).unsqueeze(0),
+        statistic="contribution",
+        scale_LE=torch.ones(1, EXPERTS),
+        offset_LE=torch.randn(1, EXPERTS, generator=torch.Generator().manual_seed(1)) * 0.2,
+    )
+
+    def decide(policy: RoutingPolicy) -> Callable[[], object]:
+        policy.bind([context])
+        return lambda: policy.decide(logits_TE, own_weights_TK, own_experts_TK, context)
+
+    return {
+        BASE: lambda: torch.softmax(logits_TE, -1).topk(TOP_K, -1),
+        "TopKPolicy(4).decide": decide(TopKPolicy(4)),
+        "TablePolicy.decide (calibrated)": decide(TablePolicy(table)),
+        "PValuePolicy.decide (robust)": decide(PValuePolicy("robust", alpha=0.4)),
+        "benjamini_hochberg_routing (robust)": lambda: bh(logits_TE, alpha=0.4, max_k=TOP_K, validate=False),
+    }
+
+
+@torch.inference_mode()
+def measure(tokens: int, device: torch.device, seconds: float) -> dict[str, list[float]]:
+    """Microseconds per call and candidate, one value per round."""
+    logits_TE = (2.0 * torch.randn(tokens, EXPERTS, generator=torch.Generator().manual_seed(0))).to(device)
+    calls = list(candidates(logits_TE).items())
+    times: dict[str, list[float]] = {name: [] for name, _ in calls}
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    end = time.perf_counter() + seconds
+    round_ = 0
+    while round_ < 30 or time.perf_counter() < end:
+        turn = round_ % len(calls)
+        for name, call in calls[turn:] + calls[:turn]:
+            wait()
+            start = time.perf_counter()
+            call()
+            wait()
+            if round_ >= 5:  # warm-up
+                times[name].append((time.perf_counter() - start) * 1e6)
+        round_ += 1
+    return times
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--seconds", type=float, default=3.0, help="per number of tokens (default 3)")
+    parser.add_argument("--write", type=Path, metavar="PAGE", help="put the table into this page")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    device = torch.device(args.device)
+
+    measured = {tokens: measure(tokens, device, args.seconds) for tokens in TOKENS}
+    rows = []
+    for name in measured[1]:
+        cells = [name]
+        for times in measured.values():
+            ratio = statistics.median(t / b for t, b in zip(times[name], times[BASE], strict=True))
+            brackets = "" if name == BASE else f" ({ratio:.1f}x)"
+            cells.append(f"{statistics.median(times[name]):,.0f}{brackets}")
+        rows.append(cells)
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU"
+    threads = "" if device.type == "cuda" else f", {args.threads} thread{'s' if args.threads > 1 else ''}"
+    text = (
+        markdown_table(["microseconds per call (median)", *(f"T = {t:,}" for t in TOKENS)], rows)
+        + f"\n\nE = {EXPERTS}, top-{TOP_K}, float32, torch {torch.__version__} on {where}{threads}; at least "
+        f"{min(len(times[BASE]) for times in measured.values())} rounds."
+    )
+    print(text)
+    if args.write:
+        write_block(args.write, f"decide-{device.type}", text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,33 @@
+"""Markdown tables, and putting them into the pages of docs/: every figure there comes from a command.
+
+A page holds blocks between two comment lines,
+
+    <!-- begin NAME: the command that prints it -->
+    <!-- end NAME -->
+
+and a benchmark called with ``--write PAGE`` replaces what is between them.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table: the first column to the left, the others to the right."""
+    rule = ["---", *["---:"] * (len(header) - 1)]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in (header, rule, *rows))
+
+
+def write_block(page: Path, name: str, text: str) -> None:
+    """Replace the content of the block ``name`` of a page; a page without it is an error."""
+    pattern = re.compile(
+        rf"(<!-- begin {re.escape(name)}:[^\n]*-->\n).*?(<!-- end {re.escape(name)} -->)", re.DOTALL
+    )
+    content = page.read_text(encoding="utf-8")
+    new, found = pattern.subn(lambda m: f"{m[1]}\n{text.strip()}\n\n{m[2]}", content)
+    if found != 1:
+        raise SystemExit(f"{page} must have one block {name!r}, got {found}.")
+    page.write_text(new, encoding="utf-8")
