@@ -59,3 +59,14 @@ def test_real_model_check_notices_a_patch_that_does_nothing(nano_model, monkeypa
 @pytest.mark.parametrize("name", olmoe_bh_integration.__all__)
 def test_import_name_only_re_exports(name):
     assert getattr(olmoe_bh_integration, name) is getattr(bh_routing, name)
+
+
+def test_import_name_without_the_package(tmp_path):
+    (tmp_path / "olmoe_bh_integration.py").write_text((ROOT / "src" / "olmoe_bh_integration.py").read_text())
+    code = "import sys; sys.modules['bh_routing'] = None; import olmoe_bh_integration"
+    run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert run.returncode == 1
+    assert run.stderr.splitlines()[-1] == (
+        "ImportError: Cannot import bh_routing: expected the package bh-routing beside olmoe_bh_integration.py in this "
+        "Python, got none; install it with `python -m pip install`."
+    )
