@@ -53,7 +53,7 @@ def synthetic_calibration() -> Callable[..., Calibration]:
 
             measured = replace(
                 measured,
-                sensitivity_tokens_LE=measured.tokens_LE,
+                sensitivity_tokens_LE=measured.tokens_LE.clone(),
                 sensitivity_LE=torch.rand(layers, experts, generator=generator).double() + 0.5,
             )
         fields: dict[str, Any] = {

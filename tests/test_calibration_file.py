@@ -1,0 +1,227 @@
+"""The file: what comes back, what is refused, and the check against a model."""
+
+from __future__ import annotations
+
+import copy
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from bh_routing.calibration import Calibration, CalibrationWarning
+from bh_routing.calibration_file import fingerprint, write_atomically
+from bh_routing.collect import calibrate
+from bh_routing.errors import CalibrationFileError, CalibrationMismatchError
+from bh_routing.patching import make_plan
+
+
+@pytest.fixture
+def saved(synthetic_calibration, tmp_path):
+    path = tmp_path / "calib.safetensors"
+    calibration = synthetic_calibration()
+    calibration.save(path)
+    return calibration, path
+
+
+def metadata_of(path) -> dict[str, str]:
+    with safe_open(str(path), framework="pt") as file:
+        return file.metadata()
+
+
+def test_round_trip(saved):
+    calibration, path = saved
+    loaded = Calibration.load(path)
+    for name in ("model_id", "layers", "num_experts", "temperature", "trim", "tokens", "documents", "window"):
+        assert getattr(loaded, name) == getattr(calibration, name)
+    for kind, sets in calibration.histograms.items():
+        for name, held in sets.items():
+            ours, theirs = held.trimmed_to_use(), loaded.histograms[kind][name].trimmed_to_use()
+            assert ours.start == theirs.start
+            assert torch.equal(ours.counts_LEB, theirs.counts_LEB)
+    for name in ("tokens_LE", "square_LE", "mean_square_LE", "sensitivity_LE", "sensitivity_tokens_LE"):
+        assert torch.equal(getattr(loaded.moments, name), getattr(calibration.moments, name))
+    assert torch.equal(loaded.moments.mean_LEH, calibration.moments.mean_LEH.float().double())
+    for name in ("hash_N", "logits_NLE", "experts_NLK"):
+        assert torch.equal(getattr(loaded.reservoir, name), getattr(calibration.reservoir, name))
+    assert torch.equal(loaded.fingerprint_LD, calibration.fingerprint_LD)
+    assert torch.equal(loaded.table(0.1).thresholds_LE, calibration.table(0.1).thresholds_LE)
+    assert loaded.solve(2.5).alpha == calibration.solve(2.5).alpha
+
+
+def test_writing_twice_gives_the_same_bytes(saved, tmp_path):
+    _, path = saved
+    Calibration.load(path).save(tmp_path / "again.safetensors")
+    again = load_file(tmp_path / "again.safetensors")
+    assert {key: value.dtype for key, value in again.items()} == {
+        k: v.dtype for k, v in load_file(path).items()
+    }
+    assert metadata_of(tmp_path / "again.safetensors")["digest"] == metadata_of(path)["digest"]
+
+
+def test_the_file_is_small(saved):
+    """Counts take the narrowest integer type, per layer over the used bins only."""
+    _, path = saved
+    counts = {key: value for key, value in load_file(path).items() if key.startswith("hist.")}
+    assert len(counts) == 2 * 3 * 2
+    assert {value.dtype for value in counts.values()} <= {torch.uint8, torch.int16}
+    assert all(bool((value[:, 0] > 0).any()) and bool((value[:, -1] > 0).any()) for value in counts.values())
+
+
+def test_without_means_and_without_outputs(synthetic_calibration, tmp_path):
+    for name, calibration in (
+        ("bare", synthetic_calibration(moments=False, reservoir=0)),
+        ("dropped", synthetic_calibration().without_means()),
+    ):
+        calibration.save(tmp_path / name)
+        loaded = Calibration.load(tmp_path / name)
+        assert loaded.mean_outputs() == {}
+        assert (loaded.moments is None) == (calibration.moments is None)
+        assert (loaded.reservoir is None) == (calibration.reservoir is None)
+
+
+def test_missing_empty_and_foreign_files(tmp_path):
+    with pytest.raises(
+        CalibrationFileError, match=r"there is no calibration file .*none\.safetensors; make one"
+    ):
+        Calibration.load(tmp_path / "none.safetensors")
+    (tmp_path / "empty").write_bytes(b"")
+    with pytest.raises(
+        CalibrationFileError, match=r"cannot be read as a calibration file \(damaged or truncated"
+    ):
+        Calibration.load(tmp_path / "empty")
+    save_file({"weight": torch.zeros(2)}, tmp_path / "model.safetensors")
+    with pytest.raises(
+        CalibrationFileError, match=r"is not a calibration: expected metadata format='bh-routing"
+    ):
+        Calibration.load(tmp_path / "model.safetensors")
+
+
+@pytest.mark.parametrize("share", [0.02, 0.5, 0.999])
+def test_truncated_file(saved, share):
+    _, path = saved
+    content = path.read_bytes()
+    path.write_bytes(content[: int(len(content) * share)])
+    with pytest.raises(
+        CalibrationFileError, match=r"cannot be read as a calibration file \(damaged or truncated"
+    ):
+        Calibration.load(path)
+
+
+def rewrite(path, change_tensors=None, **metadata) -> None:
+    tensors, held = load_file(path), metadata_of(path)
+    if change_tensors is not None:
+        change_tensors(tensors)
+    save_file(tensors, path, held | metadata)
+
+
+def test_edited_tensor(saved):
+    _, path = saved
+
+    def edit(tensors):
+        tensors["hist.logit.unselected.1"][3, 20] += 1
+
+    rewrite(path, edit)
+    with pytest.raises(
+        CalibrationFileError, match="was changed after it was written: its digest does not match"
+    ):
+        Calibration.load(path)
+
+
+def test_edited_header(saved):
+    _, path = saved
+    header = json.loads(metadata_of(path)["header"]) | {"temperature": 2.0}
+    rewrite(path, header=json.dumps(header))
+    with pytest.raises(CalibrationFileError, match="was changed after it was written"):
+        Calibration.load(path)
+
+
+def test_newer_format(saved):
+    _, path = saved
+    rewrite(path, format_version="2")
+    with pytest.raises(
+        CalibrationFileError, match="has calibration format version 2, this library reads version 1"
+    ):
+        Calibration.load(path)
+
+
+def test_nothing_half_written(saved, tmp_path):
+    _, path = saved
+    before = path.read_bytes()
+
+    def fails(temporary):
+        temporary.write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_atomically(path, fails)
+    assert path.read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]
+
+
+# -- against a model ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def calibrated(tiny_olmoe):
+    model = tiny_olmoe()
+    ids = torch.randint(3, 250, (400,), generator=torch.Generator().manual_seed(1)).tolist()
+    return model, calibrate(model, None, [ids], outputs=False, window=32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_copies_in_other_dtypes_fit(calibrated, dtype):
+    model, calibration = calibrated
+    calibration.check(make_plan(copy.deepcopy(model).to(dtype)))
+
+
+def test_fingerprints_tell_models_apart(tiny_olmoe):
+    gate = [m.model.layers[0].mlp.gate for m in (tiny_olmoe(seed=0), tiny_olmoe(seed=1))]
+    prints = [fingerprint(g) for g in gate]
+    assert float((prints[0] - prints[1]).norm() / prints[0].norm()) > 0.5
+    rounded = fingerprint(copy.deepcopy(gate[0]).to(torch.bfloat16))
+    # one rounding error is at most 2^-9 of a weight; they add up like the weights do
+    assert float((prints[0] - rounded).norm() / prints[0].norm()) < 5e-3
+
+
+def test_other_weights(calibrated, tiny_olmoe):
+    _, calibration = calibrated
+    plan = make_plan(tiny_olmoe(seed=5))
+    with pytest.raises(
+        CalibrationMismatchError, match=r"router weights of layer model\.layers\.0\.mlp\.gate differ"
+    ):
+        calibration.check(plan)
+    with pytest.warns(CalibrationWarning, match=r"layer model\.layers\.[01]\.mlp\.gate differ") as caught:
+        calibration.check(plan, strict=False)
+    assert len(caught) == 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_hidden_layers": 3}, r"it has no layer 'model\.layers\.2\.mlp\.gate'"),
+        ({"num_hidden_layers": 1}, r"it has a layer 'model\.layers\.1\.mlp\.gate' that this model has not"),
+        (
+            {"num_experts": 12},
+            r"does not fit layer model\.layers\.0\.mlp\.gate: num_experts was 16 .* has 12",
+        ),
+        ({"num_experts_per_tok": 4}, "top_k was 6 when it was made, the model has 4"),
+        ({"norm_topk_prob": True}, "convention was 'raw' when it was made, the model has 'renormalised'"),
+    ],
+)
+def test_other_shapes(calibrated, tiny_olmoe, changes, message):
+    _, calibration = calibrated
+    for strict in (True, False):
+        with pytest.raises(CalibrationMismatchError, match=message):
+            calibration.check(make_plan(tiny_olmoe(**changes)), strict=strict)
+
+
+def test_other_score(calibrated):
+    model, calibration = calibrated
+    layers = tuple(replace(layer, score="sigmoid") for layer in calibration.layers)
+    with pytest.raises(
+        CalibrationMismatchError, match="score was 'sigmoid' when it was made, the model has 'softmax'"
+    ):
+        replace(calibration, layers=layers).check(make_plan(model))
