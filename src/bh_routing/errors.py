@@ -56,3 +56,15 @@ class BudgetError(BHRoutingError, ValueError):
 
 class MissingDependencyError(BHRoutingError, ImportError):
     """An optional package is needed for what was asked; the message names the extra that brings it."""
+
+
+class RecordError(BHRoutingError, ValueError):
+    """A record of routing or of results is damaged, of another version, or of another model."""
+
+
+class UnknownPolicyError(BHRoutingError, ValueError):
+    """A policy or one of its parameters has a name that does not exist; the message says which exist."""
+
+
+class DatasetError(BHRoutingError, ValueError):
+    """A data set cannot be read, or needs a network that is not there."""
