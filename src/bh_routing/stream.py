@@ -1,0 +1,202 @@
+"""Text in, batches of token windows out: the same batches whatever the number of processes.
+
+Shape legend: B windows of a batch, S tokens of the longest, T = B * S tokens with padding.
+"""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import lzma
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .accumulate import document_key, token_hashes
+from .errors import CalibrationError, InvalidTypeError
+
+Document = str | Sequence[int] | Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Windows of tokens, padded on the right.
+
+    Attributes
+    ----------
+    input_ids, mask : Tensor
+        int64 and bool [B, S]; mask is False for padding.
+    hashes : ndarray
+        int64, one per token that is no padding, in order.
+    """
+
+    input_ids: Tensor
+    mask: Tensor
+    hashes: np.ndarray
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that are no padding."""
+        return len(self.hashes)
+
+    def mask_on(self, device: torch.device) -> Tensor | None:
+        """The mask, bool [T], or None if nothing is padded."""
+        return None if self.num_tokens == self.mask.numel() else self.mask.flatten().to(device)
+
+    def rows_on(self, device: torch.device) -> Tensor | None:
+        """Indices of the tokens that are no padding, or None if nothing is padded."""
+        if self.num_tokens == self.mask.numel():
+            return None
+        return self.mask.flatten().nonzero().flatten().to(device)
+
+
+class TextFile:
+    """A text file (plain, ``.xz``, ``.gz`` or ``.bz2``) as documents: pieces that end at a line's end.
+
+    May be iterated over several times; memory stays that of one piece.
+
+    Parameters
+    ----------
+    path : path
+        UTF-8 text.
+    piece : int
+        Characters per piece, about.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], piece: int = 1 << 16) -> None:
+        self.path, self.piece = Path(path), piece
+        if not self.path.is_file():
+            raise CalibrationError(f"there is no text file {self.path}.")
+
+    def _open(self) -> TextIO:
+        openers: dict[str, Callable[..., Any]] = {".xz": lzma.open, ".gz": gzip.open, ".bz2": bz2.open}
+        return openers.get(self.path.suffix, open)(self.path, "rt", encoding="utf-8")
+
+    def __iter__(self) -> Iterator[str]:
+        lines: list[str] = []
+        held = 0
+        try:
+            with self._open() as file:
+                for line in file:
+                    lines.append(line)
+                    held += len(line)
+                    if held >= self.piece:
+                        yield "".join(lines)
+                        lines, held = [], 0
+        except (UnicodeDecodeError, lzma.LZMAError, EOFError, gzip.BadGzipFile) as error:
+            raise CalibrationError(f"{self.path} cannot be read as UTF-8 text: {error}.") from None
+        if lines:
+            yield "".join(lines)
+
+
+class TextStream:
+    """Documents, tokenised, cut into windows and batched.
+
+    `start` sets it to the beginning; iterating yields this process's batches. Every process forms all batches
+    and takes every ``world``-th, so that their content does not depend on the number of processes.
+    """
+
+    def __init__(
+        self,
+        texts: Iterable[Document] | Callable[[], Iterable[Document]] | str,
+        tokenizer: Any,
+        *,
+        window: int,
+        batch_tokens: int,
+        seed: int,
+    ) -> None:
+        self.tokenizer, self.window, self.batch_tokens, self.seed = tokenizer, window, batch_tokens, seed
+        if isinstance(texts, str):
+            texts = [texts]
+        self._texts = texts
+        self.start(None, 0, 1)
+
+    @property
+    def repeatable(self) -> bool:
+        """Whether the texts can be read a second time."""
+        return callable(self._texts) or iter(self._texts) is not self._texts
+
+    def start(self, max_tokens: int | None, rank: int, world: int) -> None:
+        """Set to the beginning."""
+        self.max_tokens, self.rank, self.world = max_tokens, rank, world
+        self.documents = self.digest = 0
+
+    def __iter__(self) -> Iterator[Batch]:
+        for index, windows in enumerate(self._grouped()):
+            if index % self.world == self.rank:
+                yield self._batch(windows)
+
+    def _batch(self, windows: list[tuple[np.ndarray, int, int]]) -> Batch:
+        length = max(len(ids) for ids, _, _ in windows)
+        input_ids = torch.zeros(len(windows), length, dtype=torch.int64)
+        mask = torch.zeros(len(windows), length, dtype=torch.bool)
+        for row, (ids, _, _) in enumerate(windows):
+            input_ids[row, : len(ids)] = torch.from_numpy(ids)
+            mask[row, : len(ids)] = True
+        hashes = [token_hashes(key, first, len(ids)) for ids, key, first in windows]
+        return Batch(input_ids, mask, np.concatenate(hashes))
+
+    def _grouped(self) -> Iterator[list[tuple[np.ndarray, int, int]]]:
+        """Consecutive windows, as many as fit batch_tokens with their padding."""
+        group: list[tuple[np.ndarray, int, int]] = []
+        longest = 0
+        for window in self._windows():
+            length = max(longest, len(window[0]))
+            if group and (len(group) + 1) * length > self.batch_tokens:
+                yield group
+                group, length = [], len(window[0])
+            group.append(window)
+            longest = length
+        if group:
+            yield group
+
+    def _windows(self) -> Iterator[tuple[np.ndarray, int, int]]:
+        """(token ids, document key, position of the first), at most max_tokens in all."""
+        left = self.max_tokens
+        for document in self._texts() if callable(self._texts) else self._texts:
+            if left == 0:
+                return
+            ids, content = self._tokenise(document)
+            if not len(ids):
+                continue
+            digest, key = document_key(content, self.seed)
+            self.documents += 1
+            self.digest = (self.digest + digest) % 2**128
+            for first in range(0, len(ids), self.window):
+                part = ids[first : first + self.window][:left]
+                if not len(part):
+                    return
+                yield part, key, first
+                if left is not None:
+                    left -= len(part)
+
+    def _tokenise(self, document: Document) -> tuple[np.ndarray, bytes]:
+        if isinstance(document, str):
+            if self.tokenizer is None:
+                raise InvalidTypeError(
+                    "texts are strings but no tokenizer was given; pass the model's tokenizer."
+                )
+            if not document.strip():
+                return np.empty(0, dtype=np.int64), b""
+            # verbose=False: a document longer than the context is meant to be, it is cut into windows here
+            ids = np.asarray(self.tokenizer(document, verbose=False)["input_ids"], dtype=np.int64)
+            return ids, document.encode()
+        if isinstance(document, Tensor):
+            document = document.tolist()
+        ids = np.asarray(document)
+        if ids.ndim != 1 or (len(ids) and not np.issubdtype(ids.dtype, np.integer)):
+            raise InvalidTypeError(
+                "each document must be a string or a flat sequence of token ids, got "
+                f"{type(document).__name__} of shape {ids.shape}."
+            )
+        ids = ids.astype(np.int64)
+        return ids, ids.tobytes()
+
+
+__all__ = ["Batch", "Document", "TextFile", "TextStream"]
