@@ -87,12 +87,13 @@ def table_of_load(by_text: dict[str, dict[str, Any]]) -> str:
         spans = [
             f"{low:.2f} to {high:.2f}" for low, high in zip(found["load_min"], found["load_max"], strict=True)
         ]
-        rows.append([text, *spans, str(sum(found["dead_experts"]))])
-    layers = [f"layer {i}" for i in range(len(rows[0]) - 2)]
-    return markdown_table(["text", *layers, "dead experts"], rows)
+        low = sum(share < 1 / 3 for layer in found["load"] for share in layer)
+        rows.append([text, *spans, str(low), str(sum(found["dead_experts"]))])
+    layers = [f"layer {i}" for i in range(len(rows[0]) - 3)]
+    return markdown_table(["text", *layers, "below 1/3", "dead"], rows)
 
 
-def table_of_curve(curve: list[dict[str, float]], rows: int = 12) -> str:
+def table_of_curve(curve: list[dict[str, float]], rows: int = 9) -> str:
     validated = [point for point in curve if "valid_loss" in point] or curve
     keep = sorted({round(i * (len(validated) - 1) / max(rows - 1, 1)) for i in range(rows)})
     lines = []
@@ -104,31 +105,53 @@ def table_of_curve(curve: list[dict[str, float]], rows: int = 12) -> str:
     return markdown_table(head, lines)
 
 
+def describe_stage(number: int, stage: dict[str, Any]) -> str:
+    s = stage["settings"]
+    start = "from the stage before" if s["init"] else "from scratch"
+    precision = "bfloat16 matmuls on float32 weights" if s["bf16"] else "float32"
+    adamw = f"AdamW (0.9, 0.95), peak learning rate {s['lr']:g}"
+    if s["optimiser"] == "muon":
+        muon = (
+            f"Muon (momentum 0.95), peak learning rate {s['muon_lr']:g}, weight decay {s['weight_decay']:g}"
+        )
+        optimiser = f"{muon}, for attention and experts; {adamw}, no decay, for embedding, router and norms"
+    else:
+        optimiser = f"{adamw}, weight decay {s['weight_decay']:g} on attention and experts"
+    return f"""### Stage {number}
+
+{start.capitalize()}, seed {s["seed"]}: {s["steps"]:,} steps of {s["batch_tokens"]:,} tokens in windows of {s["window"]}; {precision}.
+{optimiser}. {s["warmup"]} warm-up steps, then constant, then linear to zero over the last {s["decay"]:.0%} of the steps;
+gradients clipped at {s["clip"]:g}. Balancing loss with coefficient {s["balance"]:g}; z-loss {s["z"]:g}.
+
+    {stage["command"]}
+
+{table_of_curve(stage["curve"])}"""
+
+
 def model_card(record: dict[str, Any], config: OlmoeConfig) -> str:
     """The model card; every figure in it is read from the run's record or from the configuration."""
-    s, curve, evaluation = record["settings"], record["curve"], record["evaluation"]
-    tokens, in_text = s["steps"] * s["batch_tokens"], record["train_tokens_in_text"]
-    start = "continued from an earlier checkpoint" if s["init"] else f"from scratch, seed {s['seed']}"
-    if s["optimiser"] == "muon":
-        optimiser = (
-            f"Muon (momentum 0.95, peak learning rate {s['muon_lr']:g}, weight decay {s['weight_decay']:g}) for the "
-            f"matrices of attention and experts, AdamW (0.9, 0.95, peak learning rate {s['lr']:g}, no weight decay) "
-            "for embedding, router and norms"
-        )
-    else:
-        optimiser = (
-            f"AdamW (0.9, 0.95), peak learning rate {s['lr']:g}, weight decay {s['weight_decay']:g} on the matrices of "
-            "attention and experts"
-        )
+    s, evaluation, in_text = record["settings"], record["evaluation"], record["train_tokens_in_text"]
+    stages = [*record["earlier_stages"], {k: record[k] for k in ("command", "settings", "seconds", "curve")}]
+    tokens = sum(stage["settings"]["steps"] * stage["settings"]["batch_tokens"] for stage in stages)
+    minutes = sum(stage["seconds"] for stage in stages) / 60
+    described = "\n\n".join(describe_stage(i, stage) for i, stage in enumerate(stages, 1))
     tokenizer = "taken from the earlier checkpoint" if record["tokenizer"] == "given" else record["tokenizer"]
-    precision = "bfloat16 matmuls on float32 weights" if s["bf16"] else "float32"
+    ours = evaluation["this model"].values()
+    dead = max(sum(found["dead_experts"]) for found in ours)
+    least, most = min(min(f["load_min"]) for f in ours), max(max(f["load_max"]) for f in ours)
+    alive = (
+        "No expert is dead on any text below"
+        if dead == 0
+        else f"Up to {dead} experts are dead on a text below"
+    )
+    alive += f": their shares of the load are {least:.2f} to {most:.2f} times the uniform share."
     quotes = "\n".join(
         f"- **{prompt}**{' '.join(text.split(chr(10)))}" for prompt, text in record["samples"].items()
     )
     others = [name for name in evaluation if name != "this model"]
     beside = f" Measured beside it by the same code: {', '.join(others)}." if others else ""
     return f"""---
-license: cc0-1.0
+license: apache-2.0
 language: en
 library_name: transformers
 pipeline_tag: text-generation
@@ -137,7 +160,7 @@ tags: [olmoe, mixture-of-experts]
 
 # olmoe-nano
 
-A small, real `OlmoeForCausalLM` whose router is alive: {config.num_hidden_layers} layers, hidden {config.hidden_size},
+A small, real `OlmoeForCausalLM`: {config.num_hidden_layers} layers, hidden {config.hidden_size},
 {config.num_attention_heads} heads, {config.num_experts} experts of width {config.intermediate_size}, top-{config.num_experts_per_tok},
 `norm_topk_prob` false, tied embeddings, byte-level BPE with {config.vocab_size:,} tokens, context
 {config.max_position_embeddings} (trained at {s["window"]}), {record["parameters"] / 1e6:.1f} M parameters, stored in bfloat16.
@@ -151,7 +174,8 @@ model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.f
 ## What it is for
 
 Trying, testing and demonstrating routing on a laptop, without a download: it has the structure of OLMoE-1B-7B with
-{config.num_experts} experts and top-{config.num_experts_per_tok}, its experts all get work, and routing changes its perplexity in measurable ways.
+{config.num_experts} experts and top-{config.num_experts_per_tok}, and routing changes its perplexity in measurable ways.
+{alive}
 
 It is not for use as a language model. It writes grammatical fragments in the manner of old novels, knows nothing
 reliable, has seen no modern text and no dialogue format, and has had no safety training; old books carry the prejudices
@@ -162,24 +186,21 @@ of their time. Figures measured on it say how a method behaves on *this* model; 
 - Text: English prose, public-domain books (Project Gutenberg, headers and footers mostly removed), {in_text / 1e6:.1f} M tokens.
   The validation books are by authors who are not in it.
 - Tokenizer: byte-level BPE, {tokenizer}.
-- Tokens seen: {tokens / 1e6:.1f} M ({tokens / in_text:.2f} epochs), {start}: {s["steps"]:,} steps of {s["batch_tokens"]:,} tokens in
-  windows of {s["window"]}; {record["seconds"] / 60:.0f} minutes on one CPU core; {precision}.
-- Optimiser: {optimiser}; {s["warmup"]} warm-up steps, then constant, then linear to zero over the last
-  {s["decay"]:.0%} of the steps; gradients clipped at {s["clip"]:g}.
+- Tokens seen: {tokens / 1e6:.1f} M ({tokens / in_text:.2f} epochs), in {minutes:.0f} minutes on one CPU core.
 - Router: a load-balancing loss *for each layer*, averaged (E * sum of load share * mean probability, which is 1 when
-  uniform; coefficient {s["balance"]:g}), and a z-loss ({s["z"]:g}). transformers' own auxiliary loss pools all layers before it
-  balances, so that one layer may let experts die.
+  uniform), and a z-loss. transformers' own auxiliary loss pools all layers before it balances, so that one layer may let
+  experts die.
 
-`scripts/train_olmoe_nano.py` is the whole of it; `training.json` beside this file has all settings, the curve and every
-expert's load.
+{described}
 
-{table_of_curve(curve)}
-
-Validation here is a part of the validation text's first half, on which the settings were chosen.
+The validation loss is that of the first {s["valid_tokens"]:,} tokens of the validation text. `training.json` beside this file
+has all settings, the whole curve and every expert's load.
 
 ## Perplexity
 
-Per token, windows of {s["window"]}, float32 arithmetic on the stored weights.{beside} Choices were made on the first half only.
+Per token, windows of {s["window"]}, float32 arithmetic on the stored weights.{beside}
+Settings were chosen on the first half of the validation text, which contains its first tokens; the second half and the
+other texts had no part in them.
 
 {table_of_perplexities(evaluation)}
 
@@ -189,6 +210,9 @@ Smallest and largest share of the top-{config.num_experts_per_tok} load that any
 
 {table_of_load(evaluation["this model"])}
 
+"Below 1/3" counts the experts, of all layers, with less than a third of the uniform share. Training balances them on the
+training text; a text of another kind needs some of them less.
+
 ## What it writes
 
 Greedily, 40 tokens after each prompt:
@@ -197,5 +221,5 @@ Greedily, 40 tokens after each prompt:
 
 ## Licence
 
-The weights and the tokenizer are dedicated to the public domain (CC0 1.0); they were made from public-domain books only.
+The training text is in the public domain (Project Gutenberg). The weights are part of this package and under its licence.
 """

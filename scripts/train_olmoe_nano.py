@@ -214,6 +214,46 @@ def settings_of(args: argparse.Namespace) -> dict[str, Any]:
     return {k: v for k, v in vars(args).items() if k not in left_out} | {"init": bool(args.init)}
 
 
+def command_of(args: argparse.Namespace) -> str:
+    """The command line with the names of files, without their folders, and every setting that is not the default."""
+    parts = ["python scripts/train_olmoe_nano.py --text", args.text.name]
+    parts += ["--valid", args.valid.name] if args.valid else []
+    parts += [part for path in args.report for part in ("--report", path.name)]
+    parts += [part for name in ("init", "tokenizer") if getattr(args, name) for part in (f"--{name}", "DIR")]
+    parts += [f"--baseline '{name}=DIR'" for name, _ in args.baseline]
+    parts += [f"--out {args.out.name} --steps {args.steps}"]
+    shown = {
+        "text",
+        "valid",
+        "report",
+        "init",
+        "tokenizer",
+        "baseline",
+        "out",
+        "work",
+        "resume",
+        "stop_after",
+        "progress",
+    }
+    paths = [str(path) for path in ("--text", args.text, "--out", args.out)]
+    for name, default in vars(parse_arguments([*paths, "--steps", str(args.steps)])).items():
+        value, option = getattr(args, name), name.replace("_", "-")
+        if name not in shown and value != default:
+            parts.append(
+                f"--{'' if value else 'no-'}{option}" if isinstance(value, bool) else f"--{option} {value}"
+            )
+    return " ".join(parts)
+
+
+def earlier_stages(init: Path | None) -> list[dict[str, Any]]:
+    """Of the model that the run went on from: its stages, if this script made it."""
+    if init is None or not (init / "training.json").exists():
+        return []
+    before = json.loads((init / "training.json").read_text(encoding="utf-8"))
+    stage = {name: before[name] for name in ("command", "settings", "seconds", "curve")}
+    return [*before.get("earlier_stages", []), stage]
+
+
 def keep_freed_memory() -> None:
     """Have glibc keep what it frees; by default each large tensor gets fresh, zeroed pages: a tenth of a step's time."""
     try:
@@ -344,6 +384,8 @@ class Run:
 
     def record(self) -> dict[str, Any]:
         return {
+            "earlier_stages": earlier_stages(self.args.init),
+            "command": command_of(self.args),
             "settings": self.settings,
             "tokenizer": "given" if self.args.tokenizer else "trained on the same text",
             "train_tokens_in_text": len(self.ids),
@@ -359,7 +401,12 @@ class Run:
 def export(model: OlmoeForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path) -> OlmoeForCausalLM:
     """Save in bfloat16 with ``save_pretrained`` and return the model as it loads from there."""
     model.to(torch.bfloat16).save_pretrained(out)
+    (out / "model.safetensors").chmod(0o644)
     tokenizer.save_pretrained(out)
+    saved = json.loads((out / "tokenizer_config.json").read_text(encoding="utf-8"))
+    for where_it_came_from in ("is_local", "local_files_only"):
+        saved.pop(where_it_came_from, None)
+    write_json(out / "tokenizer_config.json", saved)
     return OlmoeForCausalLM.from_pretrained(out, dtype=torch.float32)
 
 

@@ -231,8 +231,24 @@ def test_same_seed_repeats_and_resumed_equals_uninterrupted(script, one_thread, 
 
 def test_export_is_bfloat16_tied_and_loads_with_the_auto_classes(script, one_thread, tmp_path):
     text = write_text(tmp_path / "text.txt")
-    assert script.main(arguments(tmp_path, text, "--optimiser", "adamw")) == 0
+    first = tmp_path / "first"
+    first.mkdir()
+    assert script.main(arguments(first, text, "--z", "0.5")) == 0
+    more = ("--init", str(first / "model"), "--tokenizer", str(first / "model"), "--optimiser", "adamw")
+    assert script.main(arguments(tmp_path, text, *more)) == 0
     folder = tmp_path / "model"
+    record = json.loads((folder / "training.json").read_text(encoding="utf-8"))
+    assert [stage["settings"]["z"] for stage in record["earlier_stages"]] == [0.5]
+    assert "--z 0.5" in record["earlier_stages"][0]["command"]
+    assert "--init DIR --tokenizer DIR" in record["command"]
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    assert "Tokens seen: 0.0 M" in card
+    assert (
+        card.index("### Stage 1")
+        < card.index("z-loss 0.5")
+        < card.index("### Stage 2")
+        < card.index("z-loss 0.001")
+    )
     with safe_open(folder / "model.safetensors", "pt") as file:
         assert {file.get_slice(name).get_dtype() for name in file.keys()} == {"BF16"}  # noqa: SIM118
         assert "lm_head.weight" not in file.keys()  # noqa: SIM118
