@@ -20,8 +20,8 @@ from .errors import MissingDependencyError
 
 RECORD = Path(__file__).with_name("families.json")
 
-# A family has experts of transformers' registry, or records router logits of one of its classes.
-_EXPERTS = re.compile(r"^@use_experts_implementation", re.MULTILINE)
+# A family has a class of experts, or records router logits of one of its classes.
+_EXPERTS = re.compile(r"^@use_experts_implementation|^class \w*Experts\(", re.MULTILINE)
 _RECORDER = re.compile(r"[\"']router_logits[\"']: *\[?\s*OutputRecorder\((\w+)")
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from expected_contracts import CONTRACTS, REFUSED, SAMPLE
+from expected_contracts import CONTRACTS, REFUSED, ROUTES_INSIDE_BEFORE, SAMPLE
 from tiny_models import build
 from torch import Tensor, nn
 
@@ -22,7 +22,7 @@ from bh_routing import BHRoutingIntegration, RoutingIntegration
 from bh_routing.calibration import CalibrationWarning
 from bh_routing.collect import calibrate
 from bh_routing.errors import InvalidParameterError, UnsupportedModelError
-from bh_routing.families import scan
+from bh_routing.families import installed_version, scan, version_key
 from bh_routing.kernels.decide import Kept
 from bh_routing.patching import PatchPlan, make_plan
 from bh_routing.patching.experts import uses_registry
@@ -31,6 +31,8 @@ from bh_routing.routing import RoutingDecision
 from bh_routing.statistic import DecisionTable
 
 FOUND = sorted(scan())
+VERSION = version_key(installed_version())
+OLD = {family for family, version in ROUTES_INSIDE_BEFORE.items() if version > VERSION}
 FAMILIES = [
     pytest.param(
         family,
@@ -42,7 +44,7 @@ FAMILIES = [
         ],
     )
     for family in FOUND
-    if family not in REFUSED
+    if family not in REFUSED and family not in OLD
 ]
 every_family = pytest.mark.parametrize("family", FAMILIES)
 every_implementation = pytest.mark.parametrize("implementation", ["eager", "grouped_mm", "batched_mm"])
@@ -392,6 +394,15 @@ def test_refused(family: str) -> None:
     ):
         RoutingIntegration(model, TopKPolicy())
     assert snapshot(model) == kept
+
+
+@pytest.mark.parametrize("family", sorted(OLD & set(FOUND)))
+def test_contract_of_older_version(family: str) -> None:
+    """A family whose contract was another one in this transformers: what was expected, and what was found."""
+    with pytest.raises(
+        UnsupportedModelError, match=r"must return router logits .*, got \(one tensor .* Routers found in"
+    ):
+        RoutingIntegration(build(family), TopKPolicy())
 
 
 def test_sample_covers_contracts() -> None:

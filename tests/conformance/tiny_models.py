@@ -171,8 +171,9 @@ RECIPES: dict[str, Recipe] = {
             "qk_rope_head_dim": 0,
             "index_kpool": 2,
             "hc_mult": 2,
-            "mlp_layer_types": MLP_TYPES,
-            "layer_types": ["linear_attention", "indexed_attention", "linear_attention"],
+            "num_hidden_layers": 4,
+            "mlp_layer_types": ["dense", "dense", "sparse", "sparse"],
+            "layer_types": None,
         },
     ),
     "granitemoehybrid": Recipe(config=MAMBA | {"layer_types": HYBRID}),
@@ -295,11 +296,13 @@ def sub_configs(cls: type[PreTrainedConfig]) -> dict[str, type[PreTrainedConfig]
     )
     found = {}
     for name, sub in declared.items():
-        if (model_type := getattr(sub, "model_type", None)) and not dataclasses.is_dataclass(
-            getattr(sub, "config_class", None)
-        ):
-            sub = CONFIG_MAPPING.get(model_type)
-        sub = getattr(sub, "config_class", sub)
+        if not isinstance(sub, type):  # a specification: its class, or a model type for the automatic one
+            named = getattr(sub, "config_class", None)
+            sub = (
+                named
+                if dataclasses.is_dataclass(named)
+                else CONFIG_MAPPING.get(getattr(sub, "model_type", ""))
+            )
         if isinstance(sub, type) and dataclasses.is_dataclass(sub):
             found[name] = sub
     return found

@@ -9,14 +9,17 @@ Scores, conventions and scaling need no adapter: they are read off the numbers (
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import linear
 
 ROUTING_METHOD = "route_tokens_to_experts"
+LOGITS = "router_logits"
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -27,31 +30,54 @@ class RouterCall:
     ----------
     module, attribute : nn.Module, str
         What is called.
-    takes_logits : bool
-        The logits are the call's first argument, and (weights, indices) its result (DBRX).
+    logits_argument : int or None
+        Position of the logits among the call's arguments, where they are not among its results (DBRX).
+    matrix : str
+        Name of the module's matrix [E, H] that the logits are computed from again, where the call neither takes
+        nor returns them (LongCat in older transformers).
     """
 
     module: nn.Module
     attribute: str = "forward"
-    takes_logits: bool = False
+    logits_argument: int | None = None
+    matrix: str = ""
 
     def canonical(self, args: Sequence[Any], kwargs: Mapping[str, Any], outputs: Any) -> Any:
-        """The call's outputs with the logits in front, where they are an argument."""
-        if not self.takes_logits:
+        """The call's outputs with the logits in front, where they are not among them."""
+        if not isinstance(outputs, (tuple, list)):
             return outputs
-        logits = args[0] if args else next(iter(kwargs.values()))
-        return (logits, *outputs)
+        if self.matrix:
+            hidden = args[0] if args else next(iter(kwargs.values()))
+            weight_EH = self.module.get_parameter(self.matrix)
+            logits_TE = linear(hidden.reshape(-1, hidden.shape[-1]).float(), weight_EH.float())
+            return (logits_TE, *outputs)
+        if self.logits_argument is None:
+            return outputs
+        if LOGITS in kwargs:
+            return (kwargs[LOGITS], *outputs)
+        return (args[self.logits_argument], *outputs)
 
     def original(self, outputs: Any) -> Any:
         """The reverse: what the caller expects to get."""
-        return tuple(outputs[1:]) if self.takes_logits else outputs
+        return outputs if self.logits_argument is None and not self.matrix else tuple(outputs[1:])
 
 
 def router_call(router: nn.Module, parent: nn.Module | None) -> RouterCall:
     """What routes at this site: the block's own routing method where it has one, else the router's forward."""
-    if parent is not None and callable(getattr(type(parent), ROUTING_METHOD, None)):
-        return RouterCall(module=parent, attribute=ROUTING_METHOD, takes_logits=True)
+    method = getattr(type(parent), ROUTING_METHOD, None)
+    if parent is not None and callable(method):
+        names = list(inspect.signature(method).parameters)[1:]
+        if LOGITS in names:
+            return RouterCall(module=parent, attribute=ROUTING_METHOD, logits_argument=names.index(LOGITS))
     return RouterCall(module=router)
+
+
+def with_logits_again(call: RouterCall) -> RouterCall | None:
+    """The call with its logits computed anew from the router's one matrix; None if it has not exactly one."""
+    matrices = [name for name, p in call.module.named_parameters() if p.dim() == 2]
+    if call.attribute != "forward" or len(matrices) != 1:
+        return None
+    return RouterCall(module=call.module, matrix=matrices[0])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,4 +136,4 @@ def flat_experts(
     return forward
 
 
-__all__ = ["ExpertIds", "RouterCall", "expert_ids", "flat_experts", "router_call"]
+__all__ = ["ExpertIds", "RouterCall", "expert_ids", "flat_experts", "router_call", "with_logits_again"]

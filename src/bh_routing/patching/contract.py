@@ -3,8 +3,9 @@
 Shape legend: T tokens, E experts, K slots per token, H hidden size.
 
 A router of the common contract returns router logits [T, E], routing weights [T, K] and expert indices
-int64 [T, K], possibly with extras. transformers 5 returns them in that order; the original design document
-(and a mock written from it) as (weights, indices, logits). In both, the weights stand right before the indices.
+int64 [T, K], possibly with extras. Most families return them in that order; the original design document (and a
+mock written from it) as (weights, indices, logits); some families of older transformers as (indices, weights,
+logits). In all, the weights stand right beside the indices.
 
 Scores and conventions are not looked up by family: the router is run on random tokens, and what it did is read
 off the numbers (`read_convention`).
@@ -65,13 +66,14 @@ def match_outputs(outputs: Any, where: str) -> RouterOutputs:
         tensors = [i for i, t in enumerate(outputs) if isinstance(t, Tensor) and t.dim() >= 2]
         integers = [i for i in tensors if outputs[i].dtype in (torch.int64, torch.int32)]
         floats = [i for i in tensors if outputs[i].is_floating_point()]
-        if len(integers) == 1 and integers[0] - 1 in floats and shape(integers[0]) == shape(integers[0] - 1):
+        if len(integers) == 1:
             experts = integers[0]
-            weights = experts - 1
+            beside = [i for i in (experts - 1, experts + 1) if i in floats and shape(i) == shape(experts)]
+            weights = beside[0] if beside else -1
             rest = [i for i in floats if i != weights and shape(i)[-1] >= shape(experts)[-1]]
             rows = outputs[experts].numel() // max(1, shape(experts)[-1])
             rest = [i for i in rest if outputs[i].numel() == rows * shape(i)[-1]]
-            if rest:
+            if beside and rest:
                 return RouterOutputs(rest[0], weights, experts)
         came = ", ".join(
             f"{t.dtype} {tuple(t.shape)}" if isinstance(t, Tensor) else type(t).__name__ for t in outputs

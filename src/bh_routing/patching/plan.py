@@ -12,7 +12,7 @@ from torch import nn
 from ..errors import UnsupportedModelError
 from ..policies import RoutingContext
 from ..routing import Convention
-from .adapters import ExpertIds, RouterCall, expert_ids, router_call
+from .adapters import ExpertIds, RouterCall, expert_ids, router_call, with_logits_again
 from .contract import Contract, Reading, RouterOutputs, match_outputs, probe
 from .discovery import RouterSite, check_reachable, find_sites
 from .instance import execution_device
@@ -180,21 +180,14 @@ def _plan_layer(model: nn.Module, site: RouterSite, index: int, owner: nn.Module
     router, experts = site.router, site.experts
     config = _text_config(owner if owner is not None else model)
     call = router_call(router, site.parent)
-
-    def probe_with(hidden: int | None = None) -> Contract | None:
-        return probe(
-            router,
-            site.path,
-            site.parent,
-            hidden,
-            canonical=lambda args, outputs: call.canonical(args, {}, outputs),
-            target=(call.module, call.attribute),
-        )
-
-    contract = probe_with()
-    hidden = getattr(config, "hidden_size", None)
-    if contract is None and isinstance(hidden, int):
-        contract = probe_with(hidden)
+    try:
+        contract = _probe(site, call, config)
+    except UnsupportedModelError:
+        again = with_logits_again(call)
+        contract = None if again is None else _probe(site, again, config)
+        if again is None or contract is None or contract.reading.convention == "unknown":
+            raise  # the weights are not made of these logits
+        call = again
     if contract is None:
         contract = _contract_from_attributes(router, experts, config, site.path)
     reading, ids = contract.reading, expert_ids(experts, contract.num_logits)
@@ -222,6 +215,22 @@ def _plan_layer(model: nn.Module, site: RouterSite, index: int, owner: nn.Module
             device=execution_device(router),
         ),
     )
+
+
+def _probe(site: RouterSite, call: RouterCall, config: Any) -> Contract | None:
+    """The contract of a routing call, with the input as wide as the router says, else as the model is."""
+    for hidden in (None, getattr(config, "hidden_size", None)):
+        contract = probe(
+            site.router,
+            site.path,
+            site.parent,
+            hidden,
+            canonical=lambda args, outputs: call.canonical(args, {}, outputs),
+            target=(call.module, call.attribute),
+        )
+        if contract is not None or not isinstance(hidden, int | None):
+            return contract
+    return None
 
 
 def _convention(router: nn.Module, reading: Reading, *, mock: bool) -> Convention:
