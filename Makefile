@@ -14,7 +14,7 @@ TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -rs
 # A target whose tests are not there says so, and counts them as skipped.
 ABSENT = @echo "$(1): 0 passed, 1 skipped: there is no $(2) in this version."
 
-.PHONY: demo test test-all conformance test-vllm test-browser bench lint clean help
+.PHONY: demo test test-all conformance test-vllm test-browser bench docs lint clean help
 .DEFAULT_GOAL := help
 
 help:
@@ -25,6 +25,7 @@ help:
 	@echo "make test-vllm     the vLLM plugin"
 	@echo "make test-browser  pages in a real browser"
 	@echo "make bench         the benchmarks whose figures stand in docs/"
+	@echo "make docs          every figure of README.md, docs/ and examples/ anew"
 	@echo "make lint          ruff and mypy"
 	@echo "make clean         remove everything that the other targets made"
 
@@ -82,8 +83,11 @@ else
 endif
 
 bench: $(DEV)
-	$(BIN)/python benchmarks/decide.py
+	$(BIN)/python benchmarks/decide.py $(ARGS)
 	$(BIN)/python benchmarks/parameters.py
+
+docs: $(DEV)
+	$(BIN)/python benchmarks/refresh_docs.py
 
 lint: $(DEV)
 	$(BIN)/ruff check .

@@ -1,0 +1,103 @@
+"""Make every figure in README.md, docs/ and examples/ anew, by the commands that stand beside them.
+
+    python benchmarks/refresh_docs.py [demo] [example] [picture] [parameters] [decide] [notebook]
+
+Without names: all of them, in this order. Needs the extras of `make test`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from pages import write_block
+
+ROOT = Path(__file__).parent.parent
+README = ROOT / "README.md"
+
+EXAMPLE = """\
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from bh_routing import BHRoutingIntegration
+from bh_routing.models import bundled_calibration, bundled_path
+
+model = AutoModelForCausalLM.from_pretrained(bundled_path("olmoe-nano"))
+tokenizer = AutoTokenizer.from_pretrained(bundled_path("olmoe-nano"))
+inputs = tokenizer("The old man walked to the", return_tensors="pt")
+
+with BHRoutingIntegration(model, calibration=bundled_calibration(), experts_per_token=4.0) as integrator:
+    output = model.generate(**inputs, max_new_tokens=20, do_sample=False)
+    stats = integrator.get_routing_stats()
+
+print(tokenizer.decode(output[0]))
+print(f"{stats['mean_experts_per_token']:.2f} experts per token, at level {stats['alpha']:.3f}")
+print(integrator.telemetry)
+"""
+
+
+def printed(*argv: str) -> str:
+    """What a command prints."""
+    environment = os.environ | {"COLUMNS": "88", "HF_HUB_OFFLINE": "1"}
+    run = subprocess.run([sys.executable, *argv], cwd=ROOT, env=environment, capture_output=True, text=True)
+    if run.returncode:
+        raise SystemExit(f"{' '.join(argv)} failed:\n{run.stderr}")
+    return run.stdout.rstrip()
+
+
+def demo() -> None:
+    write_block(README, "demo", f"```text\n{printed('-m', 'bh_routing', 'demo')}\n```")
+
+
+def example() -> None:
+    output = printed("-c", EXAMPLE)
+    write_block(README, "example", f"```python\n{EXAMPLE}```\n\n```text\n{output}\n```")
+
+
+def picture() -> None:
+    printed("benchmarks/picture.py")
+
+
+def parameters() -> None:
+    printed("benchmarks/parameters.py", "--write", "docs/parameters.md")
+
+
+def decide() -> None:
+    printed("benchmarks/decide.py", "--write", "docs/performance.md")
+
+
+def notebook() -> None:
+    import nbformat
+    from nbclient import NotebookClient
+
+    path = ROOT / "examples" / "colab.ipynb"
+    content = nbformat.read(path, as_version=4)
+    NotebookClient(content, timeout=600, resources={"metadata": {"path": str(path.parent)}}).execute()
+    for cell in content.cells:
+        cell.metadata.pop("execution", None)  # times of day
+    nbformat.write(content, path)
+
+
+PARTS: dict[str, Callable[[], None]] = {
+    part.__name__: part for part in (demo, example, picture, parameters, decide, notebook)
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)}")
+    chosen = parser.parse_args().parts or list(PARTS)
+    if unknown := set(chosen) - set(PARTS):
+        parser.error(f"expected parts out of {', '.join(PARTS)}, got {', '.join(sorted(unknown))}")
+    for name in chosen:
+        print(f"{name} ...", flush=True)
+        PARTS[name]()
+
+
+if __name__ == "__main__":
+    main()
