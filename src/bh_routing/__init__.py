@@ -7,6 +7,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .calibration import Calibration
+    from .collect import calibrate
     from .errors import BHRoutingError, NoRoutersError
     from .integration import BHRoutingIntegration, RoutingIntegration
     from .patching import is_patched, make_plan, unpatch
@@ -24,6 +26,8 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _MODULE_OF = {
+    "Calibration": "calibration",
+    "calibrate": "collect",
     "BHRoutingError": "errors",
     "NoRoutersError": "errors",
     "BHRoutingIntegration": "integration",
@@ -50,6 +54,7 @@ __all__ = [
     "PROCEDURES",
     "BHRoutingError",
     "BHRoutingIntegration",
+    "Calibration",
     "DecisionTable",
     "NoRoutersError",
     "PValuePolicy",
@@ -62,6 +67,7 @@ __all__ = [
     "Telemetry",
     "TopKPolicy",
     "benjamini_hochberg_routing",
+    "calibrate",
     "compute_routing_statistics",
     "is_patched",
     "make_plan",
