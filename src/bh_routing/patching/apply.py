@@ -228,6 +228,7 @@ class RoutingPatch:
 
     def _build(self) -> list[Any]:
         pieces: list[Any] = []
+        reasons: list[str] = []
         infos: dict[int, ForwardInfo] = {}
         for layer in self.plan.layers:
             owner = layer.owner
@@ -238,7 +239,9 @@ class RoutingPatch:
         for layer in self.plan.layers:
             means_EH = self.means.get(layer.path)
             link = _Link() if means_EH is not None and self.change else None
-            mode = skip_mode(layer, self.skip) if self.change else "watch"
+            mode, reason = skip_mode(layer, self.skip) if self.change else ("watch", None)
+            if reason is not None:
+                reasons.append(reason)
             pieces.append(
                 RouterPatch(
                     layer,
@@ -259,6 +262,12 @@ class RoutingPatch:
                     dtype = next(layer.experts.parameters()).dtype
                     means_EH = means_EH.to(execution_device(layer.experts), dtype)
                 pieces.append(ExpertsPatch(layer, link, means_EH=means_EH, compact=mode == "wrapper"))
+        if reasons:
+            logger.warning(
+                "%s: dropped experts keep their index and get weight 0 there (skip='zero'), which saves no time%s.",
+                reasons[0],
+                f"; the same for {len(reasons) - 1} more layers" if len(reasons) > 1 else "",
+            )
         return pieces
 
     def remove(self) -> None:
@@ -278,8 +287,11 @@ class RoutingPatch:
         return bool(self._pieces)
 
 
-def skip_mode(layer: LayerPlan, skip: Skip) -> str:
-    """How this layer's empty slots are kept out: "registry", "wrapper", "zero", or "index" for a bare mock.
+def skip_mode(layer: LayerPlan, skip: Skip) -> tuple[str, str | None]:
+    """How this layer's empty slots are kept out, and why not at a gain where they are not.
+
+    ``"registry"``: by the skip-aware implementation; ``"wrapper"``: in front of the module; ``"zero"``: by weight
+    0 alone; ``"index"``: a bare mock has no experts.
 
     Raises
     ------
@@ -288,24 +300,28 @@ def skip_mode(layer: LayerPlan, skip: Skip) -> str:
     """
     experts = layer.experts
     if skip == "zero":
-        return "zero"
+        return "zero", None
     if experts is None:
-        return "index"
-    if getattr(experts, "_is_expert_parallel", False):
+        return "index", None
+    assert layer.experts_path is not None
+    reason = skip_aware.why_not_compact(experts, layer.ids, layer.experts_path)
+    if reason is not None:
         if skip == "compact":
             raise UnsupportedModelError(
-                f"{layer.experts_path} is expert-parallel, where dropped pairs cannot be taken out: expected "
-                "skip='auto' or 'zero' (weight 0, index kept), got skip='compact'."
+                f"{reason}: expected skip='auto' or 'zero' (weight 0, index kept), got skip='compact'."
             )
-        return "zero"
-    if not layer.ids.can_compact:
-        if skip == "compact":
-            raise UnsupportedModelError(
-                f"{layer.experts_path} ({type(experts).__name__}) needs several slots per token and has no expert "
-                "that costs nothing: expected skip='auto' or 'zero' (weight 0, index kept), got skip='compact'."
-            )
-        return "zero"
-    return "registry" if skip_aware.uses_registry(experts) else "wrapper"
+        return "zero", reason
+    if not skip_aware.uses_registry(experts):
+        return "wrapper", None
+    if skip_aware.knows_implementation(experts):
+        return "registry", None
+    if skip == "compact":
+        return "wrapper", None
+    name = experts.config._experts_implementation  # type: ignore[union-attr]
+    return "zero", (
+        f"{layer.experts_path} runs the experts implementation {name!r}, which cannot leave pairs out by itself "
+        "(skip='compact' takes them out in front of it, which synchronises a GPU)"
+    )
 
 
 def is_patched(model: nn.Module) -> bool:
