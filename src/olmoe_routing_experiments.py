@@ -1,0 +1,15 @@
+"""The import name that existing notebooks use for the experiments; everything is in `bh_routing.evaluation`."""
+
+from bh_routing.evaluation.datasets import Dataset, load_dataset
+from bh_routing.evaluation.runner import RoutingExperimentRunner
+from bh_routing.evaluation.strategy import RoutingStrategy, StrategyPolicy
+from bh_routing.loading import load_model
+
+__all__ = [
+    "Dataset",
+    "RoutingExperimentRunner",
+    "RoutingStrategy",
+    "StrategyPolicy",
+    "load_dataset",
+    "load_model",
+]

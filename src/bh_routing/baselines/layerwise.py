@@ -19,7 +19,7 @@ from .base import Baseline, Ordered, first
 
 
 def allocate(costs: Sequence[Sequence[float]], total: int) -> list[int]:
-    """Whole numbers k_l >= 1 with sum at most ``total`` that minimise the sum of ``costs[l][k_l - 1]``, exactly.
+    """Whole numbers k_l >= 1 with the sum ``total`` that minimise the sum of ``costs[l][k_l - 1]``, exactly.
 
     Dynamic programming over layers, as in Alloc-MoE (arXiv:2604.08133, Alloc-L). Among equal sums the earlier
     layers get fewer.
@@ -29,7 +29,7 @@ def allocate(costs: Sequence[Sequence[float]], total: int) -> list[int]:
     costs : sequence of sequence of float
         Per layer, the loss with 1, 2, ... experts there.
     total : int
-        Experts per token, added over layers.
+        Experts per token, added over layers; more than the layers can use gives each all of its own.
 
     Raises
     ------
@@ -47,6 +47,7 @@ def allocate(costs: Sequence[Sequence[float]], total: int) -> list[int]:
         raise BudgetError(
             f"a budget must give each of the {len(costs)} layers one expert, got {total} in all."
         )
+    total = min(total, sum(map(len, costs)))
     best: dict[int, tuple[float, tuple[int, ...]]] = {0: (0.0, ())}
     for i, row in enumerate(costs):
         spare = total - (len(costs) - i - 1)
@@ -59,7 +60,7 @@ def allocate(costs: Sequence[Sequence[float]], total: int) -> list[int]:
                 if used + k not in after or candidate < after[used + k]:
                     after[used + k] = candidate
         best = after
-    return list(min(best.values())[1])
+    return list(best[total][1])
 
 
 class PerLayerPolicy(Baseline):

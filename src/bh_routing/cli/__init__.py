@@ -24,6 +24,9 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "generate": ("generate", "continue a text under BH routing and print what the routers did"),
     "calibrate": ("calibrate", "what a model's routers do on a text, once; saved to a file"),
     "inspect": ("inspect", "what a model's routers are, or what a calibration file holds"),
+    "families": ("families", "the model families of the installed transformers, and what is supported"),
+    "evaluate": ("evaluate", "compare routing policies on text: quality, experts, time"),
+    "record": ("record", "router logits, choices and weights of a sample of tokens, to a file"),
 }
 
 MODEL_HELP = "MODEL is olmoe-nano (embedded), a folder, or a hub id such as allenai/OLMoE-1B-7B-0924."

@@ -52,12 +52,20 @@ class Workbench:
         Its kept tokens are what budgets are solved on.
     windows : sequence of Tensor
         Token windows of calibration text, for the layer profiles, and for budgets without a calibration.
+    collect_stats : bool
+        Whether the integrations that are made count.
     """
 
     def __init__(
-        self, model: Any, calibration: Calibration | None = None, windows: Sequence[Tensor] = ()
+        self,
+        model: Any,
+        calibration: Calibration | None = None,
+        windows: Sequence[Tensor] = (),
+        *,
+        collect_stats: bool = True,
     ) -> None:
         self.model, self.calibration, self.windows = model, calibration, list(windows)
+        self.collect_stats = collect_stats
 
     @cached_property
     def plan(self) -> PatchPlan:
@@ -169,13 +177,13 @@ _SOLVED = ("alpha", "k", "p", "t", "q", "scale", "thresholds")  # what a budget 
 
 def _integrate(bench: Workbench, policy: RoutingPolicy, compensation: bool = False) -> RoutingIntegration:
     if not compensation:
-        return RoutingIntegration(bench.model, policy)
+        return RoutingIntegration(bench.model, policy, collect_stats=bench.collect_stats)
     means = {} if bench.calibration is None else bench.calibration.mean_outputs()
     if not means:
         raise InvalidParameterError(
             "compensation=true needs the experts' mean outputs: give a calibration that holds them."
         )
-    return _Compensated(bench.model, policy, means=means)
+    return _Compensated(bench.model, policy, means=means, collect_stats=bench.collect_stats)
 
 
 def _from_policy(
@@ -279,6 +287,7 @@ def _procedure(name: str) -> Callable[[Workbench, dict[str, Any]], RoutingIntegr
             experts_per_token=rest.pop("experts", None),
             calibration=calibration,
             procedure=name,
+            collect_stats=bench.collect_stats,
             **rest,
         )
 
@@ -297,14 +306,16 @@ def _uncalibrated(bench: Workbench, rest: dict[str, Any], procedure: str) -> Rou
         return PValuePolicy(kind, procedure=procedure, alpha=10.0**log_alpha, **rest)
 
     policy = solve(make, bench.log, budget, -12.0, -1e-9, f"{procedure}'s level with {kind} p-values")
-    return RoutingIntegration(bench.model, policy)
+    return _integrate(bench, policy)
 
 
 def _original(bench: Workbench, parameters: dict[str, Any]) -> RoutingIntegration:
     rest = {"pvalues": "softmax", "weights": "sum"} | parameters
     if "experts" in rest:
         return _uncalibrated(bench, rest, procedure="bh")
-    return BHRoutingIntegration(bench.model, alpha=rest.pop("alpha", 0.05), **rest)
+    return BHRoutingIntegration(
+        bench.model, alpha=rest.pop("alpha", 0.05), collect_stats=bench.collect_stats, **rest
+    )
 
 
 _LEVEL: dict[str, tuple[Converter, str]] = {

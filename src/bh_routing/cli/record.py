@@ -1,0 +1,61 @@
+"""Record what a model's routers say and choose for a sample of tokens: logits, experts, weights, token ids. For one's
+own analysis (examples/logs_eda.ipynb), and to solve budgets on.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from ..errors import InvalidParameterError
+from . import common
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="olmoe-nano, a folder, or a hub id")
+    parser.add_argument("--text", required=True, metavar="FILE", help="UTF-8 text, plain or compressed")
+    parser.add_argument("-o", "--output", required=True, metavar="LOG.safetensors", help="the file to write")
+    parser.add_argument(
+        "--max-tokens",
+        type=int,
+        default=8192,
+        metavar="N",
+        help="keep N tokens, spread over the text (default 8192)",
+    )
+    parser.add_argument(
+        "--window", type=int, metavar="N", help="tokens per window (default: the context, at most 512)"
+    )
+    common.add_model_arguments(parser)
+
+
+def run(args: argparse.Namespace) -> None:
+    if args.max_tokens < 1:
+        raise InvalidParameterError(f"max-tokens must be at least 1, got {args.max_tokens}.")
+    if not args.output.endswith(".safetensors"):
+        raise InvalidParameterError(
+            f"output must be a file name that ends in .safetensors, got {args.output!r}."
+        )
+    from ..loading import check_device, check_dtype, load_model
+    from .evaluate import read_any
+
+    check_device(args.device)
+    check_dtype(args.dtype)
+    text = read_any(args.text)
+
+    from ..collect import default_window
+    from ..evaluation import cut_windows
+    from ..record import record
+
+    model, tokenizer = load_model(args.model, device=args.device, dtype=args.dtype)
+    length = args.window or default_window(model)
+    windows = cut_windows(tokenizer, text, length, limit=max(1, 4 * args.max_tokens // length))
+    with common.make_progress() as progress:
+        bar = progress.add_task("recording", total=len(windows))
+        log = record(
+            model,
+            windows,
+            max_tokens=args.max_tokens,
+            model_id=common.model_name(args.model),
+            step=lambda: progress.advance(bar),
+        )
+    log.save(args.output)
+    common.print_text(f"{log!r}, saved to {args.output}.")
