@@ -10,7 +10,7 @@ import torch
 from bh_routing import RoutingIntegration, TopKPolicy, is_patched
 from bh_routing.data import sample_text
 from bh_routing.errors import InvalidInputError
-from bh_routing.evaluation import compare, cut_windows, perplexity, window_losses
+from bh_routing.evaluation import Measured, compare, cut_windows, perplexity, window_losses
 
 
 def test_windows_cover_the_text(nano_tokenizer):
@@ -85,6 +85,31 @@ def test_compare(nano_model, nano_tokenizer):
         "layers": [{"mean_experts": 8.0, "std_experts": 0.0}] * 4,
         "median_seconds": own.median_seconds,
     }
+
+
+def measured(*losses):
+    return Measured(
+        label="",
+        losses=tuple(torch.tensor(loss) for loss in losses),
+        mean_experts=8.0,
+        std_experts=0.0,
+        layers=(),
+        share_saved=0.0,
+        share_floor=0.0,
+        share_ceiling=0.0,
+        alpha=None,
+        seconds=(),
+    )
+
+
+def test_change_of_the_perplexity():
+    own, other = measured([1.0, 2.0], [3.0, 4.0], [5.0]), measured([1.2, 2.2], [3.0, 4.0], [5.1])
+    change = other.change_from(own)
+    assert change.value == pytest.approx(math.exp(0.1) - 1, rel=1e-6)
+    assert change.value == pytest.approx(other.perplexity / own.perplexity - 1, rel=1e-6)
+    assert change.low == pytest.approx(0.0, abs=1e-6)  # the second window alone
+    assert change.high == pytest.approx(math.exp(0.2) - 1, rel=1e-6)  # the first window alone
+    assert own.change_from(own) == (0.0, 0.0, 0.0)
 
 
 def test_compare_with_one_window_has_no_time(nano_model, token_ids):

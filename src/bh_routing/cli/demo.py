@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from . import common
@@ -23,6 +24,7 @@ BUDGETS = (6.0, 4.0, 3.0, 2.0)
 ALPHAS = (0.6, 0.4, 0.2, 0.05)
 CUTS = (6, 4, 3, 2)  # of the model's own top-k, beside uncalibrated levels
 UNCALIBRATED = 0.4  # the level of the one uncalibrated row beside calibrated ones
+NO_CALIBRATION = "no calibration"  # its label
 WINDOW = 256  # tokens
 
 
@@ -44,6 +46,75 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    with common.muted("bh_routing.integration"), common.make_progress() as progress:
+        loading = progress.add_task("loading", total=None)
+        calibration = _check(args)
+        text, source = _text(args.text)
+
+        import torch
+
+        from ..data import prompts
+        from ..evaluation import compare, cut_windows
+        from ..loading import load_model
+
+        model, tokenizer = load_model(args.model, device=args.device, dtype=args.dtype)
+        torch.manual_seed(args.seed)
+        routings = make_routings(model, calibration, args.alpha, args.experts, quick=args.quick)
+        answering = _answering(routings)
+        windows = cut_windows(tokenizer, text, WINDOW)
+        asked = {tier: tier_prompts[0] for tier, tier_prompts in prompts().items()}
+        if args.quick:
+            windows = cut_windows(tokenizer, text, WINDOW, limit=max(3, len(windows) // 10))
+            asked = dict(list(asked.items())[:2])
+        progress.remove_task(loading)
+
+        bar = progress.add_task("measuring", total=len(windows) * len(routings))
+        measured = compare(model, windows, routings, step=lambda: progress.advance(bar))
+        bar = progress.add_task("answering", total=len(asked) * len(answering))
+        answers: list[Answers] = []
+        for tier, prompt in asked.items():
+            texts = {}
+            for label in answering:
+                texts[label] = _continue(model, tokenizer, prompt, routings[label], args.max_new_tokens)
+                progress.advance(bar)
+            answers.append(Answers(tier=tier, prompt=prompt, texts=texts))
+
+    tokens = sum(w.shape[1] for w in windows)
+    if args.json:
+        report = {
+            "model": args.model,
+            "tokens": tokens,
+            "window": WINDOW,
+            "calibrated": calibration is not None,
+            "routings": [row.to_dict() for row in measured],
+            "answers": [asdict(answer) for answer in answers],
+        }
+        print(json.dumps(report, indent=2))
+        return
+    console = common.make_console()
+    common.print_text(common.describe_model(common.model_name(args.model), model))
+    _show_measured(console, measured, tokens, source, windows[0].shape[1])
+    _show_layers(console, measured)
+    _show_answers(console, answers)
+    if calibration is None:
+        print()
+        common.print_text(
+            "No calibration: every token is its own null. `bh-routing calibrate MODEL --text FILE -o FILE` makes "
+            "one, and keeps more quality at the same number of experts."
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answers:
+    """A prompt and its continuations, by the label of the routing."""
+
+    tier: str
+    prompt: str
+    texts: dict[str, str]
+
+
+def _check(args: argparse.Namespace) -> Calibration | None:
+    """Raise for a setting out of range before a model is loaded for it; returns the calibration to use."""
     from ..loading import check_device, check_dtype
     from ..procedures import check_alpha
 
@@ -53,71 +124,14 @@ def run(args: argparse.Namespace) -> None:
         check_alpha(alpha)
     check_device(args.device)
     check_dtype(args.dtype)
-    calibration = common.load_calibration(args.calibration, args.model, args.experts or [])
+    return common.load_calibration(args.calibration, args.model, args.experts or [])
 
-    import torch
 
-    from ..data import prompts, sample_text
-    from ..evaluation import compare, cut_windows
-    from ..loading import load_model
+def _text(path: str | None) -> tuple[str, str]:
+    """The text to measure on, and what to call it."""
+    from ..data import sample_text
 
-    text = sample_text() if args.text is None else common.read_text(args.text)
-    model, tokenizer = load_model(args.model, device=args.device, dtype=args.dtype)
-    torch.manual_seed(args.seed)
-    routings = make_routings(model, calibration, args.alpha, args.experts, quick=args.quick)
-    windows = cut_windows(tokenizer, text, WINDOW)
-    if args.quick:
-        windows = cut_windows(tokenizer, text, WINDOW, limit=max(3, len(windows) // 10))
-    asked = {tier: tier_prompts[0] for tier, tier_prompts in prompts().items()}
-    if args.quick:
-        asked = dict(list(asked.items())[:2])
-    answering = _answering(routings)
-
-    with common.muted("bh_routing.integration"), common.make_progress() as progress:
-        bar = progress.add_task("measuring", total=len(windows) * len(routings))
-        measured = compare(model, windows, routings, step=lambda: progress.advance(bar))
-        bar = progress.add_task("answering", total=len(asked) * len(answering))
-        answers = {}
-        for tier, prompt in asked.items():
-            answers[tier] = [prompt]
-            for label in answering:
-                answers[tier].append(
-                    _continue(model, tokenizer, prompt, routings[label], args.max_new_tokens)
-                )
-                progress.advance(bar)
-
-    source = "the bundled text" if args.text is None else args.text
-    tokens = sum(w.shape[1] for w in windows)
-    if args.json:
-        answered = [
-            {"tier": tier, "prompt": prompt, "answers": dict(zip(answering, texts, strict=True))}
-            for tier, (prompt, *texts) in answers.items()
-        ]
-        print(
-            json.dumps(
-                {
-                    "model": args.model,
-                    "tokens": tokens,
-                    "window": WINDOW,
-                    "calibrated": calibration is not None,
-                    "routings": [m.to_dict() for m in measured],
-                    "answers": answered,
-                },
-                indent=2,
-            )
-        )
-        return
-    console = common.make_console()
-    common.print_text(common.describe_model(common.model_name(args.model), model))
-    _show_measured(console, measured, tokens, source, windows[0].shape[1])
-    _show_layers(console, measured)
-    _show_answers(console, answering, answers)
-    if calibration is None:
-        print()
-        common.print_text(
-            "No calibration: every token is its own null. `bh-routing calibrate MODEL --text FILE -o FILE` makes "
-            "one, and keeps more quality at the same number of experts."
-        )
+    return (sample_text(), "the bundled text") if path is None else (common.read_text(path), path)
 
 
 def make_routings(
@@ -148,7 +162,7 @@ def make_routings(
                 model, experts_per_token=budget, calibration=calibration
             )
             cut(budget)
-        rows[f"BH uncalibrated, alpha {UNCALIBRATED:g}"] = BHRoutingIntegration(model, alpha=UNCALIBRATED)
+        rows[NO_CALIBRATION] = BHRoutingIntegration(model, alpha=UNCALIBRATED)
         return rows
     alphas = list(ALPHAS) if alphas is None else alphas
     for alpha in alphas[1:3] if quick and len(alphas) > 2 else alphas:
@@ -183,30 +197,27 @@ def _continue(
 
 def _show_measured(console: Any, measured: list[Measured], tokens: int, source: str, window: int) -> None:
     own = measured[0]
-    table = common.make_table(
-        f"Perplexity on {source}, experts and time",
-        "routing",
-        "experts/token",
-        "saved",
-        "perplexity",
-        "change",
-        "ms",
-    )
+    columns = ("routing", "experts", "saved", "perplexity", "change", "95 % interval", "ms")
+    table = common.make_table(f"Perplexity on {source}, experts and time", *columns)
     for row in measured:
-        change = row.perplexity / own.perplexity - 1
+        change = row.change_from(own)
+        compared = (f"{change.value:+.1%}", f"[{100 * change.low:+.1f}, {100 * change.high:+.1f}]")
         table.add_row(
             row.label,
             f"{row.mean_experts:.2f} ± {row.std_experts:.2f}",
             f"{row.share_saved:.0%}",
             f"{row.perplexity:.2f}",
-            "" if row is own else f"{change:+.1%}",
+            *(("", "") if row is own else compared),
             f"{row.median_seconds * 1e3:.0f}",
         )
     common.print_table(console, table)
     print()
+    if any(row.label == NO_CALIBRATION for row in measured):
+        common.print_text(f"{NO_CALIBRATION}: BH at alpha {UNCALIBRATED:g}, every token being its own null.")
     common.print_text(
-        f"{tokens:,} tokens in windows of {window}; experts/token: mean ± standard deviation over tokens and layers; "
-        f"ms: median time of a forward pass over {window} tokens, counting included, the rows taking turns."
+        f"{tokens:,} tokens in windows of {window}. experts: per token, mean ± standard deviation over tokens and "
+        "layers. change: of the perplexity; its interval is a paired bootstrap over windows. ms: median time of a "
+        f"forward pass over {window} tokens, counting included, the rows taking turns."
     )
 
 
@@ -222,13 +233,13 @@ def _show_layers(console: Any, measured: list[Measured]) -> None:
     common.print_table(console, table)
 
 
-def _show_answers(console: Any, labels: list[str], answers: dict[str, list[str]]) -> None:
+def _show_answers(console: Any, answers: list[Answers]) -> None:
     from rich.text import Text
 
-    for tier, (prompt, *texts) in answers.items():
-        table = common.make_table(f"{tier}: {prompt}", *labels, left=len(labels))
+    for answer in answers:
+        table = common.make_table(f"{answer.tier}: {answer.prompt}", *answer.texts, left=len(answer.texts))
         table.expand = True
         for column in table.columns:
             column.ratio = 1
-        table.add_row(*(Text(" ".join(text.split())) for text in texts))
+        table.add_row(*(Text(" ".join(text.split())) for text in answer.texts.values()))
         common.print_table(console, table)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..integration import RoutingIntegration
 from ..patching import make_plan
+from .paired import Interval, perplexity_change
 from .perplexity import perplexity, window_losses
 
 
@@ -52,6 +53,13 @@ class Measured:
     @property
     def perplexity(self) -> float:
         return perplexity(self.losses)
+
+    def change_from(self, own: Measured) -> Interval:
+        """Relative change of the perplexity against another routing of the same windows, with its 95 % interval."""
+        return perplexity_change(self._blocks(), own._blocks())
+
+    def _blocks(self) -> list[tuple[float, int]]:
+        return [(float(loss.double().sum()), len(loss)) for loss in self.losses]
 
     @property
     def median_seconds(self) -> float:
