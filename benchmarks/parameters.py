@@ -15,9 +15,7 @@ from pathlib import Path
 
 from pages import markdown_table, write_block
 
-from bh_routing import BHRoutingIntegration, RoutingIntegration
-from bh_routing.calibration import Calibration
-from bh_routing.collect import calibrate
+from bh_routing import BHRoutingIntegration, Calibration, RoutingIntegration, calibrate
 from bh_routing.data import sample_text
 from bh_routing.evaluation import Measured, compare, cut_windows
 from bh_routing.loading import default_calibration, load_model

@@ -20,8 +20,7 @@ from torch import Tensor
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from bh_routing import BHRoutingIntegration, RoutingIntegration, TopKPolicy
-from bh_routing.calibration import Calibration
+from bh_routing import BHRoutingIntegration, Calibration, RoutingIntegration, TopKPolicy
 from bh_routing.data import sample_sections, sample_text
 from bh_routing.evaluation import compare, cut_windows
 from bh_routing.loading import default_calibration, load_model
