@@ -26,6 +26,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "inspect": ("inspect", "what a model's routers are, or what a calibration file holds"),
     "families": ("families", "the model families of the installed transformers, and what is supported"),
     "evaluate": ("evaluate", "compare routing policies on text: quality, experts, time"),
+    "report": ("report", "one HTML page of what evaluate has measured"),
     "record": ("record", "router logits, choices and weights of a sample of tokens, to a file"),
 }
 
