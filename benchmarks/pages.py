@@ -1,4 +1,4 @@
-"""Markdown tables, and putting them into the pages of docs/: every figure there comes from a command.
+"""What the benchmarks share: texts to measure on, Markdown tables, and putting these into the pages of docs/.
 
 A page holds blocks between two comment lines,
 
@@ -13,6 +13,28 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from bh_routing.data import sample_text
+from bh_routing.evaluation import cut_windows
+from bh_routing.stream import TextFile
+
+WINDOW = 256  # tokens
+
+
+def text_windows(tokenizer: Any, path: Path | None, limit: int | None = None) -> list[Tensor]:
+    """Windows of the bundled text, or of the second half of a file's (the first half is for choosing)."""
+    if path is None:
+        return cut_windows(tokenizer, sample_text(), WINDOW, limit)
+    text = "".join(TextFile(path))
+    return cut_windows(tokenizer, text[text.index("\n", len(text) // 2) + 1 :], WINDOW, limit)
+
+
+def text_name(path: Path | None) -> str:
+    """What to call the text of `text_windows`."""
+    return "the bundled text" if path is None else f"`{path.name.partition('.')[0]}`"
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

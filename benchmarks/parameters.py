@@ -1,9 +1,10 @@
 """What alpha, min_k, max_k and temperature do, measured on a model: the figures of docs/parameters.md.
 
-    python benchmarks/parameters.py [MODEL] [--calibration FILE] [--text FILE] [--write docs/parameters.md]
+    python benchmarks/parameters.py [MODEL] [--text FILE --calibration-text FILE] [--write docs/parameters.md]
 
-Default: olmoe-nano, its own calibration, and the bundled text in windows of 256 tokens. One table per parameter;
-perplexity is compared with the unpatched model's.
+Default: olmoe-nano, its own calibration, and the bundled text in windows of 256 tokens. Of a text that is given, the second half
+is measured (the first is for choosing). One table per parameter; perplexity is compared with the unpatched model's, with
+the 95 % interval of a paired bootstrap over windows.
 """
 
 from __future__ import annotations
@@ -12,21 +13,28 @@ import argparse
 import logging
 import sys
 from pathlib import Path
+from typing import Any
 
-from pages import markdown_table, write_block
+from pages import WINDOW, markdown_table, text_name, text_windows, write_block
+from torch import Tensor
 
 from bh_routing import BHRoutingIntegration, Calibration, RoutingIntegration, calibrate
 from bh_routing.data import sample_text
-from bh_routing.evaluation import Measured, compare, cut_windows
+from bh_routing.evaluation import Measured, compare
 from bh_routing.loading import default_calibration, load_model
+from bh_routing.stream import TextFile
 
 Rows = dict[str, RoutingIntegration | None]
 
-ALPHAS = (0.01, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8)
+ALPHAS = (0.0001, 0.001, 0.01, 0.05, 0.1, 0.2, 0.4, 0.8)
+OWN_NULL_ALPHAS = (0.01, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8)
 LEVEL = 0.1  # for min_k and max_k
 TEMPERATURES = (0.5, 1.0, 2.0)
 BUDGETS = (4.0, 3.0)  # for temperature
-WINDOW = 256
+CALIBRATION_TOKENS = 200_000
+
+
+HEADER = ["experts per token", "saved", "at min_k", "at max_k", "perplexity", "change"]
 
 
 def experts_and_perplexity(measured: list[Measured], own: Measured) -> list[list[str]]:
@@ -38,13 +46,15 @@ def experts_and_perplexity(measured: list[Measured], own: Measured) -> list[list
             f"{row.share_floor:.1%}",
             f"{row.share_ceiling:.1%}",
             f"{row.perplexity:.2f}",
-            f"{row.perplexity / own.perplexity - 1:+.1%}",
+            change(row, own),
         ]
         for row in measured
     ]
 
 
-HEADER = ["experts per token", "saved", "at min_k", "at max_k", "perplexity", "change"]
+def change(row: Measured, own: Measured) -> str:
+    interval = row.change_from(own)
+    return f"{interval.value:+.1%} [{100 * interval.low:+.1f}, {100 * interval.high:+.1f}]"
 
 
 def main() -> None:
@@ -53,8 +63,13 @@ def main() -> None:
     )
     parser.add_argument("model", nargs="?", default="olmoe-nano")
     parser.add_argument("--calibration", help="default: the one that comes with the model")
-    parser.add_argument("--text", type=Path, help="default: the bundled text")
-    parser.add_argument("--limit", type=int, help="measure on so many windows only")
+    parser.add_argument("--text", type=Path, help="measure on its second half (default: the bundled text)")
+    parser.add_argument(
+        "--calibration-text", type=Path, help="for the temperatures (default: the bundled text)"
+    )
+    parser.add_argument(
+        "--limit", type=int, default=120, help="measure on so many windows, spread evenly (default 120)"
+    )
     parser.add_argument("--write", type=Path, metavar="PAGE", help="put the tables into this page")
     args = parser.parse_args()
     logging.getLogger("bh_routing").setLevel(logging.ERROR)  # uncalibrated and at temperature 2 on purpose
@@ -64,18 +79,20 @@ def main() -> None:
         sys.exit(f"expected a calibration of {args.model}, got none; give --calibration FILE.")
     calibration = Calibration.load(path)
     model, tokenizer = load_model(args.model)
-    text = sample_text() if args.text is None else args.text.read_text(encoding="utf-8")
-    windows = cut_windows(tokenizer, text, WINDOW, args.limit)
+    windows = text_windows(tokenizer, args.text, args.limit)
     own = compare(model, windows, {"own": None})[0]
 
-    def bh(**settings: object) -> BHRoutingIntegration:
-        return BHRoutingIntegration(model, **settings)  # type: ignore[arg-type]
+    def bh(**settings: Any) -> BHRoutingIntegration:
+        return BHRoutingIntegration(model, **settings)
 
     k = max(context.top_k for context in bh(alpha=LEVEL).plan.contexts)
     experts = calibration.num_experts
     tables: dict[str, tuple[str, Rows]] = {
         "alpha": ("alpha, calibrated", {f"{a:g}": bh(alpha=a, calibration=calibration) for a in ALPHAS}),
-        "alpha-uncalibrated": ("alpha, without a calibration", {f"{a:g}": bh(alpha=a) for a in ALPHAS}),
+        "alpha-uncalibrated": (
+            "alpha, without a calibration",
+            {f"{a:g}": bh(alpha=a) for a in OWN_NULL_ALPHAS},
+        ),
         "softmax": (
             'alpha, pvalues="softmax"',
             {f"{a:g}": bh(alpha=a, pvalues="softmax") for a in (0.05, 0.5, 0.8, 0.9)},
@@ -99,13 +116,13 @@ def main() -> None:
         texts[name] = markdown_table([title, *HEADER], experts_and_perplexity(measured, own))
         print(f"{texts[name]}\n", flush=True)
 
-    texts["temperature"] = temperatures(model, tokenizer, text, args.limit)
+    texts["temperature"] = temperatures(model, tokenizer, args.calibration_text, windows, own)
     print(f"{texts['temperature']}\n")
     tokens = sum(w.shape[1] for w in windows)
     texts["setup"] = (
-        f"Measured on `{args.model}` and {'the bundled text' if args.text is None else args.text.name}, {tokens:,} "
-        f"tokens in windows of {WINDOW}; the unpatched model runs {own.mean_experts:g} experts per token and has "
-        f"perplexity {own.perplexity:.2f}."
+        f"Measured on `{args.model}` and {'the second half of ' if args.text else ''}{text_name(args.text)}, {tokens:,} tokens in windows of {WINDOW}; the unpatched "
+        f"model runs {own.mean_experts:g} experts per token and has perplexity {own.perplexity:.2f}. In brackets: the 95 % "
+        "interval of the change in percent, by a paired bootstrap over windows."
     )
     print(texts["setup"])
     if args.write:
@@ -113,35 +130,33 @@ def main() -> None:
             write_block(args.write, name, block)
 
 
-def temperatures(model: object, tokenizer: object, text: str, limit: int | None) -> str:
-    """Calibrate on the first half of the text at each temperature, measure on the second, at the same budgets."""
-    half = text.find("\n", len(text) // 2)
-    windows = cut_windows(tokenizer, text[half:], WINDOW, limit)
-    own = compare(model, windows, {"own": None})[0]
+def temperatures(model: Any, tokenizer: Any, text: Path | None, windows: list[Tensor], own: Measured) -> str:
+    """Calibrate at each temperature, and measure at the same budgets."""
     rows = []
     for temperature in TEMPERATURES:
-        calibration = calibrate(model, tokenizer, text[:half], temperature=temperature, progress=False)  # type: ignore[arg-type]
+        calibration = calibrate(
+            model,
+            tokenizer,
+            [sample_text()] if text is None else TextFile(text),
+            temperature=temperature,
+            max_tokens=CALIBRATION_TOKENS,
+            progress=False,
+        )
         routings: Rows = {
             f"{budget}": BHRoutingIntegration(
-                model,  # type: ignore[arg-type]
+                model,
                 experts_per_token=budget,
                 temperature=temperature,
                 calibration=calibration,
-                compensation=False,
-                statistic="contribution",
-                size="output",
             )
             for budget in BUDGETS
         }
         measured = compare(model, windows, routings)
-        rows.append(
-            [f"{temperature:g}"]
-            + [f"{row.mean_experts:.2f}: {row.perplexity / own.perplexity - 1:+.1%}" for row in measured]
-        )
-    header = [
-        "temperature (contribution by output size, no compensation)",
-        *(f"budget {budget:g}: experts, change" for budget in BUDGETS),
-    ]
+        cells = [cell for row in measured for cell in (f"{row.mean_experts:.2f}", change(row, own))]
+        rows.append([f"{temperature:g}", *cells])
+    header = [f"temperature, calibrated on {text_name(text)}"]
+    for budget in BUDGETS:
+        header += [f"experts (budget {budget:g})", "change"]
     return markdown_table(header, rows)
 
 

@@ -1,9 +1,9 @@
 """Draw docs/overview.png: where the experts of olmoe-nano go, and what dropping the others costs.
 
-    python benchmarks/picture.py [--calibration FILE] [-o docs/overview.png]
+    python benchmarks/picture.py [--text FILE] [-o docs/overview.png]
 
 Above: a passage of the bundled text, each token on a ground as dark as the experts it gets (mean over layers) at a
-budget of 4. Below: perplexity on the bundled text against experts per token.
+budget of 4. Below: perplexity on the second half of FILE (default: the bundled text) against experts per token.
 """
 
 from __future__ import annotations
@@ -15,21 +15,21 @@ from typing import Any
 
 import matplotlib
 import torch
+from pages import WINDOW, text_name, text_windows
 from torch import Tensor
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 from bh_routing import BHRoutingIntegration, Calibration, RoutingIntegration, TopKPolicy
-from bh_routing.data import sample_sections, sample_text
-from bh_routing.evaluation import compare, cut_windows
+from bh_routing.data import sample_sections
+from bh_routing.evaluation import compare
 from bh_routing.loading import default_calibration, load_model
 
 BUDGET = 4.0
 BUDGETS = (7.0, 6.0, 5.0, 4.0, 3.0, 2.0, 1.5)
 ALPHAS = (0.8, 0.6, 0.4, 0.2, 0.05)
 CUTS = (7, 6, 5, 4, 3, 2)
-WINDOW = 256
 COLOURS = {"BH, calibrated": "#1b6ca8", "top-k": "#b5651d", "BH, uncalibrated": "#8a8a8a"}
 
 
@@ -99,6 +99,8 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--calibration", help="default: the one that comes with olmoe-nano")
+    parser.add_argument("--text", type=Path, help="measure on its second half (default: the bundled text)")
+    parser.add_argument("--limit", type=int, default=200, help="measure on so many windows (default 200)")
     parser.add_argument("-o", "--output", type=Path, default=Path("docs/overview.png"))
     args = parser.parse_args()
     logging.getLogger("bh_routing").setLevel(logging.ERROR)
@@ -115,7 +117,7 @@ def main() -> None:
     routings |= {f"BH, calibrated {b}": bh(experts_per_token=b, calibration=calibration) for b in BUDGETS}
     routings |= {f"top-k {k}": RoutingIntegration(model, TopKPolicy(k)) for k in CUTS}
     routings |= {f"BH, uncalibrated {a}": bh(alpha=a) for a in ALPHAS}
-    measured = {m.label: m for m in compare(model, cut_windows(tokenizer, sample_text(), WINDOW), routings)}
+    measured = {m.label: m for m in compare(model, text_windows(tokenizer, args.text, args.limit), routings)}
     own = measured.pop("own")
 
     figure, (above, below) = plt.subplots(
@@ -140,10 +142,16 @@ def main() -> None:
         below.plot(*zip(*rows, strict=True), marker="o", ms=4, color=colour, label=name)
     below.axhline(0, color="#202020", lw=0.8)
     below.annotate(
-        f"own top-8 (perplexity {own.perplexity:.1f})", (8, 0), (8, 1.0), fontsize=8, ha="right", va="bottom"
+        f"own top-8 (perplexity {own.perplexity:.1f})",
+        (8, 0),
+        (0, 4),
+        textcoords="offset points",
+        fontsize=8,
+        ha="right",
+        va="bottom",
     )
     below.set(xlabel="experts per token (mean over layers)", ylabel="perplexity, change in %", xlim=(1, 8.1))
-    below.set_title("what it costs, on the bundled text", fontsize=10, loc="left")
+    below.set_title(f"what it costs, on {text_name(args.text).strip('`')}", fontsize=10, loc="left")
     below.spines[["top", "right"]].set_visible(False)
     below.legend(frameon=False, fontsize=9)
     figure.savefig(args.output)

@@ -1,8 +1,9 @@
 """Make every figure in README.md, docs/ and examples/ anew, by the commands that stand beside them.
 
-    python benchmarks/refresh_docs.py [demo] [example] [picture] [parameters] [decide] [notebook]
+    python benchmarks/refresh_docs.py [--data DIR] [demo] [example] [picture] [parameters] [decide] [notebook]
 
-Without names: all of them, in this order. Needs the extras of `make test`.
+Without names: all of them, in this order. DIR holds books-valid.txt.xz and books-calibration.txt.xz, the texts that
+olmoe-nano was judged and calibrated on; picture and parameters need them. Also needs the extras of `make test`.
 """
 
 from __future__ import annotations
@@ -48,28 +49,32 @@ def printed(*argv: str) -> str:
     return run.stdout.rstrip()
 
 
-def demo() -> None:
+def demo(data: Path) -> None:
     write_block(README, "demo", f"```text\n{printed('-m', 'bh_routing', 'demo')}\n```")
 
 
-def example() -> None:
+def example(data: Path) -> None:
     output = printed("-c", EXAMPLE)
     write_block(README, "example", f"```python\n{EXAMPLE}```\n\n```text\n{output}\n```")
 
 
-def picture() -> None:
-    printed("benchmarks/picture.py")
+def picture(data: Path) -> None:
+    printed("benchmarks/picture.py", "--text", str(data / "books-valid.txt.xz"))
 
 
-def parameters() -> None:
-    printed("benchmarks/parameters.py", "--write", "docs/parameters.md")
+def parameters(data: Path) -> None:
+    texts = (
+        f"--text={data / 'books-valid.txt.xz'}",
+        f"--calibration-text={data / 'books-calibration.txt.xz'}",
+    )
+    printed("benchmarks/parameters.py", *texts, "--write", "docs/parameters.md")
 
 
-def decide() -> None:
+def decide(data: Path) -> None:
     printed("benchmarks/decide.py", "--write", "docs/performance.md")
 
 
-def notebook() -> None:
+def notebook(data: Path) -> None:
     import nbformat
     from nbclient import NotebookClient
 
@@ -81,7 +86,7 @@ def notebook() -> None:
     nbformat.write(content, path)
 
 
-PARTS: dict[str, Callable[[], None]] = {
+PARTS: dict[str, Callable[[Path], None]] = {
     part.__name__: part for part in (demo, example, picture, parameters, decide, notebook)
 }
 
@@ -91,12 +96,14 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)}")
-    chosen = parser.parse_args().parts or list(PARTS)
+    parser.add_argument("--data", type=Path, default=Path("data"), metavar="DIR", help="default: data")
+    args = parser.parse_args()
+    chosen = args.parts or list(PARTS)
     if unknown := set(chosen) - set(PARTS):
         parser.error(f"expected parts out of {', '.join(PARTS)}, got {', '.join(sorted(unknown))}")
     for name in chosen:
         print(f"{name} ...", flush=True)
-        PARTS[name]()
+        PARTS[name](args.data.resolve())
 
 
 if __name__ == "__main__":
