@@ -5,6 +5,8 @@ PYTHON   ?= python3
 VENV     ?= .venv
 PIP_ARGS ?=
 ARGS     ?=
+# Another transformers than pip chooses, for example transformers==5.16.1.
+TRANSFORMERS ?=
 JOBS     ?= 2
 
 BIN  := $(VENV)/bin
@@ -14,14 +16,14 @@ TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -rs
 # A target whose tests are not there says so, and counts them as skipped.
 ABSENT = @echo "$(1): 0 passed, 1 skipped: there is no $(2) in this version."
 
-.PHONY: demo test test-all conformance test-vllm test-browser bench docs lint clean help
+.PHONY: demo test test-all conformance conformance-oldest test-vllm test-browser bench docs lint clean help
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo          the embedded model with its own routing and with BH routing, side by side"
 	@echo "make test          all tests but the slow ones, in at most ten minutes"
 	@echo "make test-all      all tests, the slow ones (built wheel in a fresh environment) too"
-	@echo "make conformance   every supported model family against the contract"
+	@echo "make conformance   every model family of transformers against the contract, and the table of families"
 	@echo "make test-vllm     the vLLM plugin"
 	@echo "make test-browser  pages in a real browser"
 	@echo "make bench         the benchmarks whose figures stand in docs/"
@@ -41,13 +43,13 @@ $(BIN)/python:
 $(RUN): pyproject.toml constraints.txt | $(BIN)/python
 	@echo "installing into $(VENV) (torch first, a few minutes)"
 	$(PIP) torch
-	$(PIP) --editable .
+	$(PIP) --editable . $(TRANSFORMERS)
 	@touch $@
 
 $(DEV): pyproject.toml constraints.txt | $(RUN)
 	@echo "installing the test tools into $(VENV)"
 	$(PIP) torch
-	$(PIP) --editable '.[dev]'
+	$(PIP) --editable '.[dev]' $(TRANSFORMERS)
 	@touch $@ $(RUN)
 
 # --------------------------------------------------------------------------------------------------- use
@@ -61,12 +63,13 @@ test: $(DEV)
 test-all: $(DEV)
 	$(TEST) -n $(JOBS) $(ARGS)
 
+# Writes docs/families.md; conformance-oldest does it with the oldest transformers that is supported.
 conformance: $(DEV)
-ifneq ($(wildcard tests/conformance/test_*.py),)
-	$(TEST) -n $(JOBS) tests/conformance $(ARGS)
-else
-	$(call ABSENT,conformance,tests/conformance)
-endif
+	@$(TEST) -n $(JOBS) tests/conformance --families-record build/families.json $(ARGS); status=$$?; \
+	$(BIN)/python scripts/families_table.py build/families.json && exit $$status
+
+conformance-oldest:
+	$(MAKE) conformance VENV=.venv-oldest TRANSFORMERS=transformers==5.16.1
 
 test-vllm: $(DEV)
 ifneq ($(wildcard tests/vllm/test_*.py),)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -36,7 +36,8 @@ class Family:
     router : str
         Router class.
     scoring, weights : str
-        What the weights are made of, and what the model does with the selected ones.
+        What the weights are made of (with "*": something else takes part in the selection), and what the model
+        does with the selected ones.
     shrink, widen, skip : str
         "yes", "no" or "-" (not known): fewer experts per token, more than the model's own, dropped experts
         that cost nothing.
@@ -60,7 +61,7 @@ class Family:
     note: str = ""
 
 
-COLUMNS = ("family", "router", "scoring", "weights", "shrink", "widen", "skip", "status", "note")
+COLUMNS = ("family", "router", "scoring", "weights", "shrink", "widen", "skip", "status")
 
 
 def scan(root: Path | None = None) -> dict[str, str]:
@@ -100,22 +101,38 @@ def record() -> dict[str, dict[str, dict[str, Any]]]:
 def families(
     found: Mapping[str, str] | None = None,
     recorded: Mapping[str, Mapping[str, Mapping[str, Any]]] | None = None,
+    version: str | None = None,
 ) -> list[Family]:
-    """Every family of the installed transformers (default) with what is known about it, in order of name."""
+    """Every family of a transformers version with what is known about it, in order of name.
+
+    Parameters
+    ----------
+    found : mapping, optional
+        From `scan`; default: of the installed transformers.
+    recorded : mapping, optional
+        Default: `record`.
+    version : str, optional
+        The transformers version; default: the installed one. Of several records of a family the newest that is
+        not newer than it counts.
+    """
+    if version is None:
+        version = installed_version()
     found = scan() if found is None else found
     recorded = record() if recorded is None else recorded
     versions = sorted(recorded, key=version_key)
     rows = []
     for name, router in sorted(found.items()):
-        known = [version for version in versions if name in recorded[version]]
+        known = [v for v in versions if name in recorded[v]]
         if not known:
             rows.append(
                 Family(name=name, router=router, note="not in any transformers version that was tested")
             )
             continue
-        fields = dict(recorded[known[-1]][name])
-        tested = tuple(v for v in known if recorded[v][name]["status"] == fields["status"])
-        rows.append(Family(name=name, **fields, versions=tested))
+        nearest = [v for v in known if version_key(v) <= version_key(version)] or known[:1]
+        newest = recorded[nearest[-1]][name]
+        fields = {key: value for key, value in newest.items() if key in Family.__dataclass_fields__}
+        same = tuple(v for v in known if recorded[v][name]["status"] == newest["status"])
+        rows.append(Family(**{"router": router, **fields, "name": name, "versions": same}))
     return rows
 
 
@@ -131,9 +148,6 @@ def installed_version() -> str:
 
 def row(family: Family) -> tuple[str, ...]:
     """The family's cells, one per `COLUMNS`."""
-    status = family.status
-    if family.versions:
-        status += f" {', '.join(family.versions)}"
     return (
         family.name,
         family.router,
@@ -142,9 +156,21 @@ def row(family: Family) -> tuple[str, ...]:
         family.shrink,
         family.widen,
         family.skip,
-        status,
-        family.note,
+        " ".join((family.status, ", ".join(family.versions))).strip(),
     )
 
 
-__all__ = ["COLUMNS", "Family", "families", "installed_version", "record", "row", "scan"]
+def table(rows: Iterable[Family]) -> str:
+    """The families as aligned text, one line each, and below it why a family is not simply tested."""
+    rows = list(rows)
+    lines = [COLUMNS, *(row(family) for family in rows)]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(COLUMNS))]
+    text = ["  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines]
+    text.insert(1, "  ".join("-" * width for width in widths))
+    if any(family.scoring.endswith("*") for family in rows):
+        text += ["", "* something beside that score takes part in the selection (a bias, groups, a factor)"]
+    notes = [f"{family.name}: {family.note}" for family in rows if family.note]
+    return "\n".join(text + (["", *notes] if notes else []))
+
+
+__all__ = ["COLUMNS", "Family", "families", "installed_version", "record", "row", "scan", "table"]

@@ -118,15 +118,17 @@ def test_contract(family: str, record_property: Callable[[str, Any], None]) -> N
     plan = make_plan(model)
     layer = plan.layers[-1]
     reading, context = layer.reading, layer.context
-    shown = "not known" if reading.convention == "unknown" else reading.score
+    shown = "other" if reading.convention == "unknown" else reading.score
     if reading.per_expert:
-        weights = "renormalised, then a factor per expert"
+        weights = "renormalised, factor per expert"
     elif reading.joint:
         weights = "joint with shared experts"
+    elif isinstance(getattr(layer.router, "norm_topk_prob", None), bool):
+        weights = "by norm_topk_prob"
     else:
-        weights = context.convention if reading.convention != "unknown" else "raw"
+        weights = context.convention
     record_property("router", type(layer.router).__name__)
-    record_property("scoring", shown + (" (other selection)" if not reading.plain else ""))
+    record_property("scoring", shown + ("" if reading.plain else "*"))
     record_property("weights", weights)
     record_property("widen", "yes" if context.can_widen else "no")
     record_property("skip", "yes" if layer.ids.can_compact else "no")
@@ -218,24 +220,29 @@ def test_native_top_k(family: str) -> None:
     if family in NOT_NATIVE:
         pytest.skip(NOT_NATIVE[family])
     input_ids = ids(family)
-    # Without biases and groups, the model's own selection goes by the weights.
-    model = build(family, top_k=3, biased=False)
-    for k in (2, 4):
-        native = build(family, top_k=k, biased=False)
-        state = native.state_dict()
-        state |= {key: value for key, value in model.state_dict().items() if value.shape == state[key].shape}
-        native.load_state_dict(state)  # all but tables of token ids, whose width is top_k
-        wanted = run(native, input_ids)
-        assert distance(run(model, input_ids), wanted) > POWER
+    stated = CONTRACTS.get(family, ("", "", ""))[1] == "stated"
+    for norm in (True, False) if stated else (None,):
+        # Without biases and groups, the model's own selection goes by the weights.
+        settings: dict[str, Any] = {"biased": False, "norm_topk_prob": norm}
+        model = build(family, top_k=3, **settings)
         contexts = make_plan(model).contexts
-        if k == 2:
-            got = patched(model, TopKPolicy(2), input_ids)
-        elif all(context.can_widen for context in contexts):
-            table = DecisionTable.top_k(4, len(contexts), contexts[0].num_experts)
-            got = patched(model, TablePolicy(table, min_k=4, max_k=4), input_ids)
-        else:
-            continue
-        assert distance(got, wanted) < TOLERANCE
+        if norm is not None:
+            assert {context.convention for context in contexts} == {"renormalised" if norm else "raw"}
+        for k in (2, 4):
+            native = build(family, top_k=k, **settings)
+            state = native.state_dict()
+            state |= {key: v for key, v in model.state_dict().items() if v.shape == state[key].shape}
+            native.load_state_dict(state)  # all but tables of token ids, whose width is top_k
+            wanted = run(native, input_ids)
+            assert distance(run(model, input_ids), wanted) > POWER
+            if k == 2:
+                got = patched(model, TopKPolicy(2), input_ids)
+            elif all(context.can_widen for context in contexts):
+                table = DecisionTable.top_k(4, len(contexts), contexts[0].num_experts)
+                got = patched(model, TablePolicy(table, min_k=4, max_k=4), input_ids)
+            else:
+                continue
+            assert distance(got, wanted) < TOLERANCE
 
 
 @every_family
@@ -385,8 +392,9 @@ def test_router_calls(family: str) -> None:
 
 
 @pytest.mark.parametrize("family", [f for f in REFUSED if f in FOUND])
-def test_refused(family: str) -> None:
+def test_refused(family: str, record_property: Callable[[str, Any], None]) -> None:
     """A family that cannot be served is refused by name, with the reason, and left untouched."""
+    record_property("router", scan()[family])
     model = build(family)
     kept = snapshot(model)
     with pytest.raises(

@@ -78,7 +78,11 @@ TINY: dict[str, Any] = {
     "linear_head_dim": 8,
     "linear_num_heads": 4,
     # vision
-    "depth": 2,
+    "depth": 1,
+    "encoder_layers": 1,
+    "encoder_attention_heads": 4,
+    "encoder_ffn_dim": 16,
+    "downsample_hidden_size": 8,
     "num_heads": 4,
     "patch_size": 4,
     "image_size": 16,
@@ -115,8 +119,8 @@ class Recipe:
 
 MLP_TYPES = ["dense", "sparse", "sparse"]
 MAMBA = {"mamba_n_heads": 4, "mamba_d_state": 8, "mamba_d_head": 16, "mamba_d_conv": 2, "mamba_chunk_size": 8}
-VISION = {"hidden_size": 32, "intermediate_size": 24, "num_attention_heads": 4, "num_hidden_layers": 1}
-MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}
+VISION = {"num_hidden_layers": 1, "num_channels": 3}
+SAM = {"sam_config": {"downsample_channels": [16, 16], "output_channels": 8}}
 AXIAL_TEXT = {
     "head_dim": 16,
     "rope_parameters": {
@@ -131,7 +135,7 @@ RECIPES: dict[str, Recipe] = {
     "bailing_hybrid": Recipe(config={"layer_types": HYBRID, "qk_head_dim": 16, "short_conv_kernel_size": 2}),
     "beam": Recipe(config={"mlp_layer_types": MLP_TYPES}),
     "dbrx": Recipe(config={"attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 10000.0}}),
-    "deepseek_ocr2": Recipe(model="DeepseekOcr2TextModel", config={"mlp_layer_types": MLP_TYPES}),
+    "deepseek_ocr2": Recipe(config={"text_config": {"mlp_layer_types": MLP_TYPES}, "vision_config": SAM}),
     "deepseek_v2": Recipe(config={"topk_method": "group_limited_greedy", "routed_scaling_factor": 2.0}),
     "deepseek_v4": Recipe(
         config={"mlp_layer_types": ["hash_moe", "moe", "moe"], "o_lora_rank": 8, "o_groups": 2}
@@ -166,14 +170,16 @@ RECIPES: dict[str, Recipe] = {
     ),
     "glm4v_moe": Recipe(config={"text_config": AXIAL_TEXT}),
     "glm5_next": Recipe(
-        model="Glm5NextTextModel",
         config={
-            "qk_rope_head_dim": 0,
-            "index_kpool": 2,
-            "hc_mult": 2,
-            "num_hidden_layers": 4,
-            "mlp_layer_types": ["dense", "dense", "sparse", "sparse"],
-            "layer_types": None,
+            "text_config": {
+                "qk_rope_head_dim": 0,
+                "index_kpool": 2,
+                "hc_mult": 2,
+                "num_hidden_layers": 4,
+                "mlp_layer_types": ["dense", "dense", "sparse", "sparse"],
+                "layer_types": None,
+            },
+            "vision_config": {"projection_intermediate_size": 16},
         },
     ),
     "granitemoehybrid": Recipe(config=MAMBA | {"layer_types": HYBRID}),
@@ -195,9 +201,18 @@ RECIPES: dict[str, Recipe] = {
             "routed_scaling_factor": 2.0,
         }
     ),
-    "mistral_large4": Recipe(model="MistralLarge4TextModel"),
+    "mistral_large4": Recipe(config={"vision_config": VISION}),
     "muse_spark": Recipe(
-        model="MuseSparkTextModel", config={"moe_hidden_size": 24, "mlp_layer_types": MLP_TYPES}
+        config={
+            "text_config": {"moe_hidden_size": 24, "mlp_layer_types": MLP_TYPES},
+            "audio_config": {
+                "patch_sizes": [4],
+                "hidden_sizes": [8],
+                "depths": [1],
+                "num_hidden_layers": 1,
+            },
+            "projector_hidden_size": 16,
+        }
     ),
     "nemotron_h": Recipe(
         config={
@@ -213,7 +228,9 @@ RECIPES: dict[str, Recipe] = {
         }
     ),
     "phimoe": Recipe(config={"num_experts_per_tok": 2}),
-    "qwen3_omni_moe": Recipe(model="Qwen3OmniMoeThinkerTextModel"),
+    "qwen3_omni_moe": Recipe(
+        model="Qwen3OmniMoeThinkerForConditionalGeneration", config={"vision_start_token_id": 90}
+    ),
     "qwen4_exp": Recipe(
         config={
             "indexer_n_heads": 2,
@@ -226,13 +243,10 @@ RECIPES: dict[str, Recipe] = {
         }
     ),
     "step3p7": Recipe(
-        model="Step3p7TextModel",
-        config={"mlp_layer_types": MLP_TYPES, "share_expert_dim": 16},
+        config={"text_config": {"mlp_layer_types": MLP_TYPES, "share_expert_dim": 16}},
         keep=("pad_token_id",),
     ),
-    "unlimited_ocr": Recipe(
-        config={"vision_config": {"sam_config": {"downsample_channels": [16, 16], "output_channels": 8}}}
-    ),
+    "unlimited_ocr": Recipe(config={"vision_config": SAM}),
     "zaya": Recipe(config={"num_experts_per_tok": 1, "router_hidden_size": 16}),
 }
 
@@ -312,7 +326,14 @@ TOP_K = ("num_experts_per_tok", "moe_topk", "moe_top_k", "moe_k", "top_k_experts
 BIASES = ("correction_bias", "expert_bias", "balancing_bias", "moe_statics")
 
 
-def build(family: str, *, seed: int = 0, top_k: int | None = None, biased: bool = True) -> PreTrainedModel:
+def build(
+    family: str,
+    *,
+    seed: int = 0,
+    top_k: int | None = None,
+    biased: bool = True,
+    norm_topk_prob: bool | None = None,
+) -> PreTrainedModel:
     """The tiny model, seeded, in eval mode, with lively routers.
 
     Parameters
@@ -321,9 +342,13 @@ def build(family: str, *, seed: int = 0, top_k: int | None = None, biased: bool 
         Experts per token; default: what `TINY` and the recipe say.
     biased : bool
         False: no bias and no group takes part in the selection.
+    norm_topk_prob : bool, optional
+        Default: what the configuration says.
     """
     cls, recipe = model_class(family), RECIPES.get(family, Recipe())
     changes: dict[str, Any] = {} if top_k is None else dict.fromkeys(TOP_K, top_k)
+    if norm_topk_prob is not None:
+        changes["norm_topk_prob"] = norm_topk_prob
     if not biased:
         changes |= {"n_group": 1, "topk_group": 1, "topk_method": "greedy"}
     with torch.random.fork_rng():

@@ -12,7 +12,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from ..families import COLUMNS, families, installed_version, row
+    from ..families import families, installed_version, table
 
     rows = [family for family in families() if args.family is None or args.family in family.name]
     if not rows:
@@ -20,10 +20,7 @@ def run(args: argparse.Namespace) -> None:
             f"no Mixture-of-Experts family of transformers {installed_version()} has {args.family!r} in its name; "
             "`bh-routing families` lists them all."
         )
-    table = common.make_table(None, *COLUMNS, left=len(COLUMNS))
-    for family in rows:
-        table.add_row(*row(family))
-    common.print_table(common.make_console(), table)
+    print(table(rows))
     print()
     tested = sum(family.status == "tested" for family in rows)
     common.print_text(f"{len(rows)} families in transformers {installed_version()}, {tested} of them tested.")

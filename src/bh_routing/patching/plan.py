@@ -57,7 +57,11 @@ class LayerPlan:
     def read(
         self, outputs: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """(logits_TE, weights_TK, experts_TK) from a routing call, checked against the plan."""
+        """(logits_TE, weights_TK, experts_TK) from a routing call, checked against the plan.
+
+        Where a router returns probabilities in the logits' place, their logarithms are what a policy sees: the
+        logits, but for a constant per token.
+        """
         outputs = self.call.canonical(args, kwargs or {}, outputs)
         if self.positions is None:
             positions = match_outputs(outputs, self.path)
@@ -70,8 +74,11 @@ class LayerPlan:
                     "contract has changed, please report it with the transformers version."
                 )
             self.positions = positions
-            return logits, weights, experts
-        return self.positions.read(outputs)
+        else:
+            logits, weights, experts = self.positions.read(outputs)
+        if self.reading.score == "probability":
+            logits = logits.clamp_min(torch.finfo(logits.dtype).tiny).log()
+        return logits, weights, experts
 
     def replace(
         self,
@@ -182,11 +189,11 @@ def _plan_layer(model: nn.Module, site: RouterSite, index: int, owner: nn.Module
     call = router_call(router, site.parent)
     try:
         contract = _probe(site, call, config)
-    except UnsupportedModelError:
+    except UnsupportedModelError as error:
         again = with_logits_again(call)
-        contract = None if again is None else _probe(site, again, config)
-        if again is None or contract is None or contract.reading.convention == "unknown":
-            raise  # the weights are not made of these logits
+        contract = _probe_again(site, again, config)
+        if again is None or contract is None:
+            raise error
         call = again
     if contract is None:
         contract = _contract_from_attributes(router, experts, config, site.path)
@@ -209,7 +216,7 @@ def _plan_layer(model: nn.Module, site: RouterSite, index: int, owner: nn.Module
             empty=ids.empty,
             top_k=contract.top_k,
             convention=_convention(router, reading, mock=owner is None),
-            score=reading.score,
+            score="softmax" if reading.score == "probability" else reading.score,
             scale=reading.scale if reading.convention == "raw" else 1.0,
             can_widen=reading.plain and contract.num_logits == ids.empty,
             device=execution_device(router),
@@ -231,6 +238,17 @@ def _probe(site: RouterSite, call: RouterCall, config: Any) -> Contract | None:
         if contract is not None or not isinstance(hidden, int | None):
             return contract
     return None
+
+
+def _probe_again(site: RouterSite, call: RouterCall | None, config: Any) -> Contract | None:
+    """The same with logits computed anew; None unless the weights are made of them."""
+    if call is None:
+        return None
+    try:
+        contract = _probe(site, call, config)
+    except UnsupportedModelError:
+        return None
+    return None if contract is None or contract.reading.convention == "unknown" else contract
 
 
 def _convention(router: nn.Module, reading: Reading, *, mock: bool) -> Convention:
