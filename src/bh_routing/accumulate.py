@@ -13,10 +13,12 @@ import torch
 from torch import Tensor
 
 from .calibration_parts import Moments, Reservoir
+from .compensation import lost_and_kept
 from .errors import CalibrationError
 from .nulls import FIRST_BIN, LAST_BIN, Histogram, bin_index
 from .statistic import base_statistic
 
+CHUNK = 512  # tokens counted at once, so that what is in between stays in the cache
 GROWTH = 64  # a range of bins grows by whole units of the statistic
 # Bits of a logit's class within its token: 1 = inside the trimmed range, 2 = selected by the router.
 IN_TRIMMED, SELECTED = 1, 2
@@ -39,29 +41,32 @@ class LayerCounts:
         CalibrationError
             For NaN or +infinite logits.
         """
-        logit_TE = base_statistic(logits_TE, "logit", self.score, self.temperature)
-        class_TE = torch.zeros_like(logit_TE, dtype=torch.int32)
-        class_TE.scatter_(-1, own_experts_TK, SELECTED)
-        lowest_T1, highest_T1 = trimmed_range(logit_TE, self.trim)
-        class_TE += (logit_TE >= lowest_T1) & (logit_TE <= highest_T1)
-        row_TE = torch.arange(self.num_experts, device=logit_TE.device, dtype=torch.int32) * 4 + class_TE
-        self._count("logit", logit_TE, row_TE)
-        self._count("logprob", base_statistic(logits_TE, "logprob", self.score, self.temperature), row_TE)
+        for begin in range(0, logits_TE.shape[0], CHUNK):
+            self._update(logits_TE[begin : begin + CHUNK], own_experts_TK[begin : begin + CHUNK])
 
-    def _count(self, kind: str, value_TE: Tensor, row_TE: Tensor) -> None:
-        low, high = torch.stack(value_TE.aminmax()).tolist()
+    def _update(self, logits_TE: Tensor, own_experts_TK: Tensor) -> None:
+        logit_TE = base_statistic(logits_TE, "logit", self.score, self.temperature)
+        logprob_TE = base_statistic(logits_TE, "logprob", self.score, self.temperature)
+        row_TE = torch.zeros_like(logit_TE, dtype=torch.int32).scatter_(-1, own_experts_TK, SELECTED)
+        lowest_T1, highest_T1 = trimmed_range(logit_TE, self.trim)
+        row_TE += (logit_TE >= lowest_T1) & (logit_TE <= highest_T1)
+        row_TE += torch.arange(self.num_experts, device=row_TE.device, dtype=torch.int32) * 4
+        ranges = torch.stack((*logit_TE.aminmax(), *logprob_TE.aminmax())).tolist()
+        self._count("logit", logit_TE, row_TE, *ranges[:2])
+        self._count("logprob", logprob_TE, row_TE, *ranges[2:])
+
+    def _count(self, kind: str, value_TE: Tensor, row_TE: Tensor, low: float, high: float) -> None:
         if low != low or high == float("inf"):
             raise CalibrationError(
                 f"router {self.path} gave NaN or infinite logits: expected finite ones; load the model in "
                 "another dtype, or find the token that breaks it."
             )
         bins_TE = bin_index(value_TE)
-        limits = torch.tensor([low, high], dtype=torch.float64)
-        first, last = bin_index(limits).tolist()
+        first, last = bin_index(torch.tensor([low, high], dtype=torch.float64)).tolist()
         counts_ECB = self._reserve(kind, first, last, value_TE.device)
-        num_bins = counts_ECB.shape[-1]
-        flat = (row_TE * num_bins).add_(bins_TE).sub_(self.start[kind]).flatten()
-        counts_ECB += torch.bincount(flat, minlength=counts_ECB.numel()).view_as(counts_ECB)
+        flat = (row_TE * counts_ECB.shape[-1]).add_(bins_TE).sub_(self.start[kind]).flatten()
+        one = torch.ones(1, dtype=torch.int64, device=flat.device)
+        counts_ECB.view(-1).index_add_(0, flat, one.expand(flat.numel()))
 
     def _reserve(self, kind: str, first: int, last: int, device: torch.device) -> Tensor:
         """Make room for bins first..last; ranges grow by whole units, so that it happens a few times only."""
@@ -138,19 +143,43 @@ class LayerMoments:
 
 
 class LayerSensitivity:
-    """Sums of (g . (f(x) - mean))^2 of one layer, in float64."""
+    """Sums of one layer's second pass, under the routing that is calibrated for.
+
+    ``square_E``: of (g . (f(x) - mean))^2 over the pairs of the router's own choice. ``gram_JJ`` and
+    ``cross_JH``: of z z' and z d', with z the regressors of `bh_routing.compensation.lost_and_kept` and d what
+    the dropped experts would have added.
+    """
 
     def __init__(self, mean_EH: Tensor) -> None:
+        num, hidden = mean_EH.shape
         self.mean_EH = mean_EH
-        self.tokens_E = torch.zeros(mean_EH.shape[0], dtype=torch.int64, device=mean_EH.device)
-        self.square_E = torch.zeros(mean_EH.shape[0], dtype=torch.float64, device=mean_EH.device)
+        zeros = torch.zeros(num, dtype=torch.float64, device=mean_EH.device)
+        self.tokens_E, self.square_E = zeros.long(), zeros
+        self.gram_JJ = zeros.new_zeros(2 * num, 2 * num)
+        self.cross_JH = zeros.new_zeros(2 * num, hidden)
 
-    def update(self, outputs_PH: Tensor, gradients_PH: Tensor, experts_P: Tensor) -> None:
-        """Add some pairs. Padding must have been taken out."""
-        deviation_PH = outputs_PH.float() - self.mean_EH[experts_P]
-        effect_P = (deviation_PH * gradients_PH.float()).sum(-1)
+    def update(
+        self,
+        outputs_TKH: Tensor,
+        gradients_TH: Tensor,
+        experts_TK: Tensor,
+        weights_TK: Tensor,
+        dropped_TK: Tensor,
+    ) -> None:
+        """Add some tokens. Padding must have been taken out."""
+        outputs_TKH, gradients_TH, weights_TK = outputs_TKH.float(), gradients_TH.float(), weights_TK.float()
+        experts_P = experts_TK.flatten()
+        effect_TK = torch.einsum("tkh,th->tk", outputs_TKH - self.mean_EH[experts_TK], gradients_TH)
         self.tokens_E += torch.bincount(experts_P, minlength=self.tokens_E.numel())
-        self.square_E.index_add_(0, experts_P, effect_P.double().square())
+        self.square_E.index_add_(0, experts_P, effect_TK.flatten().double().square())
+        features_TJ = lost_and_kept(weights_TK, dropped_TK, experts_TK, self.tokens_E.numel())
+        lost_TH = torch.einsum("tkh,tk->th", outputs_TKH, weights_TK.masked_fill(~dropped_TK, 0.0))
+        self.gram_JJ += features_TJ.T @ features_TJ
+        self.cross_JH += features_TJ.T @ lost_TH
+
+    def sums(self) -> tuple[Tensor, ...]:
+        """What adds up over processes, on the CPU: tokens, squares, gram, cross."""
+        return self.tokens_E.cpu(), self.square_E.cpu(), self.gram_JJ.cpu(), self.cross_JH.cpu()
 
 
 def join_moments(layers: list[LayerMoments], hidden: int) -> Moments:

@@ -121,16 +121,23 @@ class Calibration:
         return tuple(layer.path for layer in self.layers)
 
     def mean_outputs(self) -> dict[str, Tensor]:
-        """Mean output of each expert, {router path: float32 [E, H]}; empty if they were not kept."""
-        if self.moments is None or self.moments.mean_LEH is None:
+        """What compensates dropped experts, by router path; empty if it was not kept.
+
+        float32 [E, H], the experts' mean outputs; after a second pass [2, E, H], fitted to what was dropped
+        (`Moments.compensation`, `bh_routing.compensation`).
+        """
+        compensation_LEH = None if self.moments is None else self.moments.compensation()
+        if compensation_LEH is None:
             return {}
-        return {p: m.float() for p, m in zip(self.paths, self.moments.mean_LEH, strict=True)}
+        return {p: m.float() for p, m in zip(self.paths, compensation_LEH, strict=True)}
 
     def without_means(self) -> Calibration:
         """The same calibration without the mean outputs (no compensation, a smaller file)."""
         if self.moments is None:
             return self
-        return replace(self, moments=replace(self.moments, mean_LEH=None), _cache={})
+        return replace(
+            self, moments=replace(self.moments, mean_LEH=None, gram_LJJ=None, cross_LJH=None), _cache={}
+        )
 
     # -- nulls -------------------------------------------------------------------------------------------
 

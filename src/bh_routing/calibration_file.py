@@ -56,6 +56,8 @@ _MOMENTS = {
     "mean": "mean_LEH",
     "sensitivity_tokens": "sensitivity_tokens_LE",
     "sensitivity": "sensitivity_LE",
+    "gram": "gram_LJJ",
+    "cross": "cross_LJH",
 }
 
 
@@ -78,7 +80,7 @@ def save(calibration: Calibration, path: str | os.PathLike[str]) -> None:
     if calibration.moments is not None:
         for key, field in _MOMENTS.items():
             if (value := getattr(calibration.moments, field)) is not None:
-                tensors[f"moments.{key}"] = value.float() if key == "mean" else value
+                tensors[f"moments.{key}"] = value.float() if key in ("mean", "gram", "cross") else value
     if calibration.reservoir is not None:
         tensors["reservoir.hash"] = calibration.reservoir.hash_N
         tensors["reservoir.logits"] = calibration.reservoir.logits_NLE
@@ -186,8 +188,9 @@ def _build(header: dict[str, Any], tensors: dict[str, Tensor]) -> Calibration:
     if "moments.tokens" in tensors:
         fields = {f: tensors[f"moments.{k}"] for k, f in _MOMENTS.items() if f"moments.{k}" in tensors}
         fields.setdefault("mean_LEH", None)  # type: ignore[arg-type]
-        if fields["mean_LEH"] is not None:
-            fields["mean_LEH"] = fields["mean_LEH"].double()
+        fields = {
+            name: v if v is None or not v.is_floating_point() else v.double() for name, v in fields.items()
+        }
         moments = Moments(**fields)
     reservoir = None
     if "reservoir.hash" in tensors:

@@ -1,6 +1,7 @@
 """What a calibration is made of: layers, moments of the experts' outputs, kept tokens, and settings.
 
-Shape legend: L routed layers, E experts, K slots of the router's own choice, H hidden size, N tokens kept.
+Shape legend: L routed layers, E experts, K slots of the router's own choice, H hidden size, N tokens kept,
+J = 2E regressors of the compensation.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from .statistic import STATISTICS
 NULL_SETS = ("unselected", "all", "trimmed")
 SCOPES = ("layer", "model")
 SIZES = ("output", "deviation", "sensitivity")
+RIDGE = 0.02  # of the compensation's fit, relative to the mean square of a dropped weight
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +50,10 @@ class Moments:
     sensitivity_tokens_LE, sensitivity_LE : Tensor or None
         int64 and float64: mean of (g . (f(x) - mean))^2, g the gradient of the summed next-token loss with
         respect to the layer's output, and over how many tokens.
+    gram_LJJ, cross_LJH : Tensor or None
+        For the compensation, of the second pass: sums of z z' and z d' over tokens, with z the 2E regressors
+        of `bh_routing.compensation.lost_and_kept` and d what the dropped experts would have added. float64 in
+        memory, float32 in the file.
     """
 
     tokens_LE: Tensor
@@ -56,6 +62,8 @@ class Moments:
     mean_LEH: Tensor | None
     sensitivity_tokens_LE: Tensor | None = None
     sensitivity_LE: Tensor | None = None
+    gram_LJJ: Tensor | None = None
+    cross_LJH: Tensor | None = None
 
     def size(self, kind: str) -> Tensor:
         """Typical size c_e per expert, float64 [L, E].
@@ -76,6 +84,27 @@ class Moments:
         for size_E, known_E in zip(size_LE, known_LE, strict=True):
             size_E[~known_E] = size_E[known_E].median() if bool(known_E.any()) else 1.0
         return size_LE
+
+    def compensation(self) -> Tensor | None:
+        """What stands in for dropped experts (`bh_routing.compensation`), float64; None without means.
+
+        [L, E, H], the mean output of each expert; after a second pass [L, 2, E, H], the least-squares fit of
+        what was dropped: argmin sum |d - B'z|^2 + sum_j rho_j |B_j - P_j|^2, with the mean outputs (and 0 for
+        the kept experts) as P, and rho_j a small share of the mean square of such regressors.
+        """
+        if self.mean_LEH is None or self.gram_LJJ is None or self.cross_LJH is None:
+            return self.mean_LEH
+        fitted = []
+        for mean_EH, gram_JJ, cross_JH in zip(self.mean_LEH, self.gram_LJJ, self.cross_LJH, strict=True):
+            num = mean_EH.shape[0]
+            prior_JH = torch.cat((mean_EH, torch.zeros_like(mean_EH)))
+            halves = gram_JJ.diagonal().double().view(2, num).mean(1)
+            rho_J = RIDGE * halves.clamp_min(1e-30).repeat_interleave(num)
+            solved_JH = torch.linalg.solve(
+                gram_JJ.double() + rho_J.diag(), cross_JH.double() + rho_J.unsqueeze(1) * prior_JH
+            )
+            fitted.append(solved_JH.view(2, num, -1))
+        return torch.stack(fitted)
 
     def __add__(self, other: Moments) -> Moments:
         if (self.mean_LEH is None) != (other.mean_LEH is None) or (self.sensitivity_LE is None) != (
@@ -103,6 +132,11 @@ class Moments:
                 "sensitivity_tokens_LE": ours_LE + theirs_LE,
                 "sensitivity_LE": _weighted(self.sensitivity_LE, other.sensitivity_LE, ours_LE, theirs_LE),
             }
+            if self.gram_LJJ is not None and other.gram_LJJ is not None:
+                assert self.cross_LJH is not None
+                assert other.cross_LJH is not None
+                more["gram_LJJ"] = self.gram_LJJ + other.gram_LJJ
+                more["cross_LJH"] = self.cross_LJH + other.cross_LJH
         return Moments(
             tokens_LE=tokens_LE,
             square_LE=_weighted(self.square_LE, other.square_LE, self.tokens_LE, other.tokens_LE),

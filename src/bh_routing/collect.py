@@ -21,7 +21,9 @@ from .accumulate import LayerCounts, LayerMoments, LayerSensitivity, ReservoirSa
 from .calibration import Calibration, CalibrationWarning
 from .calibration_file import fingerprint
 from .calibration_parts import LayerRecord, Moments
-from .errors import CalibrationError, InvalidParameterError, InvalidTypeError
+from .compensation import lost_and_kept
+from .errors import BudgetError, CalibrationError, InvalidParameterError, InvalidTypeError
+from .policies import RoutingPolicy, TopKPolicy
 from .routing import check_temperature
 from .stream import Batch, Document, TextStream
 
@@ -83,7 +85,9 @@ def calibrate(
     means : bool
         Keep the mean outputs, for the compensation.
     sensitivity : bool
-        Collect the loss sensitivities in a second pass, forward and backward.
+        Collect the loss sensitivities in a second pass, forward and backward, with the experts dropped as the
+        first pass's calibration drops them at a third of the router's own number. The same pass fits the
+        compensation to what was dropped then.
     sensitivity_tokens : int, optional
         Stop the second pass after so many tokens. Default: as ``max_tokens``.
     reservoir : int
@@ -185,12 +189,12 @@ def calibrate(
             _progress("sensitivity", progress if rank == 0 else False) as advance,
         ):
             stream.start(sensitivity_tokens or max_tokens, rank, world)
-            assert result.moments is not None
-            sensed = _Sensitivity(plan, result.moments)
+            sensed = _Sensitivity(plan, result)
             for batch in stream:
                 sensed.run(model, batch)
                 advance(batch.num_tokens)
-        result = replace(result, moments=sensed.result(result.moments))
+            assert result.moments is not None
+            result = replace(result, moments=sensed.result(result.moments), _cache={})
     return result if means else result.without_means()
 
 
@@ -335,21 +339,31 @@ class _Collector:
 
 
 class _Sensitivity:
-    """The second pass: how much the loss feels each expert's deviation from its mean."""
+    """The second pass: how much the loss feels each expert, under the routing that is calibrated for.
 
-    def __init__(self, plan: PatchPlan, moments: Moments) -> None:
+    The experts are dropped as the calibration of the first pass drops them at a third of the router's own
+    number, so that sensitivities and compensation are those of the state in which they are used.
+    """
+
+    def __init__(self, plan: PatchPlan, calibration: Calibration) -> None:
+        moments = calibration.moments
+        assert moments is not None
         assert moments.mean_LEH is not None
         self.plan = plan
+        self.contexts = {layer.path: layer.context for layer in plan.layers}
+        self.policy = _rehearsal_policy(calibration, plan)
+        self.policy.bind(plan.contexts)
         self.layers = {
             layer.path: LayerSensitivity(mean_EH.float().to(layer.context.device))
             for layer, mean_EH in zip(plan.layers, moments.mean_LEH, strict=True)
         }
+        self.choice: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
 
     def run(self, model: nn.Module, batch: Batch) -> None:
         from .patching import watch
 
         self.batch = batch
-        with torch.enable_grad(), watch(self.plan, lambda *_: None, self._around):
+        with torch.enable_grad(), watch(self.plan, self._on_choice, self._around):
             logits_BSV = forward(model, self.plan, batch, head=True)
             ids_BS = batch.input_ids.to(logits_BSV.device)
             targets_BS = ids_BS[:, 1:].masked_fill(~batch.mask[:, 1:].to(ids_BS.device), -100)
@@ -357,6 +371,12 @@ class _Sensitivity:
                 logits_BSV[:, :-1].flatten(0, 1).float(), targets_BS.flatten(), reduction="sum"
             )
             loss.backward()
+        self.choice.clear()
+
+    def _on_choice(
+        self, layer: LayerPlan, logits_TE: Tensor, own_weights_TK: Tensor, own_experts_TK: Tensor, mask: Any
+    ) -> None:
+        self.choice[layer.path] = (logits_TE.detach(), own_weights_TK.detach(), own_experts_TK)
 
     def _around(
         self,
@@ -366,39 +386,63 @@ class _Sensitivity:
         index_TK: Tensor,
         weights_TK: Tensor,
     ) -> Tensor:
-        out_TH = inner(hidden_TH, index_TK, weights_TK)
+        sums = self.layers[layer.path]
+        with torch.no_grad():
+            dropped_TK = self.policy.decide(*self.choice[layer.path], self.contexts[layer.path]).dropped_TK
+        out_TH = inner(hidden_TH, index_TK, weights_TK.masked_fill(dropped_TK, 0.0))
+        num = sums.mean_EH.shape[0]
+        lost_TE = lost_and_kept(weights_TK, dropped_TK, index_TK, num)[:, :num]
+        out_TH = out_TH + lost_TE.to(out_TH.dtype) @ sums.mean_EH.to(out_TH.dtype)
         if not out_TH.requires_grad:
             out_TH = out_TH.detach().requires_grad_()  # the first layer: here the graph begins
         real_T = self.batch.mask_on(hidden_TH.device)
-        fixed_TH = hidden_TH.detach()
+        fixed_TH, fixed_TK = hidden_TH.detach(), weights_TK.detach()
 
         def on_gradient(gradient_TH: Tensor) -> None:
             with torch.no_grad():
                 for piece in _pieces(fixed_TH, index_TK):
                     index = index_TK[piece]
-                    outputs_PH = pair_outputs(inner, fixed_TH[piece], index)
-                    gradients_PH = gradient_TH[piece].repeat_interleave(index.shape[-1], 0)
-                    experts_P = index.flatten()
+                    outputs_TKH = pair_outputs(inner, fixed_TH[piece], index).view(*index.shape, -1)
+                    parts = (
+                        outputs_TKH,
+                        gradient_TH[piece],
+                        index,
+                        fixed_TK[piece],
+                        dropped_TK[piece],
+                    )
                     if real_T is not None:
-                        real_P = real_T[piece].repeat_interleave(index.shape[-1])
-                        outputs_PH, gradients_PH = outputs_PH[real_P], gradients_PH[real_P]
-                        experts_P = experts_P[real_P]
-                    self.layers[layer.path].update(outputs_PH, gradients_PH, experts_P)
+                        parts = tuple(part[real_T[piece]] for part in parts)  # type: ignore[assignment]
+                    sums.update(*parts)
 
         out_TH.register_hook(on_gradient)
         return out_TH
 
     def result(self, moments: Moments) -> Moments:
-        """The moments with the sensitivities of all processes."""
-        tokens_LE = torch.stack([self.layers[layer.path].tokens_E.cpu() for layer in self.plan.layers])
-        square_LE = torch.stack([self.layers[layer.path].square_E.cpu() for layer in self.plan.layers])
-        for tokens, square in _gather((tokens_LE, square_LE))[1:]:
-            tokens_LE, square_LE = tokens_LE + tokens, square_LE + square
+        """The moments with the sums of all processes."""
+        ours = [torch.stack(part) for part in zip(*(s.sums() for s in self.layers.values()), strict=True)]
+        for theirs in _gather(ours, others_only=True):
+            ours = [a + b for a, b in zip(ours, theirs, strict=True)]
+        tokens_LE, square_LE, gram_LJJ, cross_LJH = ours
         return replace(
             moments,
             sensitivity_tokens_LE=tokens_LE,
             sensitivity_LE=square_LE / tokens_LE.clamp_min(1),
+            gram_LJJ=gram_LJJ,
+            cross_LJH=cross_LJH,
         )
+
+
+def _rehearsal_policy(calibration: Calibration, plan: PatchPlan) -> RoutingPolicy:
+    """BH by the first pass at a third of the router's own number of experts; top-k where that has no level."""
+    tops = [layer.top_k for layer in calibration.layers]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", CalibrationWarning)
+        try:
+            return calibration.policy(
+                experts_per_token=max(1.0, sum(tops) / len(tops) / 3), size="deviation", scope="model"
+            )
+        except (BudgetError, CalibrationError):
+            return TopKPolicy(max(1, min(tops) // 3))
 
 
 def pair_outputs(
@@ -500,14 +544,14 @@ def distributed() -> tuple[int, int]:
     return torch.distributed.get_rank(), torch.distributed.get_world_size()
 
 
-def _gather(value: Any) -> list[Any]:
-    """The value of every process, by rank."""
-    _, world = distributed()
+def _gather(value: Any, *, others_only: bool = False) -> list[Any]:
+    """The value of every process, by rank; or of the others."""
+    rank, world = distributed()
     if world == 1:
-        return [value]
+        return [] if others_only else [value]
     values: list[Any] = [None] * world
     torch.distributed.all_gather_object(values, value)
-    return values
+    return [v for r, v in enumerate(values) if r != rank] if others_only else values
 
 
 def _merge_processes(result: Calibration) -> Calibration:

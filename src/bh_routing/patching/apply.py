@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from ..compensation import compensation
 from ..errors import InvalidParameterError, PatchError, UnsupportedModelError
 from ..policies import RoutingContext, RoutingPolicy
 from ..routing import RoutingDecision
@@ -131,15 +132,6 @@ class ExpertsPatch(InstancePatch):
         return out_TH + compensation(decision, self.means_EH).to(out_TH.dtype).reshape(out_TH.shape)
 
 
-def compensation(decision: RoutingDecision, means_EH: Tensor) -> Tensor:
-    """Weight times mean output of every dropped expert of the model's own choice, [T, H]: one product."""
-    lost_TK = decision.dropped_weights_TK
-    lost_TE = torch.zeros(
-        (lost_TK.shape[0], means_EH.shape[0]), dtype=lost_TK.dtype, device=lost_TK.device
-    ).scatter_add(1, decision.own_experts_TK.clamp(max=means_EH.shape[0] - 1), lost_TK)
-    return lost_TE.to(means_EH.dtype) @ means_EH
-
-
 class ImplementationPatch:
     """Gives one experts module a config of its own that names the skip-aware implementation.
 
@@ -181,7 +173,7 @@ class RoutingPatch:
         ``compact``: dropped pairs cost nothing. ``zero``: they keep their index and get weight 0, which is
         safe everywhere and saves nothing. ``auto``: ``compact`` wherever the experts allow it.
     means : mapping of router path to Tensor, optional
-        Mean outputs [E, H] of the experts, for the compensation.
+        Mean outputs of the experts, [E, H] or [2, E, H], for the compensation (`bh_routing.compensation`).
     """
 
     def __init__(

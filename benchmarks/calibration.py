@@ -1,0 +1,525 @@
+"""How well calibrated routing does on a model: every configuration, the comparison, uniformity, speed.
+
+    python benchmarks/calibration.py --calibrate-on FILE --choose-and-report FILE --also FILE [--save CALIBRATION]
+
+The first half of the second text is for choosing: configurations are compared there, and every method's level or
+parameter is solved so that its mean number of experts there is the budget. The second half, and the third text,
+are for reporting. Losses are paired: a bootstrap over blocks of 512 tokens gives the intervals. Prints Markdown
+tables and writes everything to benchmarks/results/calibration.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import platform
+import statistics
+import time
+import warnings
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bh_routing.baselines import MinPPolicy, ThresholdPolicy, TopPPolicy
+from bh_routing.calibration import Calibration, CalibrationWarning
+from bh_routing.collect import calibrate
+from bh_routing.errors import BHRoutingError
+from bh_routing.integration import RoutingIntegration
+from bh_routing.loading import load_model
+from bh_routing.patching import make_plan, watch
+from bh_routing.policies import RoutingPolicy, TopKPolicy
+from bh_routing.stream import TextFile
+
+BLOCK, RESAMPLES = 512, 2000
+BUDGETS = (4.0, 3.0, 2.0)
+
+
+# -- measuring ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Text:
+    """Windows of token ids, int64 [B, S], under a name."""
+
+    name: str
+    windows_BS: Tensor
+
+    def first(self, tokens: int) -> Text:
+        return replace(self, windows_BS=self.windows_BS[: max(1, tokens // self.windows_BS.shape[1])])
+
+
+def read_windows(tokenizer: Any, path: str, window: int) -> Tensor:
+    text = "".join(TextFile(path))
+    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    return torch.tensor(ids[: len(ids) // window * window]).view(-1, window)
+
+
+@torch.inference_mode()
+def losses(model: Any, windows_BS: Tensor, batch: int = 16) -> np.ndarray:
+    """Nats per token, float64 [B, S - 1]."""
+    parts = []
+    for part in windows_BS.split(batch):
+        logits_BSV = model(input_ids=part, use_cache=False).logits[:, :-1].float()
+        nats = torch.nn.functional.cross_entropy(
+            logits_BSV.flatten(0, 1), part[:, 1:].flatten(), reduction="none"
+        )
+        parts.append(nats.view(len(part), -1))
+    return torch.cat(parts).double().numpy()
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """One routing on one text: losses [B, S - 1], mean experts, mean experts per layer."""
+
+    losses_BS: np.ndarray
+    mean_experts: float
+    layers: list[float]
+
+
+def run(model: Any, text: Text, policy: RoutingPolicy | None, means: dict[str, Tensor] | None = None) -> Run:
+    if policy is None:
+        return Run(losses(model, text.windows_BS), math.nan, [])
+    integration = RoutingIntegration(model, policy, means=means)
+    if means and policy.weights == "model":
+        integration = _raw(model, policy, means)
+    with integration:
+        measured = losses(model, text.windows_BS)
+    total = integration.telemetry.to_dict()
+    return Run(measured, total["total"]["mean_experts"], [row["mean_experts"] for row in total["layers"]])
+
+
+class _RawIntegration(RoutingIntegration):
+    def _make_plan(self) -> Any:
+        return super()._make_plan().with_convention("raw")
+
+
+def _raw(model: Any, policy: RoutingPolicy, means: dict[str, Tensor]) -> RoutingIntegration:
+    """With compensation the kept experts keep their own weights, as in `BHRoutingIntegration`."""
+    return _RawIntegration(model, policy, means=means)
+
+
+def change(run: Run, base: Run) -> float:
+    """Relative change of perplexity."""
+    return math.expm1(float((run.losses_BS - base.losses_BS).mean()))
+
+
+def intervals(ours: Run, base: Run, topk: Run, window: int) -> dict[str, tuple[float, float, float]]:
+    """Change of perplexity, and its share of top-k's, with 95 % intervals from a paired bootstrap over blocks."""
+    per_block = max(1, BLOCK // window)
+
+    def blocks(run: Run) -> np.ndarray:
+        rows = (run.losses_BS - base.losses_BS).mean(1)
+        return rows[: len(rows) // per_block * per_block].reshape(-1, per_block).mean(1)
+
+    a, b = blocks(ours), blocks(topk)
+    draws = np.random.default_rng(0).integers(len(a), size=(RESAMPLES, len(a)))
+    change_R, topk_R = np.expm1(a[draws].mean(1)), np.expm1(b[draws].mean(1))
+    figures = {
+        "change": (change(ours, base), change_R),
+        "share": (change(ours, base) / change(topk, base), change_R / topk_R),
+    }
+    return {
+        name: (value, *(float(q) for q in np.percentile(sample, [2.5, 97.5])))
+        for name, (value, sample) in figures.items()
+    }
+
+
+def at_mean(
+    make: Callable[[float], RoutingPolicy], budget: float, measure: Callable[[RoutingPolicy], float]
+) -> tuple[RoutingPolicy, float]:
+    """A policy whose measured mean is the budget: its nominal budget is corrected twice by what came out."""
+    nominal, policy, found = budget, make(budget), math.nan
+    for _ in range(3):
+        found = measure(policy)
+        if abs(found - budget) <= 0.003 * budget:
+            break
+        nominal = min(max(1.0, nominal * budget / found), 8.0)
+        policy = make(nominal)
+    return policy, found
+
+
+# -- the parts ---------------------------------------------------------------------------------------------
+
+
+def configurations(calibration: Calibration) -> list[tuple[str, dict[str, Any], bool, str]]:
+    """(label, settings, compensation, weights): the recommended one, and each choice changed by itself."""
+    rows: list[tuple[str, dict[str, Any], bool, str]] = [("recommended", {}, True, "model")]
+    rows += [
+        ("without compensation", {}, False, "model"),
+        ("weights preserve, without compensation", {}, False, "preserve"),
+        ("weights sum, without compensation", {}, False, "sum"),
+    ]
+    for label, settings in (
+        ("size deviation", {"size": "deviation"}),
+        ("size output", {"size": "output"}),
+        ("logprob", {"statistic": "logprob"}),
+        ("logit, model", {"statistic": "logit", "scope": "model"}),
+        ("logit, layer", {"statistic": "logit", "scope": "layer"}),
+        ("scope layer", {"scope": "layer"}),
+        ("null all", {"null": "all"}),
+        ("null trimmed", {"null": "trimmed"}),
+        ("estimator kde", {"estimator": "kde"}),
+        ("estimator kde, isj", {"estimator": "kde", "bandwidth": "isj"}),
+        ("estimator normal", {"estimator": "normal"}),
+        ("procedure by", {"procedure": "by"}),
+        ("procedure bonferroni", {"procedure": "bonferroni"}),
+        ("procedure holm", {"procedure": "holm"}),
+        ("procedure hochberg", {"procedure": "hochberg"}),
+        ("procedure storey", {"procedure": "storey"}),
+        ("logit, layer, null all: nearest to the original design", {"statistic": "logit", "null": "all"}),
+    ):
+        rows.append((label, settings, True, "model"))
+    if calibration.moments is None or calibration.moments.sensitivity_LE is None:
+        rows = [row for row in rows if row[1].get("size") != "sensitivity"]
+    return rows
+
+
+def choose(model: Any, calibration: Calibration, text: Text) -> list[dict[str, Any]]:
+    """Every configuration on the choosing half, at each budget; the mean that came out is printed beside it."""
+    base = run(model, text, None)
+    topk = {b: run(model, text, TopKPolicy(int(b))) for b in BUDGETS}
+    means = calibration.mean_outputs()
+    rows = []
+    for label, settings, compensated, weights in configurations(calibration):
+        row: dict[str, Any] = {"configuration": label, "settings": settings}
+        for budget in BUDGETS:
+
+            def make(nominal: float, settings=settings, weights=weights, compensated=compensated):
+                return calibration.policy(
+                    experts_per_token=nominal, weights=weights, compensated=compensated, **settings
+                )
+
+            held: dict[int, Run] = {}
+
+            def measure(policy: RoutingPolicy, held=held, compensated=compensated) -> float:
+                held[0] = run(model, text, policy, means if compensated else None)
+                return held[0].mean_experts
+
+            try:
+                _, found = at_mean(make, budget, measure)
+            except BHRoutingError as error:
+                row[f"{budget:g}"] = {"failed": str(error)}
+                continue
+            lost = change(held[0], base)
+            row[f"{budget:g}"] = {
+                "change": lost,
+                "share": lost / change(topk[budget], base),
+                "mean": found,
+                "layers": held[0].layers,
+            }
+        rows.append(row)
+        print(_configuration_line(row), flush=True)
+    return rows
+
+
+def _configuration_line(row: dict[str, Any]) -> str:
+    cells = []
+    for budget in BUDGETS:
+        cell = row[f"{budget:g}"]
+        if "failed" in cell:
+            cells.append("no level meets it")
+        else:
+            cells.append(f"{cell['change']:+.2%} ({cell['share']:.0%}) at {cell['mean']:.2f}")
+    return f"| {row['configuration']} | " + " | ".join(cells) + " |"
+
+
+def methods(
+    model: Any, calibration: Calibration
+) -> dict[str, tuple[Callable[[float], RoutingPolicy], dict[str, Tensor] | None]]:
+    """What is compared: from a budget to a policy, and the compensation it runs with."""
+    from bh_routing.record import RoutingLog
+
+    log = RoutingLog.from_calibration(calibration)
+    means = calibration.mean_outputs()
+    return {
+        "BH, recommended": (lambda b: calibration.policy(experts_per_token=b), means),
+        "Bonferroni, otherwise recommended": (
+            lambda b: calibration.policy(experts_per_token=b, procedure="bonferroni"),
+            means,
+        ),
+        "BH, without compensation": (
+            lambda b: calibration.policy(experts_per_token=b, compensated=False),
+            None,
+        ),
+        "top-p": (lambda b: TopPPolicy.for_budget(b, log), None),
+        "min-p": (lambda b: MinPPolicy.for_budget(b, log), None),
+        "probability threshold": (lambda b: ThresholdPolicy.for_budget(b, log), None),
+    }
+
+
+def report(model: Any, calibration: Calibration, choosing: Text, reporting: list[Text]) -> dict[str, Any]:
+    """Every method at the same mean, solved on the choosing half, on each reporting text."""
+    tuned: dict[str, dict[float, RoutingPolicy]] = {}
+    compared = methods(model, calibration)
+    for label, (make, means) in compared.items():
+        tuned[label] = {
+            b: at_mean(make, b, lambda p, means=means: run(model, choosing, p, means).mean_experts)[0]
+            for b in BUDGETS
+        }
+    result: dict[str, Any] = {}
+    for text in reporting:
+        base = run(model, text, None)
+        perplexity = math.exp(float(base.losses_BS.mean()))
+        tokens = text.windows_BS.numel()
+        print(f"\n### {text.name}: {tokens:,} tokens, all 8 experts: perplexity {perplexity:.2f}\n")
+        print("| method | budget | mean | perplexity change | share of top-k's |\n|---|---|---|---|---|")
+        rows = []
+        for budget in BUDGETS:
+            topk = run(model, text, TopKPolicy(int(budget)))
+            runs = {f"top-{int(budget)}": topk} | {
+                label: run(model, text, tuned[label][budget], means) for label, (_, means) in compared.items()
+            }
+            for label, measured in runs.items():
+                figures = intervals(measured, base, topk, text.windows_BS.shape[1])
+                rows.append(
+                    {"method": label, "budget": budget, "mean": measured.mean_experts}
+                    | {"layers": measured.layers}
+                    | figures
+                )
+                change_, share = figures["change"], figures["share"]
+                print(
+                    f"| {label} | {budget:g} | {measured.mean_experts:.2f} | {change_[0]:+.2%} "
+                    f"({change_[1]:+.2%} to {change_[2]:+.2%}) | {share[0]:.0%} ({share[1]:.0%} to {share[2]:.0%}) |",
+                    flush=True,
+                )
+        result[text.name] = {"tokens": tokens, "perplexity": perplexity, "rows": rows}
+    return result
+
+
+def budgets_held_out(model: Any, calibration: Calibration, texts: list[Text]) -> list[dict[str, Any]]:
+    """What a budget, solved on the calibration text alone, comes to on other text."""
+    print("\n| budget | " + " | ".join(t.name for t in texts) + " |\n|---" * 1 + "|---" * len(texts) + "|")
+    rows = []
+    for budget in BUDGETS:
+        policy = calibration.policy(experts_per_token=budget)
+        found = [run(model, text, policy, calibration.mean_outputs()).mean_experts for text in texts]
+        rows.append({"budget": budget} | {t.name: f for t, f in zip(texts, found, strict=True)})
+        print(f"| {budget:g} | " + " | ".join(f"{f:.3f} ({f / budget - 1:+.1%})" for f in found) + " |")
+    return rows
+
+
+def uniformity(model: Any, calibration: Calibration, texts: list[Text]) -> list[dict[str, Any]]:
+    """Kolmogorov-Smirnov distance of held-out null p-values to uniform: experts that the router passed over."""
+    rows = []
+    names = [layer.path for layer in calibration.layers]
+    print("\n| null | text | " + " | ".join(f"layer {i}" for i in range(len(names))) + " | pooled |")
+    print("|---" * (len(names) + 3) + "|")
+    for text in texts:
+        seen = routed(model, text)
+        for label, settings in (
+            ("layer, empirical", {"scope": "layer"}),
+            ("layer, kde (Silverman)", {"scope": "layer", "estimator": "kde"}),
+            ("layer, kde (ISJ)", {"scope": "layer", "estimator": "kde", "bandwidth": "isj"}),
+            ("layer, normal", {"scope": "layer", "estimator": "normal"}),
+            ("layer, empirical, logprob", {"scope": "layer", "statistic": "logprob"}),
+            ("model, empirical", {"scope": "model"}),
+            ("model, kde (Silverman)", {"scope": "model", "estimator": "kde"}),
+        ):
+            nulls = []
+            for path, (logits_TE, own_TK) in seen.items():
+                p_TE = calibration.p_values(logits_TE, path, **settings)
+                passed = torch.ones_like(p_TE, dtype=torch.bool).scatter(-1, own_TK, False)
+                nulls.append(p_TE[passed].numpy())
+            values = [distance(p) for p in nulls]
+            pooled = distance(np.concatenate(nulls))
+            rows.append({"null": label, "text": text.name, "layers": values, "pooled": pooled})
+            print(
+                f"| {label} | {text.name} | " + " | ".join(f"{v:.4f}" for v in values) + f" | {pooled:.4f} |"
+            )
+    return rows
+
+
+def distance(p: np.ndarray) -> float:
+    """Largest distance between the empirical distribution function and the uniform one."""
+    p = np.sort(p)
+    ranks = np.arange(1, len(p) + 1) / len(p)
+    return float(max((ranks - p).max(), (p - ranks + 1 / len(p)).max()))
+
+
+@torch.inference_mode()
+def routed(model: Any, text: Text) -> dict[str, tuple[Tensor, Tensor]]:
+    """Router logits and own choice of every token, {path: ([T, E], [T, K])}."""
+    seen: dict[str, list[tuple[Tensor, Tensor]]] = {}
+
+    def keep(layer: Any, logits_TE: Tensor, weights_TK: Tensor, experts_TK: Tensor, mask: Any) -> None:
+        seen.setdefault(layer.path, []).append((logits_TE.clone(), experts_TK.clone()))
+
+    plan = make_plan(model)
+    with watch(plan, keep):
+        for part in text.windows_BS.split(16):
+            model(input_ids=part, use_cache=False)
+    return {
+        p: (torch.cat([a for a, _ in parts]), torch.cat([b for _, b in parts])) for p, parts in seen.items()
+    }
+
+
+def speed(model: Any, label: str, windows_BS: Tensor, rounds: int = 7) -> dict[str, Any]:
+    """Calibration without outputs against plain forwards of the same batches, taken in turn."""
+    documents = [row.tolist() for row in windows_BS]
+    window = windows_BS.shape[1]
+    base_model = model.base_model
+
+    @torch.inference_mode()
+    def plain(runner: Any) -> None:
+        for part in windows_BS.split(max(1, 4096 // window)):
+            runner(input_ids=part, use_cache=False)
+
+    def collect() -> None:
+        calibrate(model, None, documents, outputs=False, window=window, reservoir=4096, progress=False)
+
+    times: dict[str, list[float]] = {"with head": [], "without head": [], "calibration": []}
+    for number in range(rounds + 1):
+        for name, job in (
+            ("with head", lambda: plain(model)),
+            ("without head", lambda: plain(base_model)),
+            ("calibration", collect),
+        ):
+            start = time.perf_counter()
+            job()
+            if number:
+                times[name].append(time.perf_counter() - start)
+    tokens = windows_BS.numel()
+    best = {name: min(values) for name, values in times.items()}
+    row = {
+        "model": label,
+        "tokens": tokens,
+        **{f"{name}, tokens per second": tokens / value for name, value in best.items()},
+        "speed against forwards with head": best["with head"] / best["calibration"],
+        "speed against forwards without head": best["without head"] / best["calibration"],
+        "median ratio without head": statistics.median(
+            a / b for a, b in zip(times["without head"], times["calibration"], strict=True)
+        ),
+    }
+    print(
+        f"| {label} | {tokens:,} | {tokens / best['without head']:,.0f} | {tokens / best['calibration']:,.0f} | "
+        f"{row['speed against forwards without head']:.1%} | {row['speed against forwards with head']:.1%} |",
+        flush=True,
+    )
+    return row
+
+
+def olmoe_layer() -> Any:
+    """One random layer of OLMoE-1B-7B's shape, bfloat16, with a small vocabulary."""
+    from transformers import OlmoeConfig, OlmoeForCausalLM
+
+    config = OlmoeConfig(num_hidden_layers=1, vocab_size=1024, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+    torch.manual_seed(0)
+    with torch.device("meta"):
+        model = OlmoeForCausalLM(config)
+    model = model.to(torch.bfloat16).to_empty(device="cpu").eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.fill_(1.0) if "norm" in name else parameter.normal_(0.0, 0.02)
+    for module in model.modules():  # what to_empty leaves uninitialised
+        if hasattr(module, "inv_freq"):
+            module.inv_freq = 1.0 / 10000.0 ** (torch.arange(0, 128, 2) / 128)
+    return model
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", default="olmoe-nano")
+    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--calibrate-on", metavar="FILE", required=True, help="text to calibrate on")
+    parser.add_argument(
+        "--choose-and-report", metavar="FILE", required=True, help="text: its halves choose and report"
+    )
+    parser.add_argument("--also", metavar="FILE", help="a text of another domain, reported as well")
+    parser.add_argument("--calibration", metavar="FILE", help="use this calibration instead of making one")
+    parser.add_argument("--save", metavar="FILE", help="write the calibration")
+    parser.add_argument("--window", type=int, default=256)
+    parser.add_argument("--tokens", type=int, default=400_000, help="to calibrate on")
+    parser.add_argument("--sensitivity-tokens", type=int, default=120_000)
+    parser.add_argument("--reservoir", type=int, default=4096, help="tokens kept for budgets")
+    parser.add_argument("--choose-tokens", type=int, default=16_384)
+    parser.add_argument("--report-tokens", type=int, default=65_536)
+    parser.add_argument("--parts", nargs="+", default=["choose", "report", "uniformity", "speed"])
+    parser.add_argument("--output", default=str(Path(__file__).parent / "results" / "calibration.json"))
+    args = parser.parse_args()
+    warnings.simplefilter("ignore", CalibrationWarning)
+    started = time.perf_counter()
+    torch.set_grad_enabled(False)
+
+    model, tokenizer = load_model(args.model, dtype=args.dtype)
+    result: dict[str, Any] = {
+        "model": args.model,
+        "dtype": str(model.dtype),
+        "machine": f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} thread(s)",
+        "torch": torch.__version__,
+        "date": time.strftime("%Y-%m-%d"),
+    }
+    if args.calibration:
+        calibration = Calibration.load(args.calibration)
+    else:
+        start = time.perf_counter()
+        calibration = calibrate(
+            model,
+            tokenizer,
+            TextFile(args.calibrate_on),
+            max_tokens=args.tokens,
+            window=args.window,
+            reservoir=args.reservoir,
+            sensitivity=True,
+            sensitivity_tokens=args.sensitivity_tokens,
+            model_id=args.model,
+        )
+        result["calibration_seconds"] = time.perf_counter() - start
+    if args.save:
+        calibration.save(args.save)
+    calibration.check(make_plan(model))
+    print(calibration, flush=True)
+
+    windows = read_windows(tokenizer, args.choose_and_report, args.window)
+    half = len(windows) // 2
+    choosing = Text("first half", windows[:half]).first(args.choose_tokens)
+    reporting = [Text("second half", windows[half:]).first(args.report_tokens)]
+    if args.also:
+        name = Path(args.also).name.split(".")[0]
+        also = Text(name, read_windows(tokenizer, args.also, args.window))
+        reporting.append(also.first(args.report_tokens // 2))
+
+    if "choose" in args.parts:
+        print("\n## Configurations, on the choosing half\n")
+        print("Perplexity change (share of top-k's) at the mean that came out.\n")
+        print(
+            "| configuration | " + " | ".join(f"{b:g}" for b in BUDGETS) + " |\n|---|" + "---|" * len(BUDGETS)
+        )
+        result["configurations"] = choose(model, calibration, choosing)
+    if "report" in args.parts:
+        print("\n## Comparison at the same mean number of experts")
+        result["comparison"] = report(model, calibration, choosing, reporting)
+        print("\n## Budgets solved on the calibration text, met elsewhere")
+        result["budgets"] = budgets_held_out(model, calibration, reporting)
+    if "uniformity" in args.parts:
+        print("\n## Held-out null p-values: Kolmogorov-Smirnov distance to uniform")
+        short = [t.first(args.report_tokens // 2) for t in reporting]
+        result["uniformity"] = uniformity(model, calibration, short)
+    if "speed" in args.parts:
+        print("\n## Speed of calibration without outputs\n")
+        print(
+            "| model | tokens | forwards without head, tokens/s | calibration | against it | against forwards with head |"
+        )
+        print("|---|---|---|---|---|---|")
+        rows = [speed(model, args.model, choosing.first(8192).windows_BS)]
+        ids = torch.randint(3, 1000, (2, 512), generator=torch.Generator().manual_seed(0))
+        rows.append(speed(olmoe_layer(), "one layer of OLMoE-1B-7B's shape", ids, rounds=5))
+        result["speed"] = rows
+    result["seconds"] = time.perf_counter() - started
+    print(f"\n{result['seconds']:.0f} seconds in all")
+    output = Path(args.output)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    with nullcontext():
+        main()

@@ -1,0 +1,54 @@
+"""What stands in for dropped experts: a fixed vector per expert, weighted by the router's own weights.
+
+Shape legend: T tokens, E experts, K slots of the router's own choice, H hidden size.
+
+With w_e the router's own weight of expert e, D the dropped and S the kept experts of its choice, the layer's output
+gets
+
+    sum_{e in D} w_e M_e  +  (sum_{e in D} w_e) sum_{e in S} w_e N_e.
+
+M_e alone, the mean output of expert e, is the simple form. The second term says what the kept experts tell of the
+dropped ones; it vanishes where nothing is dropped. M and N are fitted by least squares to what was dropped on the
+calibration text (`bh_routing.calibration_parts.Moments.compensation`). Either form is one product with a matrix of
+E or 2E rows: about 1/50 or 1/25 of an expert's cost at OLMoE's size.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .routing import RoutingDecision
+
+
+def lost_and_kept(weights_TK: Tensor, dropped_TK: Tensor, experts_TK: Tensor, num_experts: int) -> Tensor:
+    """Regressors of what was dropped, [T, 2E] in the weights' dtype.
+
+    The first E: the weight of each dropped expert; the others: the weight of each kept expert times all that
+    was dropped. Indices from ``num_experts`` on (empty slots) must carry weight 0.
+    """
+    index_TK = experts_TK.clamp(max=num_experts - 1)
+    lost_TK = weights_TK.masked_fill(~dropped_TK, 0.0)
+    kept_TK = weights_TK.masked_fill(dropped_TK, 0.0) * lost_TK.sum(-1, keepdim=True)
+    features_TJ = torch.zeros(
+        (weights_TK.shape[0], 2 * num_experts), dtype=weights_TK.dtype, device=weights_TK.device
+    )
+    return features_TJ.scatter_add(1, index_TK, lost_TK).scatter_add(1, index_TK + num_experts, kept_TK)
+
+
+def compensation(decision: RoutingDecision, means: Tensor) -> Tensor:
+    """What is added to the output of a layer's experts for a decision, [T, H] in the dtype of ``means``.
+
+    Parameters
+    ----------
+    decision : RoutingDecision
+    means : Tensor
+        [E, H]: M alone. [2, E, H]: M and N.
+    """
+    num_experts = means.shape[-2]
+    features_TJ = lost_and_kept(
+        decision.own_weights_TK, decision.dropped_TK, decision.own_experts_TK, num_experts
+    )
+    if means.dim() == 2:
+        return features_TJ[:, :num_experts].to(means.dtype) @ means
+    return features_TJ.to(means.dtype) @ means.flatten(0, 1)
