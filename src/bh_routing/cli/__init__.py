@@ -27,6 +27,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "families": ("families", "the model families of the installed transformers, and what is supported"),
     "evaluate": ("evaluate", "compare routing policies on text: quality, experts, time"),
     "report": ("report", "one HTML page of what evaluate has measured"),
+    "lm-eval": ("lm_eval", "tasks of lm-evaluation-harness under routing policies"),
     "record": ("record", "router logits, choices and weights of a sample of tokens, to a file"),
 }
 

@@ -63,13 +63,16 @@ class Dataset:
 
     @classmethod
     def from_choices(cls, name: str, rows: list[dict[str, Any]]) -> Dataset:
-        """Rows ``{"query" or "ctx", "endings", "label"}``, cleaned as lm-evaluation-harness' hellaswag does it."""
+        """Rows ``{"query" or "ctx", "endings", "label"}``.
+
+        Rows with a query are taken as they are; the others are cleaned as lm-evaluation-harness' hellaswag does it.
+        """
         items = []
         for number, row in enumerate(rows, start=1):
             try:
                 label, endings = int(row["label"]), [_clean(e) for e in row["endings"]]
                 if "query" in row:
-                    context = row["query"]
+                    context, endings = row["query"], list(row["endings"])
                 elif "ctx_a" in row:
                     context = _clean(f"{row['activity_label']}: {row['ctx_a']} {row['ctx_b'].capitalize()}")
                 else:

@@ -1,0 +1,69 @@
+"""Run tasks of lm-evaluation-harness under routing policies (needs the package lm_eval). A policy is written as for
+`bh-routing evaluate`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from ..errors import InvalidParameterError
+from . import common
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="olmoe-nano, a folder, or a hub id")
+    parser.add_argument("--policy", action="append", metavar="POLICY", help="several times; default: full")
+    parser.add_argument("--tasks", required=True, metavar="TASK,TASK", help="hellaswag,lambada_openai,...")
+    parser.add_argument("--include-path", metavar="FOLDER", help="a folder of one's own task files")
+    parser.add_argument(
+        "--calibration", metavar="FILE", help="olmoe-nano comes with one, `none` turns it off"
+    )
+    parser.add_argument("--limit", type=int, metavar="N", help="only the first N items of each task")
+    parser.add_argument("--num-fewshot", type=int, metavar="N", help="examples before each item")
+    parser.add_argument(
+        "--batch-size", type=int, default=8, metavar="N", help="items per forward (default 8)"
+    )
+    parser.add_argument("-o", "--output", metavar="FILE.json", help="also write the results there")
+    common.add_model_arguments(parser)
+
+
+def run(args: argparse.Namespace) -> None:
+    from ..evaluation.specs import parse_policy
+    from ..loading import check_device, check_dtype, default_calibration, load_model
+
+    policies = [parse_policy(text).text for text in args.policy or ["full"]]
+    tasks = [task.strip() for task in args.tasks.split(",") if task.strip()]
+    if not tasks:
+        raise InvalidParameterError(f"tasks must be names with commas between them, got {args.tasks!r}.")
+    check_device(args.device)
+    check_dtype(args.dtype)
+
+    from ..integrations.lm_eval import evaluate, register
+
+    register()  # what is missing is said before the model is loaded
+    calibration = default_calibration(args.model) if args.calibration is None else args.calibration
+    model, tokenizer = load_model(args.model, device=args.device, dtype=args.dtype)
+    rows = evaluate(
+        model,
+        tokenizer,
+        policies,
+        tasks,
+        calibration=None if calibration is None else str(calibration),
+        include_path=args.include_path,
+        limit=args.limit,
+        num_fewshot=args.num_fewshot,
+        batch_size=args.batch_size,
+        seed=args.seed,
+    )
+    console = common.make_console()
+    for task in rows[0]["results"]:
+        metrics = list(rows[0]["results"][task])
+        table = common.make_table(task, "policy", "experts", *metrics)
+        for row in rows:
+            values = [f"{row['results'][task][m]:.4f}" for m in metrics]
+            table.add_row(row["policy"], f"{row['mean_experts_per_token']:.2f}", *values)
+        common.print_table(console, table)
+    if args.output:
+        Path(args.output).write_text(json.dumps({"model": args.model, "results": rows}, indent=2) + "\n")

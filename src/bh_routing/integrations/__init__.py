@@ -1,0 +1,1 @@
+"""Bridges to other programs. Nothing here is imported by the library itself."""
