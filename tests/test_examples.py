@@ -1,0 +1,71 @@
+"""The examples run: the study on a small stand-in of OLMoE's config class, the analysis notebook on olmoe-nano."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bh_routing.data import sample_text
+from bh_routing.evaluation.results import ResultsFolder
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
+
+@pytest.fixture
+def study() -> Any:
+    spec = importlib.util.spec_from_file_location("olmoe_1b_7b", EXAMPLES / "olmoe_1b_7b.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_study_on_a_stand_in(
+    study: Any, tiny_olmoe: Any, nano_tokenizer: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny_olmoe(vocab_size=4096).save_pretrained(tmp_path / "model")
+    nano_tokenizer.save_pretrained(tmp_path / "model")
+    text = sample_text()
+    (tmp_path / "a.txt").write_text(text[: len(text) // 2])
+    (tmp_path / "b.txt").write_text(text[len(text) // 2 :])
+    asked = [
+        str(tmp_path / "model"),
+        "--calibration-text",
+        str(tmp_path / "a.txt"),
+        "--text",
+        str(tmp_path / "b.txt"),
+    ]
+    asked += [
+        "-o",
+        str(tmp_path / "r"),
+        "--budgets",
+        "3",
+        "--max-tokens",
+        "600",
+        "--calibration-tokens",
+        "3000",
+    ]
+    study.main(asked)
+    records = ResultsFolder(tmp_path / "r").records()
+    assert len(records) == 1 + len(study.AT_BUDGETS) + len(study.ALONE)
+    for record in records:
+        if record["budget"] is not None:
+            assert record["mean_experts_per_token"] == pytest.approx(3.0, rel=0.15), record["policy"]
+    assert (tmp_path / "r" / "report.html").stat().st_size > 20_000
+    capsys.readouterr()
+    study.main(asked)  # all of it is there
+    assert "Pareto front" in capsys.readouterr().out
+    assert len(ResultsFolder(tmp_path / "r").records_path.read_text().splitlines()) == len(records)
+
+
+def test_the_study_names_policies_that_exist(study: Any) -> None:
+    from bh_routing.evaluation.specs import parse_policy
+
+    texts = study.policies([2.0, 3.0])
+    assert len({parse_policy(text).text for text in texts}) == 2 * len(study.AT_BUDGETS) + len(study.ALONE)
+    assert "olmoe_1b_7b" not in sys.modules
