@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .errors import InvalidParameterError
-from .kernels.decide import Kept, keep_by_p_values, keep_by_table
+from .kernels.decide import Kept, decide_by_table, keep_by_p_values, keep_by_table, keep_own
 from .procedures import Procedure, check_alpha, get_procedure
 from .pvalues import P_VALUES, at_least_float32
 from .routing import (
@@ -29,8 +29,10 @@ from .routing import (
     check_clamp,
     check_k,
     check_temperature,
+    not_finite,
+    plain_rule,
 )
-from .statistic import LOG_SCORES, DecisionTable, base_statistic
+from .statistic import LOG_SCORES, DecisionTable, affine_statistic, base_statistic
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,19 +144,13 @@ class RoutingPolicy(ABC):
 
         Tokens with non-finite logits keep the router's own choice.
         """
-        finite_T1 = torch.isfinite(at_least_float32(logits_TE).sum(-1, keepdim=True))
-        keep_TK = kept.keep_TK | ~finite_T1
-        finite_T = finite_T1.squeeze(-1)
-        return RoutingDecision(
-            weights_TK=apply_weight_rule(own_weights_TK, keep_TK, self.weights, context.convention),
-            experts_TK=own_experts_TK.masked_fill(~keep_TK, context.empty),
-            counts_T=torch.where(finite_T, kept.counts_T, own_experts_TK.shape[-1]),
-            raw_counts_T=kept.raw_counts_T,
-            dropped_TK=~keep_TK,
-            own_weights_TK=own_weights_TK,
-            own_experts_TK=own_experts_TK,
+        return keep_own(
+            kept,
+            not_finite(logits_TE),
+            own_weights_TK,
+            own_experts_TK,
+            weights=plain_rule(self.weights, context.convention),
             empty=context.empty,
-            fallback_T=~finite_T,
         )
 
     def widen(
@@ -327,23 +323,36 @@ class TablePolicy(_CountPolicy):
     def decide(
         self, logits_TE: Tensor, own_weights_TK: Tensor, own_experts_TK: Tensor, context: RoutingContext
     ) -> RoutingDecision:
-        thresholds_E, scale_E, offset_E = self._rows[context.path]
-        base_TE = base_statistic(logits_TE, self.table.statistic, context.score, self.table.temperature)
-        limits: dict[str, Any] = {
-            "rule": self.table.rule,
-            "min_k": self.min_k,
-            "max_k": self.max_k,
-            "clamp": self.clamp,
-        }
+        row = self._rows[context.path]
+        table = self.table
         if self._widens(context):
-            statistic_TE = base_TE.float() * scale_E + offset_E
-            kept = keep_by_table(statistic_TE, thresholds_E, **limits)
+            base_TE = base_statistic(logits_TE, table.statistic, context.score, table.temperature)
+            thresholds_E, scale_E, offset_E = row
+            statistic_TE = affine_statistic(base_TE, scale_E, offset_E)
+            kept = keep_by_table(
+                statistic_TE,
+                thresholds_E,
+                rule=table.rule,
+                min_k=self.min_k,
+                max_k=self.max_k,
+                clamp=self.clamp,
+            )
             return self._widened(kept, statistic_TE, logits_TE, own_weights_TK, own_experts_TK, context)
-        statistic_TK = (
-            base_TE.gather(-1, own_experts_TK).float() * scale_E[own_experts_TK] + offset_E[own_experts_TK]
+        return decide_by_table(
+            logits_TE,
+            own_weights_TK,
+            own_experts_TK,
+            *row,
+            empty=context.empty,
+            statistic=table.statistic,
+            score=context.score,
+            temperature=table.temperature,
+            rule=table.rule,
+            min_k=self.min_k,
+            max_k=self.max_k,
+            clamp=self.clamp,
+            weights=plain_rule(self.weights, context.convention),
         )
-        kept = keep_by_table(statistic_TK, thresholds_E, **limits)
-        return self.shrink(kept, logits_TE, own_weights_TK, own_experts_TK, context)
 
     def describe(self) -> dict[str, Any]:
         return super().describe() | {"table": repr(self.table), "alpha": self.table.alpha}

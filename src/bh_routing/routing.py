@@ -18,6 +18,8 @@ from .pvalues import PValues, at_least_float32, resolve_p_values
 Clamp = Literal["after", "inside"]
 WeightRule = Literal["model", "preserve", "sum"]
 Convention = Literal["raw", "renormalised", "unknown"]
+PlainRule = Literal["raw", "preserve", "sum"]
+_CONVENTIONS: dict[str, PlainRule] = {"raw": "raw", "renormalised": "preserve", "unknown": "sum"}
 
 PAD = -1  # marks an unused slot in the public functions' results; it never reaches a model
 
@@ -35,7 +37,7 @@ class RoutingDecision:
     counts_T : Tensor
         int64, experts kept per token (after the clamp to [min_k, max_k]).
     raw_counts_T : Tensor
-        int64, what the procedure itself rejected, before the clamp.
+        int64, what the procedure itself rejected, before the clamp; without meaning in a ``fallback_T`` row.
     dropped_TK : Tensor
         bool, which of the router's own slots were dropped.
     own_weights_TK, own_experts_TK : Tensor
@@ -65,10 +67,23 @@ class RoutingDecision:
         return self.own_experts_TK.masked_fill(~self.dropped_TK, self.empty)
 
 
+def plain_rule(rule: WeightRule | PlainRule, convention: Convention) -> PlainRule:
+    """What a weight rule does under a model's convention: keep raw weights, the row's sum, or a sum of 1."""
+    if rule == "model":
+        return _CONVENTIONS[convention]
+    return rule
+
+
+def not_finite(logits_TE: Tensor) -> Tensor:
+    """bool [T, 1]: tokens with a logit that is NaN or infinite (or whose sum is)."""
+    total_T1 = at_least_float32(logits_TE).sum(-1, keepdim=True)
+    return (total_T1 - total_T1) != 0
+
+
 def apply_weight_rule(
     own_weights_TK: Tensor,
     kept_TK: Tensor,
-    rule: WeightRule,
+    rule: WeightRule | PlainRule,
     convention: Convention,
     kept_weights_TK: Tensor | None = None,
 ) -> Tensor:
@@ -82,19 +97,18 @@ def apply_weight_rule(
     """
     weights_TK = own_weights_TK if kept_weights_TK is None else kept_weights_TK
     masked_TK = weights_TK.masked_fill(~kept_TK, 0.0)
-    if rule == "model":
-        rule = {"raw": "raw", "renormalised": "preserve", "unknown": "sum"}[convention]  # type: ignore[assignment]
-    if rule == "raw":
+    plain = plain_rule(rule, convention)
+    if plain == "raw":
         return masked_TK
     total_T1 = at_least_float32(masked_TK).sum(-1, keepdim=True)
     target_T1 = (
         at_least_float32(own_weights_TK).sum(-1, keepdim=True)
-        if rule == "preserve"
+        if plain == "preserve"
         else torch.ones_like(total_T1)
     )
     factor_T1 = torch.where(total_T1 > 0, target_T1 / total_T1, 1.0)
     rescaled_TK = (at_least_float32(masked_TK) * factor_T1).to(weights_TK.dtype)
-    if rule == "preserve" and kept_weights_TK is None:
+    if plain == "preserve" and kept_weights_TK is None:
         return torch.where(kept_TK.all(-1, keepdim=True), masked_TK, rescaled_TK)
     return rescaled_TK
 

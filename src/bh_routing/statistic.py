@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import logsigmoid, softplus
+from torch.nn.functional import log_softmax, logsigmoid, softplus
 
 from .errors import CalibrationMismatchError, InvalidInputError, InvalidParameterError
 from .procedures import Rule
@@ -25,7 +25,7 @@ STATISTICS = ("logit", "logprob", "contribution")
 
 # How a family turns router logits into the score that weighs an expert's output; log-scores, [T, E] -> [T, E].
 LOG_SCORES: dict[str, Callable[[Tensor], Tensor]] = {
-    "softmax": lambda x: x - x.logsumexp(-1, keepdim=True),
+    "softmax": lambda x: log_softmax(x, -1),
     "sigmoid": logsigmoid,
     "sqrtsoftplus": lambda x: 0.5 * softplus(x).log(),
     "probability": lambda x: x.clamp_min(torch.finfo(x.dtype).tiny).log(),  # what is recorded is a score

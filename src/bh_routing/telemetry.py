@@ -13,7 +13,8 @@ both laid out in the same bins::
     the token (1 column)           cell (count, raw count)               1         entropy of its weights
     any column of padding          the last bin
 
-so that one index and two scatters give everything; all figures are derived when somebody reads them.
+so that one index and two scatters give everything; all figures are derived when somebody reads them. Small calls
+(decoding) are kept until there are enough of them, or until somebody reads, and then counted together.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,7 +30,9 @@ from torch import Tensor
 from .errors import InvalidInputError, MissingDependencyError
 from .policies import RoutingContext
 from .pvalues import at_least_float32
-from .routing import RoutingDecision
+from .routing import RoutingDecision, not_finite
+
+SMALL = 64  # calls with fewer tokens wait, up to so many calls
 
 
 class Telemetry:
@@ -159,7 +162,7 @@ class Telemetry:
 
     def silent_layers(self) -> list[str]:
         """Paths of the routers that saw no call."""
-        return [path for path, layer in self._layers.items() if not int(layer.calls)]
+        return [path for path, layer in self._layers.items() if not layer.waiting and not int(layer.calls)]
 
     @property
     def mean_experts_per_token(self) -> float:
@@ -228,6 +231,37 @@ class Telemetry:
         return _total_figures(self._read())
 
 
+class _Call(NamedTuple):
+    """What is counted of one call; fields as in `RoutingDecision`."""
+
+    experts_TK: Tensor
+    weights_TK: Tensor
+    own_experts_TK: Tensor
+    own_weights_TK: Tensor
+    dropped_TK: Tensor
+    counts_T: Tensor
+    raw_counts_T: Tensor
+    fallback_T: Tensor
+    mask_T: Tensor | None
+
+
+def _together(calls: Sequence[_Call]) -> _Call:
+    """Several calls as one."""
+    columns = dict(zip(_Call._fields, zip(*calls, strict=True), strict=True))
+    masks = columns.pop("mask_T")
+    if any(mask is not None for mask in masks):
+        whole = [torch.ones_like(c.fallback_T) if c.mask_T is None else c.mask_T for c in calls]
+    else:
+        whole = []
+    joined = {name: torch.cat(parts) for name, parts in columns.items()}
+    return _Call(**joined, mask_T=torch.cat(whole) if whole else None)
+
+
+def _in_graph(buffer: Tensor) -> bool:
+    """Whether this call is being compiled or captured, so that it must write to the buffers itself."""
+    return torch.compiler.is_compiling() or (buffer.is_cuda and torch.cuda.is_current_stream_capturing())
+
+
 class _Layer:
     """The buffers of one router; the layout of the bins is in the module docstring."""
 
@@ -239,6 +273,7 @@ class _Layer:
         self.width = context.num_experts + 2  # raw counts 0..E, then fallback
         cells = 3 * self.stride
         self.padding = cells + (slots + 1) * self.width
+        self.waiting: list[_Call] = []
         device = context.device
         # A tensor made in inference mode could not be written to outside of it.
         with torch.inference_mode(False):
@@ -265,41 +300,74 @@ class _Layer:
                 f"{self.top_k} of the router's own, got {came[0]} and {came[1]}."
             )
         fallback_T = decision.fallback_T
-        if fallback_T is None and logits_TE is not None:
-            fallback_T = ~torch.isfinite(at_least_float32(logits_TE).sum(-1))
+        if fallback_T is None:
+            if logits_TE is None:
+                fallback_T = torch.zeros_like(decision.counts_T, dtype=torch.bool)
+            else:
+                fallback_T = not_finite(logits_TE).squeeze(-1)
+        call = _Call(
+            experts_TK=decision.experts_TK,
+            weights_TK=decision.weights_TK.detach(),
+            own_experts_TK=decision.own_experts_TK,
+            own_weights_TK=decision.own_weights_TK.detach(),
+            dropped_TK=decision.dropped_TK,
+            counts_T=decision.counts_T,
+            raw_counts_T=decision.raw_counts_T,
+            fallback_T=fallback_T,
+            mask_T=mask_T,
+        )
+        if call.counts_T.shape[0] >= SMALL or _in_graph(self.counts):
+            self.count(call, 1)
+            return
+        # The model may write to the weights it was given.
+        self.waiting.append(call._replace(weights_TK=call.weights_TK.clone()))
+        if len(self.waiting) >= SMALL:
+            self.catch_up()
 
-        raw_T = decision.raw_counts_T
-        if fallback_T is not None:
-            raw_T = raw_T.masked_fill(fallback_T, self.width - 1)
-        cell_T = torch.add(raw_T, decision.counts_T, alpha=self.width)
-        own_TK = torch.add(decision.own_experts_TK, decision.dropped_TK, alpha=self.stride)
-        bin_TN = torch.cat((decision.experts_TK, own_TK, cell_T.unsqueeze(-1)), -1) + self.first_bin_N
-        if mask_T is not None:
-            bin_TN = torch.where(mask_T.unsqueeze(-1), bin_TN, self.padding_bin)
+    def catch_up(self) -> None:
+        """Count the calls that are waiting."""
+        if not self.waiting:
+            return
+        calls, self.waiting = self.waiting, []
+        with torch.no_grad():
+            self.count(_together(calls), len(calls))
 
-        weights_TK = at_least_float32(decision.weights_TK.detach())
+    def count(self, call: _Call, calls: int) -> None:
+        """Add some tokens to the buffers."""
+        raw_T = call.raw_counts_T.masked_fill(call.fallback_T, self.width - 1)
+        cell_T = torch.add(raw_T, call.counts_T, alpha=self.width)
+        own_TK = torch.add(call.own_experts_TK, call.dropped_TK, alpha=self.stride)
+        bin_TN = torch.cat((call.experts_TK, own_TK, cell_T.unsqueeze(-1)), -1) + self.first_bin_N
+        if call.mask_T is not None:
+            bin_TN = torch.where(call.mask_T.unsqueeze(-1), bin_TN, self.padding_bin)
+
+        weights_TK = at_least_float32(call.weights_TK)
         share_TK = weights_TK / weights_TK.sum(-1, keepdim=True)
         entropy_T1 = torch.special.entr(share_TK).sum(-1, keepdim=True)
-        value_TN = torch.cat((weights_TK, decision.own_weights_TK.detach(), entropy_T1), -1)
+        value_TN = torch.cat((weights_TK, call.own_weights_TK, entropy_T1), -1)
         # A row of zeros has share 0 / 0, a token with NaN logits NaN weights: either would stay in the sums.
         value_TN = value_TN.to(self.sums.dtype).nan_to_num_(0.0, 0.0, 0.0)
 
         bins = bin_TN.view(-1)
         self.counts.index_add_(0, bins, self.one.expand(bins.shape[0]))
         self.sums.index_add_(0, bins, value_TN.view(-1))
-        self.calls.add_(1)
+        self.calls.add_(calls)
 
     def reset(self) -> None:
+        self.waiting.clear()
         for buffer in (self.counts, self.sums, self.calls):
             buffer.zero_()
 
     def add(self, other: _Layer) -> None:
+        self.catch_up()
+        other.catch_up()
         self.counts.add_(other.counts.to(self.counts.device))
         self.sums.add_(other.sums.to(self.sums))
         self.calls.add_(other.calls.to(self.calls.device))
 
     def read(self) -> _Sums:
         """Copy the buffers to the host and name their parts."""
+        self.catch_up()
         counts, sums = self.counts.cpu(), self.sums.cpu().double()
         load, kept, dropped = counts[: 3 * self.stride].view(3, self.stride).unbind()
         weight, kept_weight, dropped_weight = sums[: 3 * self.stride].view(3, self.stride).unbind()

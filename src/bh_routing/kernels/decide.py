@@ -2,18 +2,24 @@
 
 Shape legend: T tokens, E experts, K candidates (the router's own slots; all E when widening).
 
-This is the reference; a fused kernel must return the same counts and the same sets.
+This is the reference of the fused kernel in `bh_routing.kernels.triton_decide`, which returns the same counts and
+the same sets wherever a statistic is further than 8 units in the last place from its threshold.
 """
 
 from __future__ import annotations
 
+from array import array
+from collections.abc import Sequence
+from math import isfinite
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..procedures import Rule, count_passing
-from ..routing import Clamp, clamp_counts
+from ..pvalues import at_least_float32
+from ..routing import Clamp, PlainRule, RoutingDecision, apply_weight_rule, clamp_counts, not_finite
+from ..statistic import affine_statistic, base_statistic
 
 
 class Kept(NamedTuple):
@@ -22,6 +28,154 @@ class Kept(NamedTuple):
     keep_TK: Tensor
     counts_T: Tensor
     raw_counts_T: Tensor
+
+
+def decide_by_table(
+    logits_TE: Tensor,
+    own_weights_TK: Tensor,
+    own_experts_TK: Tensor,
+    thresholds_E: Tensor,
+    scale_E: Tensor,
+    offset_E: Tensor,
+    *,
+    empty: int,
+    statistic: str = "logprob",
+    score: str = "softmax",
+    temperature: float = 1.0,
+    rule: Rule = "step_up",
+    min_k: int = 1,
+    max_k: int | None = None,
+    clamp: Clamp = "after",
+    weights: PlainRule = "raw",
+) -> RoutingDecision:
+    """From logits and the router's own choice to the decision that keeps some of its slots, in its own order.
+
+    Parameters
+    ----------
+    logits_TE, own_weights_TK, own_experts_TK : Tensor
+        What the router returned.
+    thresholds_E, scale_E, offset_E : Tensor
+        float32 [E], one row of a `bh_routing.DecisionTable`.
+    empty : int
+        The index that dropped slots get.
+    statistic, score, temperature
+        As in `bh_routing.statistic.base_statistic`.
+    rule, min_k, max_k, clamp
+        As in `keep_by_table`.
+    weights : "raw", "preserve" or "sum"
+        As in `bh_routing.routing.apply_weight_rule`.
+
+    Notes
+    -----
+    Tokens with non-finite logits keep the router's own choice. For a single token on CPU the counting is done in
+    plain Python on the same float32 statistics: a third of the time (docs/speed.md), and the same decision.
+    """
+    base_TE = base_statistic(logits_TE, statistic, score, temperature)
+    statistic_TE = affine_statistic(base_TE, scale_E, offset_E)
+    if logits_TE.shape[0] == 1 and logits_TE.device.type == "cpu" and not torch.compiler.is_compiling():
+        values, own = statistic_TE.flatten().tolist(), own_experts_TK.flatten().tolist()
+        candidates = [values[expert] for expert in own]
+        drop, count, raw = _drop_from_one(candidates, thresholds_E.tolist(), rule, min_k, max_k, clamp)
+        lost = not isfinite(at_least_float32(logits_TE).sum().item())
+        if lost:
+            drop, count = [False] * len(own), len(own)
+        # Through buffers: torch.tensor costs as much as all of the above.
+        counts_T, raw_T = torch.frombuffer(array("q", (count, raw)), dtype=torch.int64).split(1)
+        return drop_own(
+            torch.frombuffer(bytearray(drop), dtype=torch.bool).unsqueeze(0),
+            counts_T,
+            raw_T,
+            torch.frombuffer(bytearray((lost,)), dtype=torch.bool),
+            own_weights_TK,
+            own_experts_TK,
+            weights=weights,
+            empty=empty,
+        )
+    kept = keep_by_table(
+        statistic_TE.gather(-1, own_experts_TK),
+        thresholds_E,
+        rule=rule,
+        min_k=min_k,
+        max_k=max_k,
+        clamp=clamp,
+    )
+    return keep_own(kept, not_finite(logits_TE), own_weights_TK, own_experts_TK, weights=weights, empty=empty)
+
+
+def keep_own(
+    kept: Kept,
+    lost_T1: Tensor,
+    own_weights_TK: Tensor,
+    own_experts_TK: Tensor,
+    *,
+    weights: PlainRule,
+    empty: int,
+) -> RoutingDecision:
+    """The decision that keeps these of the router's own slots, and all of them where ``lost_T1``."""
+    lost_T = lost_T1.squeeze(-1)
+    return drop_own(
+        ~(kept.keep_TK | lost_T1),
+        kept.counts_T.masked_fill(lost_T, own_experts_TK.shape[-1]),
+        kept.raw_counts_T,
+        lost_T,
+        own_weights_TK,
+        own_experts_TK,
+        weights=weights,
+        empty=empty,
+    )
+
+
+def drop_own(
+    dropped_TK: Tensor,
+    counts_T: Tensor,
+    raw_counts_T: Tensor,
+    lost_T: Tensor,
+    own_weights_TK: Tensor,
+    own_experts_TK: Tensor,
+    *,
+    weights: PlainRule,
+    empty: int,
+) -> RoutingDecision:
+    """The decision that drops these of the router's own slots."""
+    if weights == "raw":
+        weights_TK = own_weights_TK.masked_fill(dropped_TK, 0.0)
+    else:
+        weights_TK = apply_weight_rule(own_weights_TK, ~dropped_TK, weights, "raw")
+    return RoutingDecision(
+        weights_TK=weights_TK,
+        experts_TK=own_experts_TK.masked_fill(dropped_TK, empty),
+        counts_T=counts_T,
+        raw_counts_T=raw_counts_T,
+        dropped_TK=dropped_TK,
+        own_weights_TK=own_weights_TK,
+        own_experts_TK=own_experts_TK,
+        empty=empty,
+        fallback_T=lost_T,
+    )
+
+
+def _drop_from_one(
+    candidates: Sequence[float],
+    thresholds: Sequence[float],
+    rule: Rule,
+    min_k: int,
+    max_k: int | None,
+    clamp: Clamp,
+) -> tuple[list[bool], int, int]:
+    """`keep_by_table` for one token on the host: (which slots are dropped, count, raw count)."""
+    num = len(candidates)
+    top = num if max_k is None else min(max_k, num)
+    order = sorted(range(num), key=candidates.__getitem__, reverse=True)  # stable: ties keep their order
+    passing = [rank for rank, slot in enumerate(order, 1) if candidates[slot] >= thresholds[rank - 1]]
+    if rule == "step_down":
+        passing = [rank for place, rank in enumerate(passing, 1) if rank == place]
+    raw = passing[-1] if passing else 0
+    count = max((rank for rank in passing if rank <= top), default=0) if clamp == "inside" else raw
+    count = min(max(count, min_k), top)
+    drop = [False] * num
+    for slot in order[count:]:
+        drop[slot] = True
+    return drop, count, raw
 
 
 def keep_by_table(
