@@ -570,3 +570,24 @@ def test_notes_are_printed_once(capsys):
         warnings.warn_explicit("of ours", UserWarning, "f.py", 1, module="bh_routing.calibration")
         warnings.warn_explicit("of another library", UserWarning, "f.py", 1, module="transformers.x")
     assert capsys.readouterr().err == "note: something odd\nnote: of ours\n"
+
+
+@pytest.mark.slow
+def test_calibrate_under_torchrun(tmp_path, calibrated):
+    """Two processes write what one wrote."""
+    from bh_routing import Calibration
+    from bh_routing.data import sample_text
+
+    (tmp_path / "text.txt").write_text(sample_text())
+    argv = ["calibrate", "olmoe-nano", "--text", "text.txt", "--max-tokens", "4000", "-o", "c.safetensors"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    run = subprocess.run(
+        [*torchrun, "-m", "bh_routing", *argv], cwd=tmp_path, capture_output=True, text=True, timeout=240
+    )
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.count("saved to c.safetensors (") == 1
+    one, two = Calibration.load(calibrated.path), Calibration.load(tmp_path / "c.safetensors")
+    assert (one.tokens, one.text_digest) == (two.tokens, two.text_digest)
+    one, two = one.table(alpha=0.2).thresholds_LE, two.table(alpha=0.2).thresholds_LE
+    assert bool(((one - two).abs().nan_to_num(0.0) <= 1e-4).all())  # infinite in both: nan, hence 0
+    assert bool((one.isinf() == two.isinf()).all())
