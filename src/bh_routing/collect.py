@@ -1,36 +1,31 @@
 """`calibrate`: one streaming pass over text, a second one with backward for the sensitivities.
 
-Shape legend: L routed layers, B windows of a batch, S tokens of a window, T = B * S, E experts, K slots,
-P pairs of a token and one of its experts, H hidden size.
+Shape legend: L routed layers, T tokens of a batch, E experts, K slots of the router's own choice, P pairs of a token
+and one of its experts, H hidden size.
 """
 
 from __future__ import annotations
 
-import os
-import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from .accumulate import LayerCounts, LayerMoments, LayerSensitivity, ReservoirSampler, join_moments
+from .accumulate import LayerCounts, LayerMoments, ReservoirSampler, join_moments
 from .calibration import Calibration, CalibrationWarning
-from .calibration_file import fingerprint
-from .calibration_parts import LayerRecord, Moments
-from .compensation import lost_and_kept
-from .errors import BudgetError, CalibrationError, InvalidParameterError, InvalidTypeError
-from .policies import RoutingPolicy, TopKPolicy
+from .calibration_file import fingerprint, stack_layers
+from .calibration_parts import LayerRecord
+from .errors import CalibrationError, InvalidParameterError, InvalidTypeError
+from .rehearsal import Rehearsal
 from .routing import check_temperature
+from .running import distributed, evaluating, forward, frozen, gather, pair_outputs, pieces, progress_bar
 from .stream import Batch, Document, TextStream
 
 if TYPE_CHECKING:
     from .patching import LayerPlan, PatchPlan
-
-PAIR_ELEMENTS = 1 << 25  # outputs of (token, expert) pairs that are held at once, P * H
 
 
 def calibrate(
@@ -135,7 +130,7 @@ def calibrate(
             "(bh_routing.unpatch(model)) and calibrate then."
         )
     plan = make_plan(model)
-    with _evaluating(model):
+    with evaluating(model):
         reached = reached_by_text(model, plan)
     left_out = tuple(layer.path for layer in plan.layers if layer.path not in reached)
     if reached and left_out:
@@ -166,7 +161,7 @@ def calibrate(
         trim = min(slots, max(1, (num_experts - 1) // 4))
     rank, world = distributed()
     collector = _Collector(plan, num_experts, slots, temperature, trim, reservoir, outputs)
-    with _evaluating(model), _progress("calibrating", progress if rank == 0 else False) as advance:
+    with evaluating(model), progress_bar("calibrating", progress if rank == 0 else False) as advance:
         stream.start(max_tokens, rank, world)
         for batch in stream:
             collector.run(model, batch)
@@ -184,12 +179,12 @@ def calibrate(
         raise CalibrationError("the text is empty: expected at least one token to calibrate on.")
     if sensitivity:
         with (
-            _evaluating(model),
-            _frozen(model),
-            _progress("sensitivity", progress if rank == 0 else False) as advance,
+            evaluating(model),
+            frozen(model),
+            progress_bar("sensitivity", progress if rank == 0 else False) as advance,
         ):
             stream.start(sensitivity_tokens or max_tokens, rank, world)
-            sensed = _Sensitivity(plan, result)
+            sensed = Rehearsal(plan, result)
             for batch in stream:
                 sensed.run(model, batch)
                 advance(batch.num_tokens)
@@ -260,7 +255,7 @@ class _Collector:
     ) -> Tensor:
         parts = []
         real_T = self.batch.mask_on(hidden_TH.device)
-        for piece in _pieces(hidden_TH, index_TK):
+        for piece in pieces(hidden_TH, index_TK):
             index, weights = index_TK[piece], weights_TK[piece]
             outputs_PH = pair_outputs(inner, hidden_TH[piece], index)
             each_TKH = outputs_PH.view(*index.shape, -1)
@@ -302,7 +297,6 @@ class _Collector:
 
     def result(self, model_id: str, stream: TextStream, reservoir: int, seed: int) -> Calibration:
         from . import __version__
-        from .calibration_file import stack_layers
 
         per_layer = [self.counts[layer.path].histograms() for layer in self.plan.layers]
         hidden = max((m.sum_EH.shape[-1] for m in self.moments.values() if m.tokens_E is not None), default=1)
@@ -338,225 +332,9 @@ class _Collector:
         )
 
 
-class _Sensitivity:
-    """The second pass: how much the loss feels each expert, under the routing that is calibrated for.
-
-    The experts are dropped as the calibration of the first pass drops them at a third of the router's own
-    number, so that sensitivities and compensation are those of the state in which they are used.
-    """
-
-    def __init__(self, plan: PatchPlan, calibration: Calibration) -> None:
-        moments = calibration.moments
-        assert moments is not None
-        assert moments.mean_LEH is not None
-        self.plan = plan
-        self.contexts = {layer.path: layer.context for layer in plan.layers}
-        self.policy = _rehearsal_policy(calibration, plan)
-        self.policy.bind(plan.contexts)
-        self.layers = {
-            layer.path: LayerSensitivity(mean_EH.float().to(layer.context.device))
-            for layer, mean_EH in zip(plan.layers, moments.mean_LEH, strict=True)
-        }
-        self.choice: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
-
-    def run(self, model: nn.Module, batch: Batch) -> None:
-        from .patching import watch
-
-        self.batch = batch
-        with torch.enable_grad(), watch(self.plan, self._on_choice, self._around):
-            logits_BSV = forward(model, self.plan, batch, head=True)
-            ids_BS = batch.input_ids.to(logits_BSV.device)
-            targets_BS = ids_BS[:, 1:].masked_fill(~batch.mask[:, 1:].to(ids_BS.device), -100)
-            loss = nn.functional.cross_entropy(
-                logits_BSV[:, :-1].flatten(0, 1).float(), targets_BS.flatten(), reduction="sum"
-            )
-            loss.backward()
-        self.choice.clear()
-
-    def _on_choice(
-        self, layer: LayerPlan, logits_TE: Tensor, own_weights_TK: Tensor, own_experts_TK: Tensor, mask: Any
-    ) -> None:
-        self.choice[layer.path] = (logits_TE.detach(), own_weights_TK.detach(), own_experts_TK)
-
-    def _around(
-        self,
-        layer: LayerPlan,
-        inner: Callable[[Tensor, Tensor, Tensor], Tensor],
-        hidden_TH: Tensor,
-        index_TK: Tensor,
-        weights_TK: Tensor,
-    ) -> Tensor:
-        sums = self.layers[layer.path]
-        with torch.no_grad():
-            dropped_TK = self.policy.decide(*self.choice[layer.path], self.contexts[layer.path]).dropped_TK
-        out_TH = inner(hidden_TH, index_TK, weights_TK.masked_fill(dropped_TK, 0.0))
-        num = sums.mean_EH.shape[0]
-        lost_TE = lost_and_kept(weights_TK, dropped_TK, index_TK, num)[:, :num]
-        out_TH = out_TH + lost_TE.to(out_TH.dtype) @ sums.mean_EH.to(out_TH.dtype)
-        if not out_TH.requires_grad:
-            out_TH = out_TH.detach().requires_grad_()  # the first layer: here the graph begins
-        real_T = self.batch.mask_on(hidden_TH.device)
-        fixed_TH, fixed_TK = hidden_TH.detach(), weights_TK.detach()
-
-        def on_gradient(gradient_TH: Tensor) -> None:
-            with torch.no_grad():
-                for piece in _pieces(fixed_TH, index_TK):
-                    index = index_TK[piece]
-                    outputs_TKH = pair_outputs(inner, fixed_TH[piece], index).view(*index.shape, -1)
-                    parts = (
-                        outputs_TKH,
-                        gradient_TH[piece],
-                        index,
-                        fixed_TK[piece],
-                        dropped_TK[piece],
-                    )
-                    if real_T is not None:
-                        parts = tuple(part[real_T[piece]] for part in parts)  # type: ignore[assignment]
-                    sums.update(*parts)
-
-        out_TH.register_hook(on_gradient)
-        return out_TH
-
-    def result(self, moments: Moments) -> Moments:
-        """The moments with the sums of all processes."""
-        ours = [torch.stack(part) for part in zip(*(s.sums() for s in self.layers.values()), strict=True)]
-        for theirs in _gather(ours, others_only=True):
-            ours = [a + b for a, b in zip(ours, theirs, strict=True)]
-        tokens_LE, square_LE, gram_LJJ, cross_LJH = ours
-        return replace(
-            moments,
-            sensitivity_tokens_LE=tokens_LE,
-            sensitivity_LE=square_LE / tokens_LE.clamp_min(1),
-            gram_LJJ=gram_LJJ,
-            cross_LJH=cross_LJH,
-        )
-
-
-def _rehearsal_policy(calibration: Calibration, plan: PatchPlan) -> RoutingPolicy:
-    """BH by the first pass at a third of the router's own number of experts; top-k where that has no level."""
-    tops = [layer.top_k for layer in calibration.layers]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", CalibrationWarning)
-        try:
-            return calibration.policy(
-                experts_per_token=max(1.0, sum(tops) / len(tops) / 3), size="deviation", scope="model"
-            )
-        except (BudgetError, CalibrationError):
-            return TopKPolicy(max(1, min(tops) // 3))
-
-
-def pair_outputs(
-    inner: Callable[[Tensor, Tensor, Tensor], Tensor], hidden_TH: Tensor, index_TK: Tensor
-) -> Tensor:
-    """Each of a token's experts' outputs by itself, unweighted, [T * K, H]: top-1 with weight one."""
-    pairs_PH = hidden_TH.repeat_interleave(index_TK.shape[-1], 0)
-    return inner(pairs_PH, index_TK.reshape(-1, 1), torch.ones_like(pairs_PH[:, :1]))
-
-
-def _pieces(hidden_TH: Tensor, index_TK: Tensor) -> Iterator[slice]:
-    """Slices of tokens whose pairs' outputs fit PAIR_ELEMENTS."""
-    step = max(1, PAIR_ELEMENTS // max(1, hidden_TH.shape[-1] * index_TK.shape[-1]))
-    for begin in range(0, hidden_TH.shape[0], step):
-        yield slice(begin, begin + step)
-
-
-def forward(model: nn.Module, plan: PatchPlan, batch: Batch, *, head: bool = False) -> Tensor:
-    """Run the model on a batch: without its head where that sees every router; returns logits with it."""
-    runner: Any = model
-    if not head:
-        base = getattr(model, "base_model", None)
-        if isinstance(base, nn.Module):
-            inside = {id(module) for module in base.modules()}
-            if all(id(layer.router) in inside for layer in plan.layers):
-                runner = base
-    device = next(model.parameters()).device
-    mask = None if batch.mask.all() else batch.mask.long().to(device)
-    output = runner(input_ids=batch.input_ids.to(device), attention_mask=mask, use_cache=False)
-    return output.logits if head else output[0]
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode; each module's own flag is put back."""
-    flags = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, flag in flags:
-            module.training = flag
-
-
-@contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
-    """No parameter requires a gradient; each one's own flag is put back."""
-    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    try:
-        for parameter, _ in flags:
-            parameter.requires_grad_(False)
-        yield
-    finally:
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)
-
-
-@contextmanager
-def _progress(what: str, show: bool | None) -> Iterator[Callable[[int], None]]:
-    """A progress bar over tokens, on standard error."""
-    if show is None:
-        show = sys.stderr.isatty()
-    if not show:
-        yield lambda tokens: None
-        return
-    from rich.console import Console
-    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-
-    columns = (
-        SpinnerColumn(),
-        TextColumn("{task.description} {task.completed:>12,.0f} tokens {task.fields[rate]}"),
-        TimeElapsedColumn(),
-    )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(what, total=None, rate="")
-
-        def advance(tokens: int) -> None:
-            bar.advance(task, tokens)
-            state = bar.tasks[0]
-            if state.elapsed:
-                bar.update(task, rate=f"({state.completed / state.elapsed:,.0f} per second)")
-
-        yield advance
-
-
-# ---------------------------------------------------------------------------------------------------------
-# Several processes
-# ---------------------------------------------------------------------------------------------------------
-
-
-def distributed() -> tuple[int, int]:
-    """(rank, number of processes); joins the group that ``torchrun`` describes, with gloo, if none is joined."""
-    if not torch.distributed.is_available():
-        return 0, 1
-    if not torch.distributed.is_initialized():
-        if int(os.environ.get("WORLD_SIZE", "1")) <= 1 or "RANK" not in os.environ:
-            return 0, 1
-        torch.distributed.init_process_group("gloo")
-    return torch.distributed.get_rank(), torch.distributed.get_world_size()
-
-
-def _gather(value: Any, *, others_only: bool = False) -> list[Any]:
-    """The value of every process, by rank; or of the others."""
-    rank, world = distributed()
-    if world == 1:
-        return [] if others_only else [value]
-    values: list[Any] = [None] * world
-    torch.distributed.all_gather_object(values, value)
-    return [v for r, v in enumerate(values) if r != rank] if others_only else values
-
-
 def _merge_processes(result: Calibration) -> Calibration:
     """One calibration from those of all processes; the same in each."""
-    parts = _gather(result)
+    parts = gather(result)
     first, rest = parts[0], parts[1:]
     # Every process reads all documents and runs its own batches: what describes the text is counted once.
     rest = [replace(part, documents=0, text_digest="0" * 32) for part in rest]
