@@ -69,3 +69,27 @@ def test_the_study_names_policies_that_exist(study: Any) -> None:
     texts = study.policies([2.0, 3.0])
     assert len({parse_policy(text).text for text in texts}) == 2 * len(study.AT_BUDGETS) + len(study.ALONE)
     assert "olmoe_1b_7b" not in sys.modules
+
+
+def test_the_analysis_notebook(tmp_path: Path) -> None:
+    import re
+
+    import nbformat
+    from nbclient import NotebookClient
+
+    stored = nbformat.read(EXAMPLES / "logs_eda.ipynb", as_version=4)
+    fresh = nbformat.from_dict(stored)
+    NotebookClient(fresh, timeout=240, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    for notebook in (stored, fresh):
+        outputs = [out for cell in notebook.cells if cell.cell_type == "code" for out in cell.outputs]
+        printed = "".join(out.text for out in outputs if out.output_type == "stream" and out.name == "stdout")
+        assert sum("image/png" in out.get("data", {}) for out in outputs) == 3
+        # held-out null p-values: the estimators that follow the data are near to uniform at 0.05
+        shares = [
+            float(s) for s in re.findall(r"(?:empirical|kde): share .* (0\.\d+)$", printed, re.MULTILINE)
+        ]
+        assert len(shares) == 8
+        assert all(0.03 < share < 0.08 for share in shares)
+        means = [float(m) for m in re.findall(r"^alpha .*: (\d\.\d\d) experts", printed, re.MULTILINE)]
+        assert means == sorted(means)
+        assert 1 <= means[0] < means[-1] <= 8
