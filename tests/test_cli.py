@@ -457,6 +457,23 @@ def test_inspect_calibration(run, calibrated):
     ]
 
 
+def test_inspect_plot(run, calibrated, tmp_path):
+    picture = tmp_path / "c.png"
+    result = run("inspect", calibrated.path, "--plot", picture)
+    assert (result.code, result.err) == (0, "")
+    assert "drawn to" in result.out
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_inspect_plot_of_another_format(run, calibrated, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = run("inspect", calibrated.path, "--plot", "c.bmp")
+    assert (result.code, result.out) == (2, "")
+    assert result.err == (
+        "bh-routing inspect: a picture must be written to a file that ends in .png, .svg, .pdf, got 'c.bmp'.\n"
+    )
+
+
 def test_generate_with_a_budget(run, loaded, calibrated):
     argv = [
         "generate",

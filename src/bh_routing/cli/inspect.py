@@ -12,7 +12,7 @@ from .calibrate import show_calibration
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("what", metavar="MODEL|FILE.safetensors", help="a model, or a calibration file")
-    parser.add_argument("--plot", metavar="OUT", help="of a calibration: draw it to OUT (.png or .svg)")
+    parser.add_argument("--plot", metavar="OUT", help="of a calibration: draw it to OUT (.png, .svg, .pdf)")
     common.add_model_arguments(parser)
 
 
@@ -46,9 +46,11 @@ def _inspect_calibration(args: argparse.Namespace) -> None:
     from ..calibration import Calibration
 
     calibration = Calibration.load(args.what)
-    show_calibration(calibration)
     if args.plot is not None:
         from ..plots import plot_calibration
 
         plot_calibration(calibration, args.plot)
-        print(f"drawn to {args.plot}")
+    show_calibration(calibration)
+    if args.plot is not None:
+        print()
+        common.print_text(f"drawn to {args.plot}")
