@@ -17,7 +17,7 @@ from bh_routing.cli.common import make_progress
 from bh_routing.cli.evaluate import show
 from bh_routing.collect import default_window
 from bh_routing.evaluation import Dataset, RoutingExperimentRunner
-from bh_routing.evaluation.runner import to_frame
+from bh_routing.evaluation.notes import to_frame
 from bh_routing.loading import load_model
 from bh_routing.stream import TextFile
 

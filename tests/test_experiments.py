@@ -17,9 +17,9 @@ from bh_routing.cli import main
 from bh_routing.collect import calibrate
 from bh_routing.errors import DatasetError, InvalidInputError, InvalidParameterError, RecordError
 from bh_routing.evaluation import Dataset, RoutingExperimentRunner, RoutingStrategy, load_dataset
+from bh_routing.evaluation.notes import watch_counts
 from bh_routing.evaluation.paired import block_sums, pareto_front, perplexity_change, perplexity_interval
 from bh_routing.evaluation.results import ResultsFolder, ResultsWarning
-from bh_routing.evaluation.runner import watch_counts
 from bh_routing.evaluation.scoring import cut_text, encode_pair, score_continuations, score_text
 from bh_routing.evaluation.summary import summarise
 

@@ -192,7 +192,7 @@ def show(records: list[dict[str, Any]]) -> None:
         print()
         common.print_text(
             f"{first['tokens']:,} tokens in windows of {first['window']}, stride {first['stride']}; perplexity per token; "
-            "changes of perplexity in % with 95 % intervals (paired bootstrap over 512-token blocks); vs top-k: plain top-k at "
+            "changes of perplexity in % ± half of the 95 % interval (paired bootstrap over 512-token blocks); vs top-k: plain top-k at "
             "the same number of experts, ~ where the interval holds 0."
         )
         if front:
@@ -223,4 +223,4 @@ def _interval(value: Any, verdict: str = "") -> str:
     if value is None:
         return ""
     mark = "~" if verdict == "within noise" else ""
-    return f"{mark}{value.value:+.1%} [{100 * value.low:+.1f}, {100 * value.high:+.1f}]"
+    return f"{mark}{value.value:+.1%} ± {50 * (value.high - value.low):.1f}"

@@ -10,7 +10,6 @@ import json
 import logging
 import math
 import os
-import platform
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,12 +19,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from .. import __version__
 from ..calibration import Calibration
-from ..errors import InvalidParameterError, MissingDependencyError
+from ..errors import InvalidParameterError
 from ..integration import RoutingIntegration
 from ..policies import RoutingPolicy
 from .datasets import Dataset
+from .notes import costs, to_frame, versions, watch_counts, word_perplexity
 from .paired import BLOCK, block_sums
 from .perplexity import cut_windows
 from .results import FORMAT, ResultsFolder
@@ -216,7 +215,7 @@ class RoutingExperimentRunner:
             }
             | figures
             | counts
-            | _costs(self.model, integration, counts.get("layers"))
+            | costs(self.model, integration, counts.get("layers"))
             | {
                 "wall_seconds": time.perf_counter() - start,
                 "alpha": getattr(integration, "alpha", getattr(integration.policy, "alpha", None)),
@@ -278,7 +277,7 @@ class RoutingExperimentRunner:
         return {
             "perplexity": math.exp(loss) if loss < 700 else math.inf,
             "loss": loss,
-            "word_perplexity": _word_perplexity(loss, ids_N.numel(), words),
+            "word_perplexity": word_perplexity(loss, ids_N.numel(), words),
             "token_accuracy": float(scores.hits_C.double().mean()),
             "kl": None if scores.kl_C is None else float(scores.kl_C.double().mean()),
             "tokens": ids_N.numel(),
@@ -448,82 +447,3 @@ def _label(policy: AnyPolicy) -> str:
     if isinstance(policy, str):
         return policy
     return policy.text if isinstance(policy, PolicySpec) else policy.name
-
-
-@contextmanager
-def watch_counts(policy: RoutingPolicy) -> Iterator[dict[str, list[Tensor]]]:
-    """Note the number of experts of every token that a policy decides on, by router path, within a ``with``."""
-    seen: dict[str, list[Tensor]] = {}
-    inner = policy.decide
-
-    def decide(*args: Any) -> Any:
-        decision = inner(*args)
-        seen.setdefault(args[-1].path, []).append(decision.counts_T.cpu())
-        return decision
-
-    policy.decide = decide  # type: ignore[assignment, method-assign]
-    try:
-        yield seen
-    finally:
-        del policy.decide
-
-
-def _word_perplexity(loss: float, tokens: int, words: float) -> float:
-    """The loss per token, spread over words: exp(loss * tokens / words)."""
-    exponent = loss * tokens / max(words, 1.0)
-    return math.exp(exponent) if exponent < 700 else math.inf
-
-
-def _costs(
-    model: Any, integration: RoutingIntegration, layers: list[dict[str, Any]] | None
-) -> dict[str, Any]:
-    """Activated parameters and FLOPs per token.
-
-    Parameters of everything but the experts that did not run; two FLOPs for each that multiplies (the input
-    embedding does not, unless it is the output layer too). Attention scores and the routing are left out.
-    """
-    if layers is None or any(layer.experts is None for layer in integration.plan.layers):
-        return {"active_parameters": None, "flops_per_token": None}
-    total = sum(p.numel() for p in model.parameters())
-    active = float(total)
-    for layer, counted in zip(integration.plan.layers, layers, strict=True):
-        assert layer.experts is not None
-        held = sum(p.numel() for p in layer.experts.parameters())
-        active -= held * (1.0 - counted["mean_experts"] / layer.context.empty)
-    embedding = model.get_input_embeddings().weight
-    head = model.get_output_embeddings()
-    tied = head is not None and head.weight is embedding
-    return {
-        "active_parameters": active,
-        "flops_per_token": 2.0 * (active - (0 if tied else embedding.numel())),
-    }
-
-
-def versions() -> dict[str, str]:
-    """Of what figures depend on."""
-    import transformers
-
-    return {
-        "bh_routing": __version__,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }
-
-
-def to_frame(records: Sequence[dict[str, Any]]) -> Any:
-    """Records as a pandas DataFrame, one row each: the values that are single numbers or words.
-
-    Raises
-    ------
-    MissingDependencyError
-        Without pandas.
-    """
-    try:
-        import pandas
-    except ImportError as error:
-        raise MissingDependencyError(
-            "a DataFrame needs pandas, which is not installed; pip install 'bh-routing[frame]'."
-        ) from error
-    rows = [{k: v for k, v in r.items() if not isinstance(v, (list, dict))} for r in records]
-    return pandas.DataFrame(rows)

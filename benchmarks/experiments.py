@@ -1,0 +1,247 @@
+"""The study of docs/results.md: every policy at every budget on olmoe-nano, on two texts; its tables and plots.
+
+    python benchmarks/experiments.py --data DIR -o results [--only books-valid] [--write docs/results.md]
+
+DIR holds books-valid.txt.xz (its second half is measured on), wikitext2-test.txt.xz and books-calibration.txt.xz (what
+budgets and layer profiles are solved on). What is in the results folder already is not run again, so that the two texts
+can be run side by side, and the page written afterwards.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from pages import markdown_table, write_block
+
+from bh_routing import Calibration
+from bh_routing.cli.common import make_progress
+from bh_routing.evaluation import Dataset, RoutingExperimentRunner, summarise
+from bh_routing.evaluation.report import make_report, plots
+from bh_routing.evaluation.results import ResultsFolder
+from bh_routing.evaluation.scoring import cut_text, score_text
+from bh_routing.loading import default_calibration, load_model
+from bh_routing.stream import TextFile
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
+from olmoe_1b_7b import policies
+
+BUDGETS = [2.0, 3.0, 4.0, 5.0, 6.0]
+TEXTS = ("books-valid", "wikitext2-test")
+MAX_TOKENS = 50_000
+WINDOW = 512
+
+
+def read(data: Path, name: str) -> str:
+    """A text; of books-valid the second half (the first is for choosing)."""
+    text = "".join(TextFile(data / f"{name}.txt.xz"))
+    return text[text.index("\n", len(text) // 2) + 1 :] if name == "books-valid" else text
+
+
+def run(data: Path, output: Path, name: str, calibration: Path | None) -> None:
+    """Every policy on one text."""
+    model, tokenizer = load_model("olmoe-nano")
+    path = calibration or default_calibration("olmoe-nano")
+    if path is None:
+        raise SystemExit("olmoe-nano has no calibration here; give --calibration FILE.")
+    start = time.perf_counter()
+    with make_progress() as progress:
+        bar = progress.add_task("measuring", total=None)
+        runner = RoutingExperimentRunner(
+            model,
+            tokenizer,
+            policies(BUDGETS),
+            [Dataset.from_text(name, read(data, name))],
+            output / name,
+            calibration=Calibration.load(path),
+            solve_text="".join(TextFile(data / "books-calibration.txt.xz"))[:2_000_000],
+            window=WINDOW,
+            max_tokens=MAX_TOKENS,
+            model_id="olmoe-nano",
+            step=lambda done, total, label: progress.update(
+                bar, completed=done, total=total, description=label
+            ),
+        )
+        records = runner.run()
+    print(f"{name}: {len(records)} records, {time.perf_counter() - start:.0f} s")
+
+
+def overhead(data: Path) -> str:
+    """What the harness adds to bare forward passes, and what divergence and telemetry add to that."""
+    model, tokenizer = load_model("olmoe-nano")
+    ids_N = tokenizer(
+        read(data, "books-valid")[:60_000], add_special_tokens=False, return_tensors="pt"
+    ).input_ids[0]
+    ids_N = ids_N[: 8 * WINDOW]
+    windows = cut_text(len(ids_N), WINDOW)
+    ids_BS = ids_N.view(-1, WINDOW)
+
+    @torch.no_grad()
+    def bare() -> None:
+        """Forward passes and the loss that perplexity is made of."""
+        logits = model(input_ids=ids_BS, use_cache=False).logits[:, :-1].flatten(0, 1).float()
+        torch.nn.functional.cross_entropy(logits, ids_BS[:, 1:].flatten(), reduction="none")
+
+    def harness() -> None:
+        score_text(model, ids_N, windows)
+
+    @torch.no_grad()
+    def with_kl() -> None:
+        score_text(model, ids_N, windows, reference=lambda ids: model(input_ids=ids, use_cache=False).logits)
+
+    from bh_routing import RoutingIntegration, TopKPolicy
+
+    quiet = RoutingIntegration(model, TopKPolicy(4), collect_stats=False)
+    counting = RoutingIntegration(model, TopKPolicy(4))
+
+    def patched(integration: Any) -> Any:
+        def call() -> None:
+            with integration:
+                harness()
+
+        return call
+
+    parts = {
+        "bare": bare,
+        "harness": harness,
+        "kl": with_kl,
+        "quiet": patched(quiet),
+        "counting": patched(counting),
+    }
+    times: dict[str, list[float]] = {name: [] for name in parts}
+    for _ in range(12):
+        for name, call in parts.items():
+            start = time.perf_counter()
+            call()
+            times[name].append(time.perf_counter() - start)
+    base = {name: statistics.median(values[2:]) for name, values in times.items()}
+    rows = [
+        ["forward passes and loss", f"{base['bare'] * 1e3:.0f}", ""],
+        [
+            "the harness (adds guesses, blocks, batching)",
+            f"{base['harness'] * 1e3:.0f}",
+            _more(base, "harness", "bare"),
+        ],
+        ["with KL divergence", f"{base['kl'] * 1e3:.0f}", _more(base, "kl", "harness") + " over the harness"],
+        ["under top-4, counting nothing", f"{base['quiet'] * 1e3:.0f}", ""],
+        [
+            "under top-4, with telemetry",
+            f"{base['counting'] * 1e3:.0f}",
+            _more(base, "counting", "quiet") + " over not counting",
+        ],
+    ]
+    return markdown_table(["8 windows of 512 tokens", "ms, median of 10", "added"], rows)
+
+
+def _more(base: dict[str, float], name: str, than: str) -> str:
+    return f"{base[name] / base[than] - 1:+.1%}"
+
+
+def table(output: Path, name: str) -> str:
+    """The Markdown table of one text: a row per policy, a column per budget."""
+    records = ResultsFolder(output / name).records()
+    rows = summarise(records, name)
+    by_budget: dict[str, dict[float, dict[str, Any]]] = {}
+    alone = []
+    for row in rows:
+        record = row["record"]
+        if record["budget"] is None:
+            alone.append(row)
+        else:
+            by_budget.setdefault(_without_budget(record["policy"]), {})[record["budget"]] = row
+    lines = []
+    for policy, found in by_budget.items():
+        cells = []
+        for budget in BUDGETS:
+            row = found[budget]
+            mark = {"better": "▼", "worse": "▲", "within noise": "~", "": ""}[row["verdict"]]
+            cells.append(f"{row['change'].value:+.1%} {mark}".strip() + f" ({row['experts']:.2f})")
+        lines.append((found[4.0]["change"].value, [policy, *cells]))
+    header = ["policy", *(f"{b:g} experts" for b in BUDGETS)]
+    first = markdown_table(header, [cells for _, cells in sorted(lines, key=lambda line: line[0])])
+    others = [
+        [
+            row["record"]["policy"],
+            f"{row['experts']:.2f}",
+            f"{row['perplexity']:.2f}",
+            ""
+            if row["change"] is None
+            else f"{row['change'].value:+.1%} [{row['change'].low:+.1%}, {row['change'].high:+.1%}]",
+        ]
+        for row in alone
+    ]
+    second = markdown_table(["policy", "experts", "perplexity", "against the full model"], others)
+    head = rows[0]["record"]
+    threads = f"{head['threads']} thread" + ("s" if head["threads"] != 1 else "")
+    note = (
+        f"{head['tokens']:,} tokens in windows of {head['window']}, no overlap; float32, {threads}; "
+        + ", ".join(f"{key} {value}" for key, value in head["versions"].items())
+    )
+    return f"{first}\n\n{second}\n\n{note}."
+
+
+def noise(output: Path, name: str) -> str:
+    """BH against every other policy at each budget, with paired intervals."""
+    from bh_routing.evaluation.paired import perplexity_change
+
+    records = {r["policy"]: r for r in ResultsFolder(output / name).records()}
+    rows = []
+    for policy in (
+        "topk:experts={}",
+        "topk:compensation=true,experts={}",
+        "allocmoe:experts={}",
+        "seqtopk:experts={}",
+        "lexi:experts={}",
+        "topp:experts={}",
+        "bh:compensation=false,experts={}",
+    ):
+        cells = []
+        for budget in BUDGETS:
+            other = records[policy.format(f"{budget:g}")]
+            change = perplexity_change(records[f"bh:experts={budget:g}"]["blocks"], other["blocks"])
+            mark = " ~" if change.within_noise else ""
+            cells.append(f"{change.value:+.1%} [{100 * change.low:+.1f}, {100 * change.high:+.1f}]{mark}")
+        rows.append([_without_budget(policy.format("4")), *cells])
+    return markdown_table(["BH against", *(f"{b:g} experts" for b in BUDGETS)], rows)
+
+
+def _without_budget(policy: str) -> str:
+    name, _, body = policy.partition(":")
+    rest = ",".join(part for part in body.split(",") if not part.startswith("experts="))
+    return f"{name}:{rest}" if rest else name
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--data", type=Path, required=True, metavar="DIR")
+    parser.add_argument("-o", "--output", type=Path, required=True, metavar="FOLDER")
+    parser.add_argument("--calibration", type=Path, metavar="FILE", help="default: olmoe-nano's own")
+    parser.add_argument("--only", choices=TEXTS)
+    parser.add_argument("--write", type=Path, metavar="PAGE")
+    args = parser.parse_args()
+    for name in TEXTS:
+        if args.only in (None, name):
+            run(args.data, args.output, name, args.calibration)
+    if args.write is None:
+        return
+    for name in TEXTS:
+        folder = ResultsFolder(args.output / name)
+        write_block(args.write, name, table(args.output, name))
+        write_block(args.write, f"{name} noise", noise(args.output, name))
+        drawn = plots(folder.records())[f"pareto-{name}"]
+        (args.write.parent / f"results-{name}.svg").write_text(drawn, encoding="utf-8")
+        (folder.path / "report.html").write_text(
+            make_report(folder.records(), folder.run()), encoding="utf-8"
+        )
+    write_block(args.write, "overhead", overhead(args.data))
+
+
+if __name__ == "__main__":
+    main()
