@@ -31,6 +31,7 @@ CHECKS = {
     "restore": "modules, attributes, hooks, flags, configurations, weights and outputs after unpatching",
     "calibration_and_budget": "calibrate, then meet a budget of experts per token",
     "nan_filled_memory": "fresh memory is NaN: nothing uninitialised reaches the output",
+    "grouped_products": "the arithmetic of GPUs, run on the CPU, on memory full of NaN",
     "router_calls": "every router decides once per forward",
 }
 

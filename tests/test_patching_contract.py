@@ -6,9 +6,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from bh_routing import RoutingIntegration
 from bh_routing.errors import UnsupportedModelError
+from bh_routing.patching import make_plan
 from bh_routing.patching.adapters import RouterCall, expert_ids, flat_experts, router_call, with_logits_again
 from bh_routing.patching.contract import Reading, match_outputs, probe, read_convention
+from bh_routing.policies import TopKPolicy
 
 T, E, K = 128, 16, 4
 
@@ -299,3 +302,67 @@ def test_expert_ids():
         torch.ones(3, 4), torch.zeros(3, 1, dtype=torch.int64), torch.full((3, 1), 2.0)
     )
     assert torch.equal(out, torch.full((3, 4), 2.0))
+
+
+class Unprobed(nn.Module):
+    """A router that nothing can run with hidden states alone; its attributes tell its sizes."""
+
+    def __init__(self, selects: int = K) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(E, 8, generator=torch.Generator().manual_seed(3)))
+        self.num_experts, self.top_k, self.selects = E, K, selects
+
+    def forward(self, hidden, temperature):
+        logits = torch.nn.functional.linear(hidden, self.weight) / temperature
+        values, experts = logits.softmax(-1).topk(self.selects, -1)
+        return logits, values, experts
+
+
+class UnprobedBlock(nn.Module):
+    def __init__(self, router: nn.Module) -> None:
+        super().__init__()
+        self.gate, self.experts = router, Experts()
+
+    def forward(self, hidden, temperature):
+        _, weights, experts = self.gate(hidden, temperature)
+        return self.experts(hidden, experts, weights)
+
+
+class Experts(nn.Module):
+    num_experts = E
+
+    def forward(self, hidden, experts, weights):
+        assert int(experts.max()) < E
+        return hidden * weights.sum(-1, keepdim=True)
+
+
+def test_a_router_that_cannot_be_probed_is_checked_at_its_first_call():
+    block = UnprobedBlock(Unprobed())
+    (layer,) = make_plan(block).layers
+    assert not layer.probed
+    assert (layer.context.num_experts, layer.context.top_k, layer.context.can_widen) == (E, K, False)
+    hidden, temperature = torch.randn(5, 8), torch.tensor(2.0)
+    before = block(hidden, temperature)
+    with RoutingIntegration(block, TopKPolicy(2)) as integrator:
+        assert not torch.equal(block(hidden, temperature), before)
+        assert integrator.telemetry.mean_experts_per_token == 2
+    assert torch.equal(block(hidden, temperature), before)
+
+
+def test_a_router_whose_attributes_are_wrong_is_refused_at_its_first_call():
+    block = UnprobedBlock(Unprobed(selects=2))
+    with (
+        RoutingIntegration(block, TopKPolicy()),
+        pytest.raises(
+            UnsupportedModelError,
+            match="was expected to return logits of 16 experts and 4 slots, got 16 and 2",
+        ),
+    ):
+        block(torch.randn(5, 8), torch.tensor(2.0))
+
+
+def test_a_router_that_tells_nothing_is_refused():
+    router = Unprobed()
+    del router.top_k
+    with pytest.raises(UnsupportedModelError, match="does not tell how many experts it has and selects"):
+        make_plan(UnprobedBlock(router))

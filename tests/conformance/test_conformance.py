@@ -25,6 +25,8 @@ from bh_routing.errors import InvalidParameterError, UnsupportedModelError
 from bh_routing.families import installed_version, scan, version_key
 from bh_routing.kernels.decide import Kept
 from bh_routing.patching import PatchPlan, make_plan
+from bh_routing.patching import experts as skip_aware
+from bh_routing.patching.expert_math import grouped_forward
 from bh_routing.patching.experts import uses_registry
 from bh_routing.policies import RoutingContext, RoutingPolicy, TablePolicy, TopKPolicy
 from bh_routing.routing import RoutingDecision
@@ -33,19 +35,25 @@ from bh_routing.statistic import DecisionTable
 FOUND = sorted(scan())
 VERSION = version_key(installed_version())
 OLD = {family for family, version in ROUTES_INSIDE_BEFORE.items() if version > VERSION}
-FAMILIES = [
-    pytest.param(
-        family,
-        id=family,
-        marks=[
-            *([] if family in SAMPLE else [pytest.mark.slow]),
-            # A family that this version of the library does not know is reported, not required.
-            *([] if family in CONTRACTS else [pytest.mark.xfail(strict=False, reason="new family")]),
-        ],
-    )
-    for family in FOUND
-    if family not in REFUSED and family not in OLD
-]
+
+
+def cases(found: Iterable[str]) -> list[Any]:
+    """One case per family that is to be served: slow outside the sample; a new family is reported, not required."""
+    return [
+        pytest.param(
+            family,
+            id=family,
+            marks=[
+                *([] if family in SAMPLE else [pytest.mark.slow]),
+                *([] if family in CONTRACTS else [pytest.mark.xfail(strict=False, reason="new family")]),
+            ],
+        )
+        for family in found
+        if family not in REFUSED and family not in OLD
+    ]
+
+
+FAMILIES = cases(FOUND)
 every_family = pytest.mark.parametrize("family", FAMILIES)
 every_implementation = pytest.mark.parametrize("implementation", ["eager", "grouped_mm", "batched_mm"])
 
@@ -376,6 +384,28 @@ def test_nan_filled_memory(family: str, implementation: str) -> None:
 
 
 @every_family
+def test_grouped_products(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The arithmetic of GPUs (sorted pairs, grouped products), run here on the CPU, on memory full of NaN."""
+    model, input_ids = build(family), ids(family)
+    if not any(
+        uses_registry(layer.experts) for layer in make_plan(model).layers if layer.experts is not None
+    ):
+        pytest.skip("experts outside transformers' registry: their own forward on every device")
+    reference = patched(model, EvenExperts(), input_ids, skip="zero")
+    calls = []
+
+    def grouped(*args: Any) -> Tensor:
+        calls.append(1)
+        return grouped_forward(*args)
+
+    monkeypatch.setattr(skip_aware, "loop_forward", grouped)
+    with dirty_memory():
+        skipped = patched(model, EvenExperts(), input_ids)
+    assert calls
+    assert distance(skipped, reference) < TOLERANCE
+
+
+@every_family
 def test_router_calls(family: str) -> None:
     """Every router is patched once and decides once per forward."""
     model, input_ids = build(family), ids(family)
@@ -420,6 +450,14 @@ def test_sample_covers_contracts() -> None:
     weights = {CONTRACTS[family][1] for family in SAMPLE}
     assert {"softmax", "sigmoid", "probability"} <= set(scores)
     assert weights == {"always", "never", "stated", "joint", "other"}
+
+
+def test_new_families_are_run_and_reported() -> None:
+    """A family that only a newer transformers has is a case too; it may fail without failing the suite."""
+    known, new = cases(["olmoe", "brand_new"])
+    assert [mark.name for mark in known.marks] == []
+    assert [mark.name for mark in new.marks] == ["slow", "xfail"]
+    assert new.marks[1].kwargs == {"strict": False, "reason": "new family"}
 
 
 def test_plan_is_readable() -> None:

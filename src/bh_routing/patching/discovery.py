@@ -164,15 +164,13 @@ def check_reachable(sites: list[RouterSite]) -> None:
 
 def _replaced_forward(module: nn.Module) -> str | None:
     """Where a module's forward comes from, if it is neither its class's own, nor ours, nor accelerate's."""
-    own = module.__dict__.get("forward")
-    if isinstance(own, InstancePatch) or hasattr(module, "_hf_hook"):
-        own = None
-    if own is None:
+    own = module.__dict__.get("_old_forward" if hasattr(module, "_hf_hook") else "forward")
+    function = getattr(own, "__func__", own)
+    if own is None or isinstance(own, InstancePatch) or function is type(module).forward:
         function = inspect.unwrap(type(module).forward)
         home = getattr(function, "__module__", None)
         defined = {cls.__module__ for cls in type(module).__mro__}
         return None if home in defined or home is None else f"{home}.{function.__qualname__}"
-    function = getattr(own, "__func__", own)
     name = getattr(function, "__qualname__", type(function).__name__)
     return f"{getattr(function, '__module__', '?')}.{name}"
 
