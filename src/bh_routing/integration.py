@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from torch import Tensor, nn
 
 from .errors import InvalidParameterError, InvalidTypeError, PatchError
+from .kernels import Backend, check_backend
 from .patching import PatchPlan, RoutingPatch, make_plan
 from .patching.apply import Skip
 from .policies import PValuePolicy, RoutingPolicy, TablePolicy
@@ -239,6 +240,8 @@ class BHRoutingIntegration(RoutingIntegration):
         ``weights="model"``, kept experts keep their own weights in every family: nothing is renormalised,
         because the dropped weight is still used.
     skip : {"auto", "compact", "zero"}
+    backend : {"auto", "torch", "triton"}
+        What computes a calibrated decision: one fused kernel on a GPU with Triton, else PyTorch.
     strict : bool
         False: a calibration whose router weights differ from the model's only warns.
 
@@ -291,6 +294,7 @@ class BHRoutingIntegration(RoutingIntegration):
         bandwidth: str | float | None = None,
         compensation: bool | None = None,
         skip: Skip = "auto",
+        backend: Backend = "auto",
         strict: bool = True,
     ) -> None:
         if alpha is not None and experts_per_token is not None:
@@ -306,6 +310,7 @@ class BHRoutingIntegration(RoutingIntegration):
         check_k(min_k, max_k)
         check_clamp(clamp)
         get_procedure(procedure)
+        check_backend(backend)
         self.min_k, self.clamp, self.procedure = min_k, clamp, procedure
         self.weights = weights
         chosen = {
@@ -362,6 +367,12 @@ class BHRoutingIntegration(RoutingIntegration):
                 temperature=self.temperature,
                 **self._choice,
                 **limits,
+            )
+        if isinstance(policy, TablePolicy):
+            policy.backend = backend
+        elif backend != "auto":
+            logger.warning(
+                "backend=%r has no effect: without a calibration p-values are computed in PyTorch.", backend
             )
         super().__init__(model, policy, mode=mode, collect_stats=collect_stats, skip=skip, means=means)
         self.max_k = max_k if max_k is not None else max(c.top_k for c in self.plan.contexts)

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from .errors import InvalidParameterError
-from .kernels.decide import Kept, decide_by_table, keep_by_p_values, keep_by_table, keep_own
+from .kernels import Backend, check_backend, decision_function
+from .kernels.decide import Kept, keep_by_p_values, keep_by_table, keep_own
 from .procedures import Procedure, check_alpha, get_procedure
 from .pvalues import P_VALUES, at_least_float32
 from .routing import (
@@ -266,6 +267,9 @@ class TablePolicy(_CountPolicy):
     table : DecisionTable
     min_k, max_k, clamp, weights
         As in `bh_routing.BHRoutingIntegration`.
+    backend : "auto", "torch" or "triton"
+        What computes the decision (`bh_routing.kernels.decision_function`). A widened choice (max_k above the
+        router's own number of slots) is always computed in PyTorch.
     """
 
     name = "table"
@@ -278,15 +282,30 @@ class TablePolicy(_CountPolicy):
         max_k: int | None = None,
         clamp: Clamp = "after",
         weights: WeightRule = "model",
+        backend: Backend = "auto",
     ) -> None:
         super().__init__(min_k=min_k, max_k=max_k, clamp=clamp, weights=weights)
+        check_backend(backend)
         self.table = table
+        self.backend = backend
         self._rows: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
+        self._functions: dict[str, Callable[..., RoutingDecision]] = {}
 
     def bind(self, contexts: Iterable[RoutingContext]) -> None:
         contexts = list(contexts)
         super().bind(contexts)
+        functions = {
+            c.path: decision_function(
+                self.backend,
+                c.device,
+                num_experts=c.num_experts,
+                statistic=self.table.statistic,
+                score=c.score,
+            )
+            for c in contexts
+        }
         self._rows = {c.path: self._row(self.table, c) for c in contexts}
+        self._functions = functions
 
     def _row(self, table: DecisionTable, context: RoutingContext) -> tuple[Tensor, Tensor, Tensor]:
         row = table.row(context.path, context.index)
@@ -338,7 +357,7 @@ class TablePolicy(_CountPolicy):
                 clamp=self.clamp,
             )
             return self._widened(kept, statistic_TE, logits_TE, own_weights_TK, own_experts_TK, context)
-        return decide_by_table(
+        return self._functions[context.path](
             logits_TE,
             own_weights_TK,
             own_experts_TK,

@@ -106,7 +106,9 @@ def apply_weight_rule(
         if plain == "preserve"
         else torch.ones_like(total_T1)
     )
-    factor_T1 = torch.where(total_T1 > 0, target_T1 / total_T1, 1.0)
+    usable_T1 = total_T1 > 0
+    # A denominator of 0 would leave its NaN in the gradient, chosen or not.
+    factor_T1 = torch.where(usable_T1, target_T1 / torch.where(usable_T1, total_T1, 1.0), 1.0)
     rescaled_TK = (at_least_float32(masked_TK) * factor_T1).to(weights_TK.dtype)
     if plain == "preserve" and kept_weights_TK is None:
         return torch.where(kept_TK.all(-1, keepdim=True), masked_TK, rescaled_TK)
