@@ -33,7 +33,16 @@ from olmoe_1b_7b import policies
 
 BUDGETS = [2.0, 3.0, 4.0, 5.0, 6.0]
 TEXTS = ("books-valid", "wikitext2-test")
-MAX_TOKENS = 50_000
+AGAINST = (  # whom BH is compared with
+    "topk:experts={}",
+    "topk:compensation=true,experts={}",
+    "allocmoe:experts={}",
+    "seqtopk:experts={}",
+    "lexi:experts={}",
+    "topp:experts={}",
+    "bh:compensation=false,experts={}",
+)
+MAX_TOKENS = 50_000  # of each text, unless --max-tokens says otherwise
 WINDOW = 512
 
 
@@ -43,7 +52,7 @@ def read(data: Path, name: str) -> str:
     return text[text.index("\n", len(text) // 2) + 1 :] if name == "books-valid" else text
 
 
-def run(data: Path, output: Path, name: str, calibration: Path | None) -> None:
+def run(data: Path, output: Path, name: str, calibration: Path | None, max_tokens: int) -> None:
     """Every policy on one text."""
     model, tokenizer = load_model("olmoe-nano")
     path = calibration or default_calibration("olmoe-nano")
@@ -55,13 +64,13 @@ def run(data: Path, output: Path, name: str, calibration: Path | None) -> None:
         runner = RoutingExperimentRunner(
             model,
             tokenizer,
-            policies(BUDGETS),
+            policies([4.0, 2.0, 3.0, 6.0, 5.0]),
             [Dataset.from_text(name, read(data, name))],
             output / name,
             calibration=Calibration.load(path),
             solve_text="".join(TextFile(data / "books-calibration.txt.xz"))[:2_000_000],
             window=WINDOW,
-            max_tokens=MAX_TOKENS,
+            max_tokens=max_tokens,
             model_id="olmoe-nano",
             step=lambda done, total, label: progress.update(
                 bar, completed=done, total=total, description=label
@@ -155,14 +164,15 @@ def table(output: Path, name: str) -> str:
         else:
             by_budget.setdefault(_without_budget(record["policy"]), {})[record["budget"]] = row
     lines = []
+    budgets = [b for b in BUDGETS if all(b in found for found in by_budget.values())]
     for policy, found in by_budget.items():
         cells = []
-        for budget in BUDGETS:
+        for budget in budgets:
             row = found[budget]
             mark = {"better": "▼", "worse": "▲", "within noise": "~", "": ""}[row["verdict"]]
             cells.append(f"{row['change'].value:+.1%} {mark}".strip() + f" ({row['experts']:.2f})")
         lines.append((found[4.0]["change"].value, [policy, *cells]))
-    header = ["policy", *(f"{b:g} experts" for b in BUDGETS)]
+    header = ["policy", *(f"{b:g} experts" for b in budgets)]
     first = markdown_table(header, [cells for _, cells in sorted(lines, key=lambda line: line[0])])
     others = [
         [
@@ -191,23 +201,16 @@ def noise(output: Path, name: str) -> str:
 
     records = {r["policy"]: r for r in ResultsFolder(output / name).records()}
     rows = []
-    for policy in (
-        "topk:experts={}",
-        "topk:compensation=true,experts={}",
-        "allocmoe:experts={}",
-        "seqtopk:experts={}",
-        "lexi:experts={}",
-        "topp:experts={}",
-        "bh:compensation=false,experts={}",
-    ):
+    budgets = [b for b in BUDGETS if all(against.format(f"{b:g}") in records for against in AGAINST)]
+    for policy in AGAINST:
         cells = []
-        for budget in BUDGETS:
+        for budget in budgets:
             other = records[policy.format(f"{budget:g}")]
             change = perplexity_change(records[f"bh:experts={budget:g}"]["blocks"], other["blocks"])
             mark = " ~" if change.within_noise else ""
             cells.append(f"{change.value:+.1%} [{100 * change.low:+.1f}, {100 * change.high:+.1f}]{mark}")
         rows.append([_without_budget(policy.format("4")), *cells])
-    return markdown_table(["BH against", *(f"{b:g} experts" for b in BUDGETS)], rows)
+    return markdown_table(["BH against", *(f"{b:g} experts" for b in budgets)], rows)
 
 
 def _without_budget(policy: str) -> str:
@@ -223,12 +226,13 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, metavar="DIR")
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="FOLDER")
     parser.add_argument("--calibration", type=Path, metavar="FILE", help="default: olmoe-nano's own")
+    parser.add_argument("--max-tokens", type=int, default=MAX_TOKENS, metavar="N")
     parser.add_argument("--only", choices=TEXTS)
     parser.add_argument("--write", type=Path, metavar="PAGE")
     args = parser.parse_args()
     for name in TEXTS:
         if args.only in (None, name):
-            run(args.data, args.output, name, args.calibration)
+            run(args.data, args.output, name, args.calibration, args.max_tokens)
     if args.write is None:
         return
     for name in TEXTS:

@@ -41,9 +41,9 @@ ALONE = ("normalised", "uniform", "adaptive", "original")
 
 
 def policies(budgets: list[float], names: tuple[str, ...] = AT_BUDGETS) -> list[str]:
-    """Every policy at every budget, then those without one."""
-    at = [f"{name}{',' if ':' in name else ':'}experts={budget:g}" for name in names for budget in budgets]
-    return at + list(ALONE)
+    """Those without a budget, then every policy budget by budget."""
+    at = [f"{name}{',' if ':' in name else ':'}experts={budget:g}" for budget in budgets for name in names]
+    return list(ALONE) + at
 
 
 def main(argv: list[str] | None = None) -> None:
