@@ -267,10 +267,15 @@ def test_interrupt_of_a_process(tmp_path):
         cwd=tmp_path,
         stderr=subprocess.PIPE,
         text=True,
+        # A shell starts background jobs, and so perhaps these tests, with the signal ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
-    time.sleep(12)  # anywhere in it: while importing, loading or calibrating
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
+    try:
+        time.sleep(12)  # anywhere in it: while importing, loading or calibrating
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
     assert (process.returncode, err) == (130, "bh-routing calibrate: interrupted.\n")
     assert [path.name for path in tmp_path.iterdir()] == ["text.txt"]
 
