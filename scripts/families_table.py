@@ -19,7 +19,7 @@ from bh_routing.patching.discovery import REFUSED
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "families.md"
-BEGIN, END = "<!-- table: written by scripts/families_table.py -->", "<!-- end of table -->"
+BEGIN, END = "<!-- begin families: make conformance -->", "<!-- end families -->"
 
 CHECKS = {
     "contract": "score, weight convention and selection are those of the family's source; every router is called",
