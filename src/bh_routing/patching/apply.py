@@ -420,18 +420,14 @@ def reached_by_text(model: nn.Module, plan: PatchPlan) -> set[str]:
     Routers of a vision tower, or of experts for image tokens only, are not among them; neither are those that a
     kernel for the whole block bypasses.
     """
-    config = getattr(model, "config", None)
-    text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
-    special = (
-        {
-            value
-            for part in (config, text_config)
-            for name, value in vars(part).items()
-            if "token" in name and isinstance(value, int)
-        }
-        if config is not None
-        else set()
-    )
+    config: Any = getattr(model, "config", None)
+    parts = [config, config.get_text_config()] if hasattr(config, "get_text_config") else [config]
+    special = {
+        value
+        for part in parts
+        for name, value in getattr(part, "__dict__", {}).items()
+        if "token" in name and isinstance(value, int)
+    }
     tokens = [i for i in range(len(special) + 2) if i not in special][:2]
     seen: set[str] = set()
     device = next(model.parameters()).device
