@@ -83,7 +83,7 @@ def test_what_the_page_says(page: str) -> None:
         "40 items",
     ):
         assert part in text
-    assert "outside: original +1" in text  # +123 % is listed, not drawn
+    assert "(beyond 11%: original)" in text  # named, not drawn: +123 %
 
 
 def test_no_records() -> None:

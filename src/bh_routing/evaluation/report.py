@@ -76,9 +76,10 @@ def pareto_plot(rows: Sequence[dict[str, Any]], dataset: str) -> str:
     """Change of perplexity against experts per token, with intervals; the policies of one name are one series."""
     families: dict[str, list[dict[str, Any]]] = {}
     usual = [r for r in rows if r["experts"] is not None and r["change"] is not None]
-    # What ruins the model would squeeze everything else into one line: it is listed below the plot instead.
+    # What ruins the model would squeeze everything else into one line: it is named instead of drawn.
+    cuts = [r["change"].value for r in usual if _family(r["record"]) == "topk"]
     typical = sorted(r["change"].value for r in usual)
-    limit = max(0.1, 6 * typical[len(typical) // 2]) if typical else 1.0
+    limit = max(0.1, 2 * max(cuts) if cuts else 6 * typical[len(typical) // 2] if typical else 1.0)
     beyond = [r for r in usual if r["change"].value > limit]
     for row in usual:
         if row not in beyond:
@@ -99,8 +100,8 @@ def pareto_plot(rows: Sequence[dict[str, Any]], dataset: str) -> str:
     ]
     note = ""
     if beyond:
-        worst = ", ".join(f"{r['record']['policy']} {r['change'].value:+.0%}" for r in beyond)
-        note = f" (outside: {worst})"
+        names = dict.fromkeys(_family(r["record"]) for r in sorted(beyond, key=lambda r: -r["change"].value))
+        note = f" (beyond {limit:.0%}: {', '.join(names)})"
     front = [(r["experts"], 100 * r["change"].value) for r in usual if r["front"] and r not in beyond]
     return plot(
         series,

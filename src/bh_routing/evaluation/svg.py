@@ -61,9 +61,12 @@ def plot(
     y_from_zero: bool = False,
     x_names: Sequence[str] = (),
 ) -> str:
-    """A plot with axes and a legend. ``front``: a dashed staircase through these points."""
+    """A plot with axes and a legend. ``front``: a dashed staircase through these points.
+
+    The range is that of the points; an interval that leaves it is cut off at the edge.
+    """
     xs = [x for s in series for x in s.x if math.isfinite(x)]
-    ys = [y for s in series for v in (s.y, s.low, s.high) for y in v if math.isfinite(y)]
+    ys = [y for s in series for y in s.y if math.isfinite(y)]
     if not xs or not ys:
         return _frame(width, 60, title, f'<text x="12" y="44">{escape("nothing to show")}</text>')
     legend_width = 24 + 7 * max(len(s.name) for s in series)
@@ -77,6 +80,7 @@ def plot(
         return left + (x - x0) / (x1 - x0) * (width - left - right)
 
     def py(y: float) -> float:
+        y = min(max(y, y0), y1)
         return height - bottom - (y - y0) / (y1 - y0) * (height - top - bottom)
 
     parts = []
