@@ -61,6 +61,19 @@ def test_writing_twice_gives_the_same_bytes(saved, tmp_path):
     assert metadata_of(tmp_path / "again.safetensors")["digest"] == metadata_of(path)["digest"]
 
 
+@pytest.mark.parametrize("statistic", ["logit", "logprob", "contribution"])
+def test_a_loaded_calibration_decides_as_the_fresh_one(saved, statistic):
+    """Also beyond the samples, where the null's last grid point matters."""
+    calibration, path = saved
+    loaded = Calibration.load(path)
+    for settings in ({}, {"extended": True}, {"estimator": "kde"}):
+        fresh, again = (
+            c.table(0.1, statistic=statistic, scope="layer", **settings) for c in (calibration, loaded)
+        )
+        assert torch.equal(fresh.thresholds_LE, again.thresholds_LE)
+    assert loaded.solve(1.3, statistic=statistic).alpha == calibration.solve(1.3, statistic=statistic).alpha
+
+
 def test_the_file_is_small(saved):
     """Counts take the narrowest integer type, per layer over the used bins only."""
     _, path = saved

@@ -98,6 +98,19 @@ def test_held_out_p_values_are_uniform(estimator):
     assert scipy.stats.kstest(p, "uniform").statistic < 0.014
 
 
+def test_empty_bins_at_the_ends_are_no_part_of_the_null():
+    one = torch.ones(1, 1)
+    counts = torch.zeros(1, 1, 300, dtype=torch.int64)
+    counts[..., 100:103] = torch.tensor([5, 0, 7])
+    wide, narrow = Histogram(-200, counts), Histogram(-200, counts).trimmed_to_use()
+    for offset in (0.0, 0.3):
+        a, b = (pool_counts(h, one, offset * one, None) for h in (wide, narrow))
+        np.testing.assert_allclose(a.edges_G, b.edges_G)
+        np.testing.assert_allclose(a.counts_G, b.counts_G, atol=1e-12)
+        assert (len(a.counts_G), a.num) == (3 if offset == 0.0 else 4, 12)
+        assert fit_null(a, extended=True).tail_rate == pytest.approx(fit_null(b, extended=True).tail_rate)
+
+
 def test_shifted_experts_pool_like_raw_samples():
     rng = np.random.default_rng(3)
     raw = rng.normal(-2.0, 0.6, (2, 3, 4000)).astype(np.float32)

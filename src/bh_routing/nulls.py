@@ -203,17 +203,19 @@ def pool_counts(histogram: Histogram, scale_LE: Tensor, offset_LE: Tensor, layer
     num = int(counts_RB.sum())
     edges = histogram.edges
     if np.all(scale_R == 1.0) and np.all(offset_R == 0.0):
-        return PooledCounts(edges, counts_RB.sum(0).astype(np.float64), num)
-    width = 1.0 / BINS_PER_UNIT
-    first = math.floor(float((edges[0] * scale_R + offset_R).min()) / width) - 1
-    last = math.ceil(float((edges[-1] * scale_R + offset_R).max()) / width) + 1
-    grid = np.arange(first, last + 1, dtype=np.float64) * width
-    below = np.zeros_like(grid)
-    for counts_B, scale, offset in zip(counts_RB, scale_R, offset_R, strict=True):
-        if counts_B.any():
-            cumulative = np.concatenate(([0.0], counts_B.cumsum()))
-            below += np.interp(grid, edges * scale + offset, cumulative)
-    counts_G = np.diff(below)
+        grid, counts_G = edges, counts_RB.sum(0).astype(np.float64)
+    else:
+        width = 1.0 / BINS_PER_UNIT
+        first = math.floor(float((edges[0] * scale_R + offset_R).min()) / width) - 1
+        last = math.ceil(float((edges[-1] * scale_R + offset_R).max()) / width) + 1
+        grid = np.arange(first, last + 1, dtype=np.float64) * width
+        below = np.zeros_like(grid)
+        for counts_B, scale, offset in zip(counts_RB, scale_R, offset_R, strict=True):
+            if counts_B.any():
+                cumulative = np.concatenate(([0.0], counts_B.cumsum()))
+                below += np.interp(grid, edges * scale + offset, cumulative)
+        counts_G = np.diff(below)
+    # Empty bins at the ends are no part of the null: where its samples end, its tail begins.
     used = counts_G.nonzero()[0]
     if not len(used):
         return PooledCounts(grid, counts_G, num)
