@@ -28,6 +28,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "evaluate": ("evaluate", "compare routing policies on text: quality, experts, time"),
     "report": ("report", "one HTML page of what evaluate has measured"),
     "lm-eval": ("lm_eval", "tasks of lm-evaluation-harness under routing policies"),
+    "bench": ("bench", "time a model with its own routing and with fewer experts, side by side"),
     "record": ("record", "router logits, choices and weights of a sample of tokens, to a file"),
 }
 

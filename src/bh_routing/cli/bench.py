@@ -1,0 +1,114 @@
+"""Time the model as it is and with fewer experts per token, side by side in one run on this machine: tokens per second
+for prefill and decoding, time per MoE layer, the share that the decision takes, and the work behind each figure (bytes of
+expert weights touched, floating-point operations), which bounds what can be saved.
+
+Budgets are solved on the calibration where there is one; without, a threshold per layer keeps as many experts on the
+text that is timed. That is for timing only: what fewer experts cost in quality is what `bh-routing evaluate` says.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import Any
+
+from ..errors import InvalidParameterError
+from . import common
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="olmoe-nano, a folder, or a hub id")
+    parser.add_argument(
+        "--experts",
+        type=float,
+        action="append",
+        metavar="N",
+        help="experts per token on average; several times (default: 3/4, 1/2 and 1/4 of the model's own)",
+    )
+    parser.add_argument(
+        "--tokens",
+        type=int,
+        action="append",
+        metavar="T",
+        help="tokens per forward, 1 is decoding; several times (default: 1, 8, 64 and 512)",
+    )
+    parser.add_argument("--rounds", type=int, default=7, metavar="N", help="rounds (default 7)")
+    parser.add_argument("--text", metavar="FILE", help="UTF-8 text to run on (default: the bundled one)")
+    parser.add_argument(
+        "--calibration", metavar="FILE", help="olmoe-nano comes with one, `none` turns it off"
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    common.add_model_arguments(parser)
+
+
+def run(args: argparse.Namespace) -> None:
+    for name, values in (("rounds", [args.rounds]), ("tokens", args.tokens or [1])):
+        if min(values) < 1:
+            raise InvalidParameterError(f"{name} must be at least 1, got {min(values)}.")
+    from ..loading import check_device, check_dtype
+
+    check_device(args.device)
+    check_dtype(args.dtype)
+    calibration = common.load_calibration(args.calibration, args.model, [])
+
+    import torch
+
+    from .. import bench
+    from ..data import sample_text
+    from ..loading import load_model
+    from ..patching import make_plan
+
+    model, tokenizer = load_model(args.model, device=args.device, dtype=args.dtype)
+    tokens = sorted(set(args.tokens or (1, 8, 64, 512)))
+    text = sample_text() if args.text is None else common.read_text(args.text)
+    needed = max(*tokens, bench.CONTEXT)
+    ids = tokenizer(text[: 8 * needed])["input_ids"][:needed]
+    input_ids = torch.tensor([ids], device=model.device)
+    top_k = max(context.top_k for context in make_plan(model).contexts)
+    budgets = args.experts or sorted({max(1.0, top_k * share) for share in (0.75, 0.5, 0.25)}, reverse=True)
+    torch.manual_seed(args.seed)
+    if calibration is None:
+        variants = bench.threshold_variants(model, input_ids, budgets)
+    else:
+        variants = bench.calibrated_variants(model, calibration, budgets)
+    results = bench.measure(model, variants, input_ids, tokens, rounds=args.rounds)
+    stock = {r.tokens: r for r in results if r.variant == "stock"}
+    figures = [r.figures(stock[r.tokens]) for r in results]
+    if args.json:
+        print(
+            json.dumps(
+                {"model": args.model, "calibrated": calibration is not None, "figures": figures}, indent=2
+            )
+        )
+        return
+    common.print_text(common.describe_model(common.model_name(args.model), model))
+    if calibration is None:
+        common.print_text(
+            "Without a calibration: a threshold per layer sets the number of experts, for timing only."
+        )
+    console = common.make_console()
+    for count in tokens:
+        common.print_table(console, _table(count, [f for f in figures if f["tokens"] == count]))
+
+
+def _table(tokens: int, results: list[dict[str, Any]]) -> Any:
+    title = "Decoding, one token at a time" if tokens == 1 else f"{tokens} tokens per forward"
+    table = common.make_table(title, "", *(r["variant"] for r in results))
+    for name, key, style in ROWS:
+        table.add_row(name, *(format(r[key], style) for r in results))
+    return table
+
+
+ROWS = (
+    ("experts per token and layer", "experts_per_token", ".2f"),
+    ("tokens per second", "tokens_per_second", ",.4g"),
+    ("  time, ratio to stock", "forward_ratio", ".2f"),
+    ("MoE layer (router, decision, experts), ms", "layer_ms", ".3g"),
+    ("  ratio to stock", "layer_ratio", ".2f"),
+    ("  share of decision and statistics", "decision_share", ".1%"),
+    ("experts of a layer that have a token", "distinct_experts", ".1f"),
+    ("their weights, MB", "megabytes", ".3g"),
+    ("  ratio: bound where memory bounds", "bytes_ratio", ".2f"),
+    ("operations of a layer, MFLOP", "megaflops", ".4g"),
+    ("  ratio: bound where arithmetic bounds", "operations_ratio", ".2f"),
+)
