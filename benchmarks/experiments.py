@@ -4,7 +4,7 @@
 
 DIR holds books-valid.txt.xz (its second half is measured on), wikitext2-test.txt.xz and books-calibration.txt.xz (what
 budgets and layer profiles are solved on). What is in the results folder already is not run again, so that the two texts
-can be run side by side, and the page written afterwards.
+can be run side by side, and the page written afterwards. A page that is not there is made.
 """
 
 from __future__ import annotations
@@ -44,6 +44,51 @@ AGAINST = (  # whom BH is compared with
 )
 MAX_TOKENS = 50_000  # of each text, unless --max-tokens says otherwise
 WINDOW = 512
+
+
+PAGE = """\
+# Results on olmoe-nano
+
+Every policy at five budgets on the embedded model, on two texts that neither the training nor the calibration saw: the second
+half of `books-valid` (two authors who are not in the training text) and the test text of WikiText-2, which is another kind of
+text. Budgets are solved, and layers profiled, on `books-calibration`. [experiments.md](experiments.md) says what the policies
+and the figures are.
+
+    python benchmarks/experiments.py --data DIR -o results --write docs/results.md
+
+Read a cell as: rise of perplexity over the full model (8 experts), then whether that is better (▼) or worse (▲) than plain
+top-k at the same number of experts or within noise of it (~), where the number of experts that the policy realised on this text is
+within 2.5 % of top-k's; in brackets that realised number. Policies in the order of their rise at 4 experts.
+
+## books-valid, second half
+
+<!-- begin books-valid: python benchmarks/experiments.py --data DIR -o results --write docs/results.md -->
+<!-- end books-valid -->
+
+![Rise of perplexity against experts per token, books-valid](results-books-valid.svg)
+
+BH with compensation (the default) against others at the same budget: relative difference of perplexity, negative where BH is
+better, 95 % interval of a paired bootstrap over 512-token blocks, ~ where it holds 0. The realised numbers of experts differ by
+what the first table shows.
+
+<!-- begin books-valid noise: python benchmarks/experiments.py --data DIR -o results --write docs/results.md -->
+<!-- end books-valid noise -->
+
+## WikiText-2, test
+
+<!-- begin wikitext2-test: python benchmarks/experiments.py --data DIR -o results --write docs/results.md -->
+<!-- end wikitext2-test -->
+
+![Rise of perplexity against experts per token, WikiText-2](results-wikitext2-test.svg)
+
+<!-- begin wikitext2-test noise: python benchmarks/experiments.py --data DIR -o results --write docs/results.md -->
+<!-- end wikitext2-test noise -->
+
+## What the harness costs
+
+<!-- begin overhead: python benchmarks/experiments.py --data DIR -o results --write docs/results.md -->
+<!-- end overhead -->
+"""
 
 
 def read(data: Path, name: str) -> str:
@@ -235,6 +280,8 @@ def main() -> None:
             run(args.data, args.output, name, args.calibration, args.max_tokens)
     if args.write is None:
         return
+    if not args.write.exists():
+        args.write.write_text(PAGE, encoding="utf-8")
     for name in TEXTS:
         folder = ResultsFolder(args.output / name)
         write_block(args.write, name, table(args.output, name))
