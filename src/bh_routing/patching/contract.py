@@ -290,11 +290,8 @@ def read_convention(
     unknown = Reading()
     if logits_TE.shape[0] == 0 or int(experts_TK.max()) >= logits_TE.shape[-1] or int(experts_TK.min()) < 0:
         return unknown
+    low = not {logits_TE.dtype, weights_TK.dtype}.isdisjoint((torch.float16, torch.bfloat16))
     x_TE, weights_TK = logits_TE.double(), weights_TK.double()
-    low = logits_TE.dtype in (torch.float16, torch.bfloat16) or weights_TK.dtype in (
-        torch.float16,
-        torch.bfloat16,
-    )
     tolerance = 0.03 if low else 1e-3
     if not bool(torch.isfinite(x_TE).all()) or float((x_TE.amax(-1) - x_TE.amin(-1)).max()) < 1e-6:
         return unknown
