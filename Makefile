@@ -11,8 +11,8 @@ JOBS     ?= 2
 
 BIN  := $(VENV)/bin
 PIP  := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt
-# Tests run in JOBS processes of one thread each. -rs lists what was skipped, and why, above the counts.
-TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -rs
+# Tests run in JOBS processes of one thread each. -rfEs lists what failed and what was skipped, and why, above the counts.
+TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -rfEs
 # A target whose tests are not there says so, and counts them as skipped.
 ABSENT = @echo "$(1): 0 passed, 1 skipped: there is no $(2) in this version."
 

@@ -80,7 +80,8 @@ def notebook(data: Path) -> None:
 
     path = ROOT / "examples" / "colab.ipynb"
     content = nbformat.read(path, as_version=4)
-    NotebookClient(content, timeout=600, resources={"metadata": {"path": str(path.parent)}}).execute()
+    resources = {"metadata": {"path": str(path.parent)}}
+    NotebookClient(content, timeout=600, resources=resources, coalesce_streams=True).execute()
     for cell in content.cells:
         cell.metadata.pop("execution", None)  # times of day
     nbformat.write(content, path)

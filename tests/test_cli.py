@@ -8,7 +8,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from types import SimpleNamespace
 
 import pytest
@@ -17,6 +16,11 @@ from bh_routing import __version__, is_patched
 from bh_routing.cli import COMMANDS, main
 
 UNCALIBRATED = ["--calibration", "none"]
+
+
+@pytest.fixture(autouse=True)
+def _no_terminal(monkeypatch):
+    monkeypatch.delenv("COLUMNS", raising=False)
 
 
 @pytest.fixture
@@ -250,32 +254,28 @@ def test_interrupt(monkeypatch, run):
 
 
 def test_interrupt_of_a_process(tmp_path):
-    text = tmp_path / "text.txt"
-    text.write_text("The old man walked to the door.\n" * 200_000)
-    process = subprocess.Popen(
-        [
-            sys.executable,
-            "-m",
-            "bh_routing",
-            "calibrate",
-            "olmoe-nano",
-            "--text",
-            text.name,
-            "-o",
-            "c.safetensors",
-        ],
+    (tmp_path / "text.txt").write_text("The old man walked to the door.\n")
+    code = (
+        "import sys, time\n"
+        "import bh_routing.collect, bh_routing.loading\n"
+        "from bh_routing.cli import main\n"
+        "bh_routing.loading.load_model = lambda *_args, **_options: (None, None)\n"
+        "def endless(*_args, **_options):\n"
+        "    print('calibrating', flush=True)\n"
+        "    time.sleep(200)\n"
+        "bh_routing.collect.calibrate = endless\n"
+        "sys.exit(main(['calibrate', 'olmoe-nano', '--text', 'text.txt', '-o', 'c.safetensors']))\n"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code],
         cwd=tmp_path,
+        stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        # A shell starts background jobs, and so perhaps these tests, with the signal ignored.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
-    try:
-        time.sleep(12)  # anywhere in it: while importing, loading or calibrating
+    ) as process:
+        assert process.stdout.readline() == "calibrating\n"
         process.send_signal(signal.SIGINT)
-        _, err = process.communicate(timeout=60)
-    finally:
-        process.kill()
+        _, err = process.communicate(timeout=120)
     assert (process.returncode, err) == (130, "bh-routing calibrate: interrupted.\n")
     assert [path.name for path in tmp_path.iterdir()] == ["text.txt"]
 
@@ -348,7 +348,9 @@ def test_generate_seed(run, loaded):
 # ---------------------------------------------------------------------------------------------- inspect
 
 
-def test_inspect_model(run, loaded):
+@pytest.mark.parametrize("columns", ["80", "100"])
+def test_inspect_model(run, loaded, monkeypatch, columns):
+    monkeypatch.setenv("COLUMNS", columns)
     result = run("inspect", "olmoe-nano")
     assert (result.code, result.err) == (0, "")
     rows = [line.split() for line in result.out.splitlines() if "gate" in line]

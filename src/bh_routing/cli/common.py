@@ -207,7 +207,14 @@ def make_table(title: str | None, *columns: str, left: int = 1) -> Table:
 
 
 def print_table(console: Console, table: Table) -> None:
-    """Print a table after an empty line, without blanks at the ends of its lines."""
+    """Print a table after an empty line, narrower where it would not fit, without blanks at the ends of its lines."""
+    unbounded = console.options.update(width=10_000)
+    for blanks in (2, 1, 0):
+        table.padding = (0, blanks, 0, 0)
+        if console.measure(table, options=unbounded).maximum <= console.width:
+            break
+    else:
+        table.padding = (0, 2, 0, 0)  # its cells are folded anyway
     with console.capture() as capture:
         console.print(table)
     print("\n" + "\n".join(line.rstrip() for line in capture.get().rstrip().split("\n")))
