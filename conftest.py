@@ -14,7 +14,9 @@ import pytest
 import torch
 
 if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # before Triton is imported: kernels run in its interpreter
+    os.environ.setdefault(
+        "TRITON_INTERPRET", "1"
+    )  # before Triton is imported: kernels run in its interpreter
 
 NANO = Path(__file__).parent / "src" / "bh_routing" / "models" / "olmoe-nano"
 
