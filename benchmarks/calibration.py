@@ -14,17 +14,18 @@ import argparse
 import json
 import math
 import platform
+import random
 import statistics
 import time
 import warnings
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from pages import write_block
 from torch import Tensor
 
 from bh_routing.baselines import MinPPolicy, ThresholdPolicy, TopPPolicy
@@ -39,6 +40,13 @@ from bh_routing.stream import TextFile
 
 BLOCK, RESAMPLES = 512, 2000
 BUDGETS = (4.0, 3.0, 2.0)
+SAID: list[str] = []
+
+
+def say(text: str) -> None:
+    """Print, and keep for the page."""
+    print(text, flush=True)
+    SAID.append(text)
 
 
 # -- measuring ---------------------------------------------------------------------------------------------
@@ -51,8 +59,24 @@ class Text:
     name: str
     windows_BS: Tensor
 
-    def first(self, tokens: int) -> Text:
-        return replace(self, windows_BS=self.windows_BS[: max(1, tokens // self.windows_BS.shape[1])])
+    def spread(self, tokens: int) -> Text:
+        """So many tokens, in blocks of adjacent windows that lie evenly over the text."""
+        num, window = self.windows_BS.shape
+        per_block = max(1, BLOCK // window)
+        blocks = min(max(1, tokens // (per_block * window)), num // per_block)
+        starts = [i * (num // per_block) // blocks * per_block for i in range(blocks)]
+        rows = [start + i for start in starts for i in range(per_block)]
+        return replace(self, windows_BS=self.windows_BS[rows])
+
+
+def spread_pieces(tokenizer: Any, path: str, tokens: int) -> list[str]:
+    """Pieces of a text, about so many tokens in all, evenly over it, in random order."""
+    pieces = list(TextFile(path))
+    each = len(tokenizer(pieces[0], verbose=False)["input_ids"])
+    num = min(len(pieces), max(1, round(tokens / each)))
+    chosen = [pieces[i * len(pieces) // num] for i in range(num)]
+    random.Random(0).shuffle(chosen)
+    return chosen
 
 
 def read_windows(tokenizer: Any, path: str, window: int) -> Tensor:
@@ -215,7 +239,7 @@ def choose(model: Any, calibration: Calibration, text: Text) -> list[dict[str, A
                 "layers": held[0].layers,
             }
         rows.append(row)
-        print(_configuration_line(row), flush=True)
+        say(_configuration_line(row))
     return rows
 
 
@@ -268,8 +292,8 @@ def report(model: Any, calibration: Calibration, choosing: Text, reporting: list
         base = run(model, text, None)
         perplexity = math.exp(float(base.losses_BS.mean()))
         tokens = text.windows_BS.numel()
-        print(f"\n### {text.name}: {tokens:,} tokens, all 8 experts: perplexity {perplexity:.2f}\n")
-        print("| method | budget | mean | perplexity change | share of top-k's |\n|---|---|---|---|---|")
+        say(f"\n#### {text.name}: {tokens:,} tokens, all 8 experts: perplexity {perplexity:.2f}\n")
+        say("| method | budget | mean | perplexity change | share of top-k's |\n|---|---|---|---|---|")
         rows = []
         for budget in BUDGETS:
             topk = run(model, text, TopKPolicy(int(budget)))
@@ -284,7 +308,7 @@ def report(model: Any, calibration: Calibration, choosing: Text, reporting: list
                     | figures
                 )
                 change_, share = figures["change"], figures["share"]
-                print(
+                say(
                     f"| {label} | {budget:g} | {measured.mean_experts:.2f} | {change_[0]:+.2%} "
                     f"({change_[1]:+.2%} to {change_[2]:+.2%}) | {share[0]:.0%} ({share[1]:.0%} to {share[2]:.0%}) |",
                     flush=True,
@@ -295,13 +319,13 @@ def report(model: Any, calibration: Calibration, choosing: Text, reporting: list
 
 def budgets_held_out(model: Any, calibration: Calibration, texts: list[Text]) -> list[dict[str, Any]]:
     """What a budget, solved on the calibration text alone, comes to on other text."""
-    print("\n| budget | " + " | ".join(t.name for t in texts) + " |\n|---" * 1 + "|---" * len(texts) + "|")
+    say("\n| budget | " + " | ".join(t.name for t in texts) + " |\n|---" * 1 + "|---" * len(texts) + "|")
     rows = []
     for budget in BUDGETS:
         policy = calibration.policy(experts_per_token=budget)
         found = [run(model, text, policy, calibration.mean_outputs()).mean_experts for text in texts]
         rows.append({"budget": budget} | {t.name: f for t, f in zip(texts, found, strict=True)})
-        print(f"| {budget:g} | " + " | ".join(f"{f:.3f} ({f / budget - 1:+.1%})" for f in found) + " |")
+        say(f"| {budget:g} | " + " | ".join(f"{f:.3f} ({f / budget - 1:+.1%})" for f in found) + " |")
     return rows
 
 
@@ -309,8 +333,8 @@ def uniformity(model: Any, calibration: Calibration, texts: list[Text]) -> list[
     """Kolmogorov-Smirnov distance of held-out null p-values to uniform: experts that the router passed over."""
     rows = []
     names = [layer.path for layer in calibration.layers]
-    print("\n| null | text | " + " | ".join(f"layer {i}" for i in range(len(names))) + " | pooled |")
-    print("|---" * (len(names) + 3) + "|")
+    say("\n| null | text | " + " | ".join(f"layer {i}" for i in range(len(names))) + " | pooled |")
+    say("|---" * (len(names) + 3) + "|")
     for text in texts:
         seen = routed(model, text)
         for label, settings in (
@@ -330,9 +354,7 @@ def uniformity(model: Any, calibration: Calibration, texts: list[Text]) -> list[
             values = [distance(p) for p in nulls]
             pooled = distance(np.concatenate(nulls))
             rows.append({"null": label, "text": text.name, "layers": values, "pooled": pooled})
-            print(
-                f"| {label} | {text.name} | " + " | ".join(f"{v:.4f}" for v in values) + f" | {pooled:.4f} |"
-            )
+            say(f"| {label} | {text.name} | " + " | ".join(f"{v:.4f}" for v in values) + f" | {pooled:.4f} |")
     return rows
 
 
@@ -361,7 +383,7 @@ def routed(model: Any, text: Text) -> dict[str, tuple[Tensor, Tensor]]:
 
 
 def speed(model: Any, label: str, windows_BS: Tensor, rounds: int = 7) -> dict[str, Any]:
-    """Calibration without outputs against plain forwards of the same batches, taken in turn."""
+    """Calibration without outputs against plain forwards of the same batches, in turn; processor seconds."""
     documents = [row.tolist() for row in windows_BS]
     window = windows_BS.shape[1]
     base_model = model.base_model
@@ -381,10 +403,10 @@ def speed(model: Any, label: str, windows_BS: Tensor, rounds: int = 7) -> dict[s
             ("without head", lambda: plain(base_model)),
             ("calibration", collect),
         ):
-            start = time.perf_counter()
+            start = time.process_time()  # processor time, so that a busy machine does not decide
             job()
             if number:
-                times[name].append(time.perf_counter() - start)
+                times[name].append(time.process_time() - start)
     tokens = windows_BS.numel()
     best = {name: min(values) for name, values in times.items()}
     row = {
@@ -397,7 +419,7 @@ def speed(model: Any, label: str, windows_BS: Tensor, rounds: int = 7) -> dict[s
             a / b for a, b in zip(times["without head"], times["calibration"], strict=True)
         ),
     }
-    print(
+    say(
         f"| {label} | {tokens:,} | {tokens / best['without head']:,.0f} | {tokens / best['calibration']:,.0f} | "
         f"{row['speed against forwards without head']:.1%} | {row['speed against forwards with head']:.1%} |",
         flush=True,
@@ -437,12 +459,13 @@ def main() -> None:
     parser.add_argument("--calibration", metavar="FILE", help="use this calibration instead of making one")
     parser.add_argument("--save", metavar="FILE", help="write the calibration")
     parser.add_argument("--window", type=int, default=256)
-    parser.add_argument("--tokens", type=int, default=400_000, help="to calibrate on")
+    parser.add_argument("--tokens", type=int, default=600_000, help="to calibrate on, about")
     parser.add_argument("--sensitivity-tokens", type=int, default=120_000)
     parser.add_argument("--reservoir", type=int, default=4096, help="tokens kept for budgets")
     parser.add_argument("--choose-tokens", type=int, default=16_384)
     parser.add_argument("--report-tokens", type=int, default=65_536)
     parser.add_argument("--parts", nargs="+", default=["choose", "report", "uniformity", "speed"])
+    parser.add_argument("--write", metavar="PAGE", help="put the tables into this page's block `calibration`")
     parser.add_argument("--output", default=str(Path(__file__).parent / "results" / "calibration.json"))
     args = parser.parse_args()
     warnings.simplefilter("ignore", CalibrationWarning)
@@ -464,8 +487,7 @@ def main() -> None:
         calibration = calibrate(
             model,
             tokenizer,
-            TextFile(args.calibrate_on),
-            max_tokens=args.tokens,
+            spread_pieces(tokenizer, args.calibrate_on, args.tokens),
             window=args.window,
             reservoir=args.reservoir,
             sensitivity=True,
@@ -480,36 +502,36 @@ def main() -> None:
 
     windows = read_windows(tokenizer, args.choose_and_report, args.window)
     half = len(windows) // 2
-    choosing = Text("first half", windows[:half]).first(args.choose_tokens)
-    reporting = [Text("second half", windows[half:]).first(args.report_tokens)]
+    choosing = Text("first half", windows[:half]).spread(args.choose_tokens)
+    reporting = [Text("second half", windows[half:]).spread(args.report_tokens)]
     if args.also:
         name = Path(args.also).name.split(".")[0]
         also = Text(name, read_windows(tokenizer, args.also, args.window))
-        reporting.append(also.first(args.report_tokens // 2))
+        reporting.append(also.spread(args.report_tokens // 2))
 
     if "choose" in args.parts:
-        print("\n## Configurations, on the choosing half\n")
-        print("Perplexity change (share of top-k's) at the mean that came out.\n")
-        print(
+        say("\n### Configurations, on the choosing half\n")
+        say("Perplexity change (share of top-k's) at the mean that came out.\n")
+        say(
             "| configuration | " + " | ".join(f"{b:g}" for b in BUDGETS) + " |\n|---|" + "---|" * len(BUDGETS)
         )
         result["configurations"] = choose(model, calibration, choosing)
     if "report" in args.parts:
-        print("\n## Comparison at the same mean number of experts")
+        say("\n### Comparison at the same mean number of experts")
         result["comparison"] = report(model, calibration, choosing, reporting)
-        print("\n## Budgets solved on the calibration text, met elsewhere")
+        say("\n### Budgets solved on the calibration text, met elsewhere")
         result["budgets"] = budgets_held_out(model, calibration, reporting)
     if "uniformity" in args.parts:
-        print("\n## Held-out null p-values: Kolmogorov-Smirnov distance to uniform")
-        short = [t.first(args.report_tokens // 2) for t in reporting]
+        say("\n### Held-out null p-values: Kolmogorov-Smirnov distance to uniform")
+        short = [t.spread(args.report_tokens // 2) for t in reporting]
         result["uniformity"] = uniformity(model, calibration, short)
     if "speed" in args.parts:
-        print("\n## Speed of calibration without outputs\n")
-        print(
+        say("\n### Speed of calibration without outputs\n")
+        say(
             "| model | tokens | forwards without head, tokens/s | calibration | against it | against forwards with head |"
         )
-        print("|---|---|---|---|---|---|")
-        rows = [speed(model, args.model, choosing.first(8192).windows_BS)]
+        say("|---|---|---|---|---|---|")
+        rows = [speed(model, args.model, choosing.spread(8192).windows_BS)]
         ids = torch.randint(3, 1000, (2, 512), generator=torch.Generator().manual_seed(0))
         rows.append(speed(olmoe_layer(), "one layer of OLMoE-1B-7B's shape", ids, rounds=5))
         result["speed"] = rows
@@ -518,8 +540,9 @@ def main() -> None:
     output = Path(args.output)
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    if args.write:
+        write_block(Path(args.write), "calibration", "\n".join(SAID))
 
 
 if __name__ == "__main__":
-    with nullcontext():
-        main()
+    main()

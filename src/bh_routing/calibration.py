@@ -19,14 +19,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .budget import Counter, Solution, UnresolvedBudgetError, bisect
-from .calibration_parts import SIZES, LayerRecord, Moments, NullSettings, Reservoir
+from .budget import Counter, Limits, Solution, solve
+from .calibration_parts import LayerRecord, Moments, NullSettings, Reservoir, some_of
 from .errors import (
-    BudgetError,
     CalibrationError,
     CalibrationMismatchError,
     InvalidParameterError,
-    InvalidTypeError,
 )
 from .nulls import Histogram, Null, fit_null, pool_counts, smallest_passing
 from .policies import PValuePolicy, RoutingContext, TablePolicy
@@ -282,9 +280,12 @@ class Calibration:
         """
         fitted = self.fit(self.settings(**settings))
         self._check_temperature(temperature)
-        return self._p_values(logits_TE, self._index(layer), self.settings(**settings).statistic, fitted)
+        return self.fitted_p_values(
+            logits_TE, self._index(layer), self.settings(**settings).statistic, fitted
+        )
 
-    def _p_values(self, logits_TE: Tensor, index: int, statistic: str, fitted: Fitted) -> Tensor:
+    def fitted_p_values(self, logits_TE: Tensor, index: int, statistic: str, fitted: Fitted) -> Tensor:
+        """p-values float64 [T, E] of the layer with this index, from nulls that are fitted."""
         base_TE = base_statistic(logits_TE, statistic, self.layers[index].score, self.temperature)
         scale_E, offset_E = (x[index].to(logits_TE.device) for x in (fitted.scale_LE, fitted.offset_LE))
         return fitted.nulls[index].p_values(affine_statistic(base_TE, scale_E, offset_E))
@@ -295,7 +296,7 @@ class Calibration:
         if layer in self.paths:
             return self.paths.index(layer)
         raise CalibrationMismatchError(
-            f"the calibration has no layer {layer!r}; it has {_some(self.paths)}, or the indices 0 to "
+            f"the calibration has no layer {layer!r}; it has {some_of(self.paths)}, or the indices 0 to "
             f"{self.num_layers - 1}."
         )
 
@@ -345,11 +346,12 @@ class Calibration:
                 CalibrationWarning,
                 stacklevel=2,
             )
-        thresholds_LE = self._thresholds([alpha] * self.num_layers, get_procedure(procedure), chosen)
+        thresholds_LE = self.thresholds([alpha] * self.num_layers, get_procedure(procedure), chosen)
         self._check_reach(thresholds_LE, alpha, get_procedure(procedure), chosen)
-        return self._table(thresholds_LE, alpha, get_procedure(procedure), chosen)
+        return self.table_from(thresholds_LE, alpha, get_procedure(procedure), chosen)
 
-    def _thresholds(self, alphas: list[float], procedure: Procedure, settings: NullSettings) -> Tensor:
+    def thresholds(self, alphas: list[float], procedure: Procedure, settings: NullSettings) -> Tensor:
+        """Thresholds float32 [L, E] at one level per layer."""
         fitted = self.fit(settings)
         rows: dict[tuple[int, float], Tensor] = {}
         for null, alpha in zip(fitted.nulls, alphas, strict=True):
@@ -358,9 +360,10 @@ class Calibration:
                 rows[id(null), alpha] = smallest_passing(null, critical_E)
         return torch.stack([rows[id(n), a] for n, a in zip(fitted.nulls, alphas, strict=True)])
 
-    def _table(
+    def table_from(
         self, thresholds_LE: Tensor, alpha: float | None, procedure: Procedure, settings: NullSettings
     ) -> DecisionTable:
+        """A decision table of thresholds [L, E]."""
         scale_LE, offset_LE = self.affine(settings)
         return DecisionTable(
             thresholds_LE=thresholds_LE,
@@ -433,62 +436,11 @@ class Calibration:
             If the calibration holds no reservoir.
         """
         self._check_temperature(temperature)
-        rule, chosen = get_procedure(procedure), self.settings(**settings)
         check_k(min_k, max_k, self.num_experts)
         check_clamp(clamp)
-        per_layer = self._budgets(experts_per_token)
-        if per_layer is not None and not rule.has_table:
-            raise InvalidParameterError(
-                f"a budget per layer needs a procedure with a decision table; {rule.name!r} has none."
-            )
-        try:
-            return self._solve(experts_per_token, per_layer, rule, min_k, max_k, clamp, chosen)
-        except UnresolvedBudgetError:
-            if chosen.extended or chosen.estimator == "normal":
-                raise
-            longer = replace(chosen, extended=True)
-            return self._solve(experts_per_token, per_layer, rule, min_k, max_k, clamp, longer)
-
-    def _solve(
-        self,
-        experts_per_token: float | Mapping[str, float],
-        per_layer: dict[str, float] | None,
-        rule: Procedure,
-        min_k: int,
-        max_k: int | None,
-        clamp: Clamp,
-        chosen: NullSettings,
-    ) -> Solution:
-        counters = [Counter(self, i, rule, chosen, min_k, max_k, clamp) for i in range(self.num_layers)]
-        if per_layer is None:
-            budget = _number(experts_per_token, "experts_per_token")
-            alpha, mean = bisect(counters, budget, "the model", min_k)
-            table = None
-            if rule.has_table:
-                thresholds_LE = self._thresholds([alpha] * self.num_layers, rule, chosen)
-                table = self._table(thresholds_LE, alpha, rule, chosen)
-            return Solution(alpha, mean, table, chosen)
-        solved = [
-            bisect([counter], budget, f"layer {path}", min_k)
-            for counter, (path, budget) in zip(counters, per_layer.items(), strict=True)
-        ]
-        alphas = [alpha for alpha, _ in solved]
-        table = self._table(self._thresholds(alphas, rule, chosen), None, rule, chosen)
-        mean = sum(mean for _, mean in solved) / len(solved)
-        return Solution(dict(zip(self.paths, alphas, strict=True)), mean, table, chosen)
-
-    def _budgets(self, experts_per_token: float | Mapping[str, float]) -> dict[str, float] | None:
-        if not isinstance(experts_per_token, Mapping):
-            return None
-        missing = [p for p in self.paths if p not in experts_per_token]
-        unknown = [p for p in experts_per_token if p not in self.paths]
-        if missing or unknown:
-            raise BudgetError(
-                "a budget per layer must name every router: "
-                + (f"missing {_some(missing)}" if missing else f"unknown {_some(unknown)}")
-                + f"; the routers are {_some(self.paths)}."
-            )
-        return {p: _number(experts_per_token[p], f"experts_per_token[{p!r}]") for p in self.paths}
+        chosen = self.settings(**settings)
+        limits = Limits(min_k, max_k, clamp)
+        return solve(self, experts_per_token, get_procedure(procedure), chosen, limits)
 
     def mean_counts(
         self,
@@ -503,7 +455,8 @@ class Calibration:
         """Mean number of experts per token that a level selects, per layer, on the reservoir."""
         rule, chosen = get_procedure(procedure), self.settings(**settings)
         check_alpha(alpha)
-        counters = [Counter(self, i, rule, chosen, min_k, max_k, clamp) for i in range(self.num_layers)]
+        limits = Limits(min_k, max_k, clamp)
+        counters = [Counter(self, i, rule, chosen, limits) for i in range(self.num_layers)]
         return {path: counter.mean(alpha) for path, counter in zip(self.paths, counters, strict=True)}
 
     def policy(
@@ -552,7 +505,7 @@ class Calibration:
         fitted = self.fit(chosen)
 
         def p_values(logits_TE: Tensor, context: RoutingContext) -> Tensor:
-            return self._p_values(logits_TE, self._index(context.path), chosen.statistic, fitted)
+            return self.fitted_p_values(logits_TE, self._index(context.path), chosen.statistic, fitted)
 
         assert isinstance(level, float)
         return PValuePolicy(
@@ -612,102 +565,20 @@ class Calibration:
         CalibrationMismatchError
             If they differ in model, layers, temperature, trim, seed or window.
         """
+        from .calibration_merge import merge
+
         merged = self
         for other in others:
-            for name in (
-                "model_id",
-                "layers",
-                "num_experts",
-                "temperature",
-                "trim",
-                "seed",
-                "window",
-                "reservoir_size",
-            ):
-                ours, theirs = getattr(merged, name), getattr(other, name)
-                if ours != theirs:
-                    raise CalibrationMismatchError(
-                        f"only calibrations of one model and one setting can be merged, but {name} differs: "
-                        f"{ours!r} and {theirs!r}."
-                    )
-            if (merged.moments is None) != (other.moments is None):
-                raise CalibrationMismatchError(
-                    "only calibrations that hold the same parts can be merged: one holds the experts' "
-                    "outputs, the other does not."
-                )
-            reservoir = None
-            if merged.reservoir is not None and other.reservoir is not None:
-                reservoir = (merged.reservoir + other.reservoir).smallest(merged.reservoir_size)
-            digest = (int(merged.text_digest, 16) + int(other.text_digest, 16)) % 2**128
-            merged = replace(
-                merged,
-                histograms={
-                    kind: {name: held + other.histograms[kind][name] for name, held in sets.items()}
-                    for kind, sets in merged.histograms.items()
-                },
-                moments=None
-                if merged.moments is None or other.moments is None
-                else merged.moments + other.moments,
-                reservoir=reservoir,
-                tokens=merged.tokens + other.tokens,
-                documents=merged.documents + other.documents,
-                text_digest=f"{digest:032x}",
-                _cache={},
-            )
+            merged = merge(merged, other)
         return merged
 
     def summary(self) -> list[dict[str, Any]]:
         """One plain dictionary per layer: what was seen there, for tables and for people."""
-        rows: list[dict[str, Any]] = []
-        for i, layer in enumerate(self.layers):
-            row: dict[str, Any] = {"router": layer.path, "experts": self.num_experts, "top_k": layer.top_k}
-            for kind, sets in self.histograms.items():
-                for name in ("unselected", "selected"):
-                    counts_B = sets[name].counts_LEB[i].sum(0).double()
-                    centres_B = torch.from_numpy((sets[name].edges[1:] + sets[name].edges[:-1]) / 2)
-                    total = float(counts_B.sum())
-                    row[f"{kind} {name}"] = float(counts_B @ centres_B) / total if total else math.nan
-                used_E = sets["selected"].counts_LEB[i].sum(-1)
-                row["unused"] = int((used_E == 0).sum())
-            if self.moments is not None:
-                for kind in SIZES:
-                    if kind != "sensitivity" or self.moments.sensitivity_LE is not None:
-                        row[kind] = float(self.moments.size(kind)[i].median())
-            rows.append(row)
-        return rows
+        from .calibration_summary import summary_rows
+
+        return summary_rows(self)
 
     def __repr__(self) -> str:
-        holds = [f"reservoir of {self.reservoir.num} tokens" if self.reservoir else "no reservoir"]
-        if self.moments is None:
-            holds.append("no expert outputs")
-        else:
-            holds.append("expert sizes")
-            holds += ["mean outputs"] if self.moments.mean_LEH is not None else []
-            holds += ["loss sensitivities"] if self.moments.sensitivity_LE is not None else []
-        head = (
-            f"Calibration of {self.model_id}: {self.tokens:,} tokens of {self.documents:,} documents, "
-            f"{self.num_layers} layers x {self.num_experts} experts; {', '.join(holds)}"
-        )
-        lines = [head]
-        rows = self.summary()
-        names = list(rows[0])
-        cells = [names] + [[_cell(row[name]) for name in names] for row in rows]
-        widths = [max(len(line[i]) for line in cells) for i in range(len(names))]
-        for line in cells:
-            lines.append("  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip())
-        return "\n".join(lines)
+        from .calibration_summary import describe
 
-
-def _cell(value: Any) -> str:
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
-
-
-def _some(names: Any) -> str:
-    names = list(names)
-    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
-
-
-def _number(value: Any, name: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise InvalidTypeError(f"{name} must be a number of experts, got {value!r}.")
-    return float(value)
+        return describe(self)

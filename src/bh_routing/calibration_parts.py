@@ -6,6 +6,7 @@ J = 2E regressors of the compensation.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -246,3 +247,9 @@ class NullSettings:
         how = f"{self.kernel} kde" if self.estimator == "kde" else self.estimator
         tail = ", exponential tail" if self.extended else ""
         return f"{self.statistic}{size}, {self.null} null per {self.scope}, {how}{tail}"
+
+
+def some_of(names: Iterable[str]) -> str:
+    """The first three names, and dots if there are more."""
+    listed = list(names)
+    return ", ".join(listed[:3]) + (", ..." if len(listed) > 3 else "")
