@@ -18,7 +18,7 @@ from torch import Tensor
 from bh_routing import BHRoutingIntegration, DecisionTable, RoutingContext, TablePolicy
 from bh_routing.errors import InvalidInputError, InvalidParameterError, MissingDependencyError
 from bh_routing.kernels import decision_function
-from bh_routing.kernels.decide import decide_by_table
+from bh_routing.kernels.decide import HostRow, decide_by_table, decide_one_token
 from bh_routing.routing import RoutingDecision
 from bh_routing.statistic import affine_statistic, base_statistic
 
@@ -153,11 +153,12 @@ HAND = [
 ]
 
 
-@pytest.mark.parametrize("repeat", [1, 3])
-@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize(
+    ("backend", "repeat"), [("torch", 1), ("torch", 3), ("triton", 1), ("triton", 3), ("host", 1)]
+)
 @pytest.mark.parametrize(("thresholds", "rule", "clamp", "min_k", "max_k", "kept", "raw"), HAND)
 def test_by_hand(request, thresholds, rule, clamp, min_k, max_k, kept, raw, backend, repeat):
-    function = decide_by_table if backend == "torch" else request.getfixturevalue("fused").decide_by_table
+    function = request.getfixturevalue("fused").decide_by_table if backend == "triton" else decide_by_table
     case = Case(
         torch.tensor([[1.0, 5.0, 0.0, 3.0, 3.0]]).repeat(repeat, 1),
         torch.tensor([[0.4, 0.3, 0.2, 0.1]]).repeat(repeat, 1),
@@ -167,7 +168,7 @@ def test_by_hand(request, thresholds, rule, clamp, min_k, max_k, kept, raw, back
         torch.zeros(5),
         {"empty": 7, "statistic": "logit", "rule": rule, "clamp": clamp, "min_k": min_k, "max_k": max_k},
     )
-    decision = case.run(function)
+    decision = one_by_one(case)[0] if backend == "host" else case.run(function)
     kept_K = torch.tensor(kept, dtype=torch.bool)
     for row in range(repeat):
         assert torch.equal(decision.dropped_TK[row], ~kept_K)
@@ -180,24 +181,80 @@ def test_by_hand(request, thresholds, rule, clamp, min_k, max_k, kept, raw, back
     assert decision.fallback_T.tolist() == [False] * repeat
 
 
+def one_by_one(case: Case) -> list[RoutingDecision]:
+    """Every token of a case decided alone, on the host."""
+    row = HostRow(*(x.tolist() for x in case.tensors[3:]))
+    return [
+        decide_one_token(*(x[t : t + 1] for x in case.tensors[:3]), row, **case.settings)
+        for t in range(len(case.logits_TE))
+    ]
+
+
 @pytest.mark.parametrize("weights", ["raw", "preserve", "sum"])
 @pytest.mark.parametrize("clamp", ["after", "inside"])
 @pytest.mark.parametrize("rule", ["step_up", "step_down"])
 @pytest.mark.parametrize(("min_k", "max_k"), [(1, None), (2, 4), (1, 1), (3, 6)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_one_token_decides_as_it_does_among_others(dtype, min_k, max_k, rule, clamp, weights):
+def test_one_token_on_the_host_on_integers(min_k, max_k, rule, clamp, weights):
     settings = {"rule": rule, "clamp": clamp, "weights": weights, "min_k": min_k, "max_k": max_k}
-    for case in (random_case(9, 16, 6, dtype, **settings), integer_case(40, 16, 6, **settings)):
-        case.logits_TE[3, 5], case.logits_TE[4, 1] = float("nan"), -INF
-        together = case.run()
-        for t in range(len(case.logits_TE)):
-            alone = Case(*(x[t : t + 1] for x in case.tensors[:3]), *case.tensors[3:], case.settings).run()
-            for name in (*EXACT, "weights_TK"):
-                one, among = getattr(alone, name), getattr(together, name)[t : t + 1]
-                assert one.dtype == among.dtype
-                assert torch.equal(one, among)
-            if not alone.fallback_T:
-                assert torch.equal(alone.raw_counts_T, together.raw_counts_T[t : t + 1])
+    case = integer_case(60, 16, 6, **settings)
+    together = case.run()
+    for t, alone in enumerate(one_by_one(case)):
+        for name in (*EXACT, "raw_counts_T", "weights_TK"):
+            one, among = getattr(alone, name), getattr(together, name)[t : t + 1]
+            assert one.dtype == among.dtype
+            assert torch.equal(one, among)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize(
+    ("statistic", "score"),
+    [
+        ("contribution", "softmax"),
+        ("logprob", "sigmoid"),
+        ("logit", "softmax"),
+        ("logprob", "sqrtsoftplus"),
+    ],
+)
+def test_one_token_on_the_host_on_random_logits(statistic, score, temperature, dtype):
+    case = random_case(200, 32, 6, dtype, statistic=statistic, score=score, temperature=temperature)
+    clear_T = (case.margins_TK() > 8).all(-1)
+    assert clear_T.float().mean() > 0.5
+    together, alone = case.run(), one_by_one(case)
+    for name in (*EXACT, "raw_counts_T", "weights_TK"):
+        joined = torch.cat([getattr(one, name) for one in alone])
+        assert torch.equal(joined[clear_T], getattr(together, name)[clear_T])
+
+
+def test_one_token_on_the_host_with_logits_that_are_not_finite():
+    case = random_case(5, 8, 3)
+    for t, value in enumerate((float("nan"), INF, -INF)):
+        case.logits_TE[t, 2] = value
+    for alone, t in zip(one_by_one(case), range(5), strict=True):
+        assert alone.fallback_T.tolist() == [t < 3]
+        if t < 3:
+            assert alone.counts_T.tolist() == [3]
+            assert torch.equal(alone.experts_TK, case.own_experts_TK[t : t + 1])
+            assert torch.equal(alone.weights_TK, case.own_weights_TK[t : t + 1])
+
+
+def test_a_policy_decides_single_tokens_on_the_host_at_the_level_in_use(monkeypatch):
+    case = random_case(1, 16, 4)
+    policy, context = policy_with("auto", case)
+    calls = []
+    monkeypatch.setattr(
+        "bh_routing.policies.decide_one_token",
+        lambda *args, **settings: calls.append(1) or decide_one_token(*args, **settings),
+    )
+    for level, kept in ((INF, 1), (-INF, 4)):
+        policy.set_table(policy.table.with_thresholds(torch.full((1, 16), level)))
+        decision = policy.decide(*case.tensors[:3], context)
+        assert decision.counts_T.tolist() == [kept]
+        own = case.own_weights_TK.requires_grad_()
+        assert policy.decide(case.logits_TE, own, case.own_experts_TK, context).weights_TK.requires_grad
+    assert len(calls) == 4
+    policy.decide(*(x.repeat(2, 1) for x in case.tensors[:3]), context)
+    assert len(calls) == 4
 
 
 def test_tokens_with_logits_that_are_not_finite_keep_their_own_choice():

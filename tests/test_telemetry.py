@@ -503,8 +503,9 @@ def test_waiting_calls_hold_no_graph_and_no_memory_of_the_model(generator):
     expected = loop([(decision, None)])
     weights = decision.weights_TK.clone().requires_grad_() * 1.0
     telemetry.update(context(), replace(decision, weights_TK=weights))
-    (call,) = telemetry._layers[context().path].waiting
-    assert not call.weights_TK.requires_grad
+    ((waiting, copied, _, _),) = telemetry._layers[context().path].waiting
+    assert not waiting.weights_TK.requires_grad
+    assert not copied.requires_grad
     weights.detach().zero_()  # as a block does that scales its weights in place
     assert_same(telemetry.to_dict()["layers"][0], expected)
 

@@ -18,7 +18,15 @@ from torch import Tensor
 
 from .errors import InvalidParameterError
 from .kernels import Backend, check_backend, decision_function
-from .kernels.decide import Kept, keep_by_p_values, keep_by_table, keep_own
+from .kernels.decide import (
+    HostRow,
+    Kept,
+    decide_by_table,
+    decide_one_token,
+    keep_by_p_values,
+    keep_by_table,
+    keep_own,
+)
 from .procedures import Procedure, check_alpha, get_procedure
 from .pvalues import P_VALUES, at_least_float32
 from .routing import (
@@ -289,6 +297,7 @@ class TablePolicy(_CountPolicy):
         self.table = table
         self.backend = backend
         self._rows: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
+        self._host_rows: dict[str, HostRow] = {}
         self._functions: dict[str, Callable[..., RoutingDecision]] = {}
 
     def bind(self, contexts: Iterable[RoutingContext]) -> None:
@@ -306,6 +315,15 @@ class TablePolicy(_CountPolicy):
         }
         self._rows = {c.path: self._row(self.table, c) for c in contexts}
         self._functions = functions
+        self._read_rows()
+
+    def _read_rows(self) -> None:
+        """The rows of routers on the host as Python floats, for single tokens."""
+        self._host_rows = {
+            path: HostRow(*(buffer.tolist() for buffer in row))
+            for path, row in self._rows.items()
+            if self._functions[path] is decide_by_table and row[0].device.type == "cpu"
+        }
 
     def _row(self, table: DecisionTable, context: RoutingContext) -> tuple[Tensor, Tensor, Tensor]:
         row = table.row(context.path, context.index)
@@ -338,6 +356,7 @@ class TablePolicy(_CountPolicy):
             for buffer, name in zip(buffers, ("thresholds_LE", "scale_LE", "offset_LE"), strict=True):
                 buffer.copy_(getattr(table, name)[row])
         self.table = table
+        self._read_rows()
 
     def decide(
         self, logits_TE: Tensor, own_weights_TK: Tensor, own_experts_TK: Tensor, context: RoutingContext
@@ -357,21 +376,23 @@ class TablePolicy(_CountPolicy):
                 clamp=self.clamp,
             )
             return self._widened(kept, statistic_TE, logits_TE, own_weights_TK, own_experts_TK, context)
-        return self._functions[context.path](
-            logits_TE,
-            own_weights_TK,
-            own_experts_TK,
-            *row,
-            empty=context.empty,
-            statistic=table.statistic,
-            score=context.score,
-            temperature=table.temperature,
-            rule=table.rule,
-            min_k=self.min_k,
-            max_k=self.max_k,
-            clamp=self.clamp,
-            weights=plain_rule(self.weights, context.convention),
-        )
+        settings: dict[str, Any] = {
+            "empty": context.empty,
+            "statistic": table.statistic,
+            "score": context.score,
+            "temperature": table.temperature,
+            "rule": table.rule,
+            "min_k": self.min_k,
+            "max_k": self.max_k,
+            "clamp": self.clamp,
+            "weights": plain_rule(self.weights, context.convention),
+        }
+        if logits_TE.shape[0] == 1 and not torch.compiler.is_compiling():
+            host_row = self._host_rows.get(context.path)
+            if host_row is not None:
+                return decide_one_token(logits_TE, own_weights_TK, own_experts_TK, host_row, **settings)
+        function = self._functions[context.path]
+        return function(logits_TE, own_weights_TK, own_experts_TK, *row, **settings)
 
     def describe(self) -> dict[str, Any]:
         return super().describe() | {"table": repr(self.table), "alpha": self.table.alpha}

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -245,6 +245,20 @@ class _Call(NamedTuple):
     mask_T: Tensor | None
 
 
+def _call(decision: RoutingDecision, weights_TK: Tensor, fallback_T: Tensor, mask_T: Tensor | None) -> _Call:
+    return _Call(
+        experts_TK=decision.experts_TK,
+        weights_TK=weights_TK,
+        own_experts_TK=decision.own_experts_TK,
+        own_weights_TK=decision.own_weights_TK,
+        dropped_TK=decision.dropped_TK,
+        counts_T=decision.counts_T,
+        raw_counts_T=decision.raw_counts_T,
+        fallback_T=fallback_T,
+        mask_T=mask_T,
+    )
+
+
 def _together(calls: Sequence[_Call]) -> _Call:
     """Several calls as one."""
     columns = dict(zip(_Call._fields, zip(*calls, strict=True), strict=True))
@@ -273,7 +287,7 @@ class _Layer:
         self.width = context.num_experts + 2  # raw counts 0..E, then fallback
         cells = 3 * self.stride
         self.padding = cells + (slots + 1) * self.width
-        self.waiting: list[_Call] = []
+        self.waiting: list[tuple[RoutingDecision, Tensor, Tensor, Tensor | None]] = []
         device = context.device
         # A tensor made in inference mode could not be written to outside of it.
         with torch.inference_mode(False):
@@ -305,32 +319,25 @@ class _Layer:
                 fallback_T = torch.zeros_like(decision.counts_T, dtype=torch.bool)
             else:
                 fallback_T = not_finite(logits_TE).squeeze(-1)
-        call = _Call(
-            experts_TK=decision.experts_TK,
-            weights_TK=decision.weights_TK.detach(),
-            own_experts_TK=decision.own_experts_TK,
-            own_weights_TK=decision.own_weights_TK.detach(),
-            dropped_TK=decision.dropped_TK,
-            counts_T=decision.counts_T,
-            raw_counts_T=decision.raw_counts_T,
-            fallback_T=fallback_T,
-            mask_T=mask_T,
-        )
-        if call.counts_T.shape[0] >= SMALL or _in_graph(self.counts):
-            self.count(call, 1)
+        weights_TK, own_weights_TK = decision.weights_TK, decision.own_weights_TK
+        if weights_TK.requires_grad or own_weights_TK.requires_grad:  # neither keep nor compute a graph
+            weights_TK, own_weights_TK = weights_TK.detach(), own_weights_TK.detach()
+            decision = replace(decision, weights_TK=weights_TK, own_weights_TK=own_weights_TK)
+        if len(fallback_T) >= SMALL or _in_graph(self.counts):
+            self.count(_call(decision, weights_TK, fallback_T, mask_T), 1)
             return
-        # The model may write to the weights it was given.
-        self.waiting.append(call._replace(weights_TK=call.weights_TK.clone()))
+        # A copy: the model may write to the weights it is given.
+        self.waiting.append((decision, weights_TK.clone(), fallback_T, mask_T))
         if len(self.waiting) >= SMALL:
             self.catch_up()
 
     def catch_up(self) -> None:
         """Count the calls that are waiting."""
-        if not self.waiting:
-            return
-        calls, self.waiting = self.waiting, []
-        with torch.no_grad():
-            self.count(_together(calls), len(calls))
+        if self.waiting:
+            calls = [_call(*waiting) for waiting in self.waiting]
+            self.waiting.clear()
+            with torch.no_grad():
+                self.count(_together(calls), len(calls))
 
     def count(self, call: _Call, calls: int) -> None:
         """Add some tokens to the buffers."""

@@ -8,16 +8,14 @@ the same sets wherever a statistic is further than 8 units in the last place fro
 
 from __future__ import annotations
 
-from array import array
-from collections.abc import Sequence
-from math import isfinite
+from functools import lru_cache
+from math import exp, isfinite, log, log1p
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..procedures import Rule, count_passing
-from ..pvalues import at_least_float32
 from ..routing import Clamp, PlainRule, RoutingDecision, apply_weight_rule, clamp_counts, not_finite
 from ..statistic import affine_statistic, base_statistic
 
@@ -67,30 +65,10 @@ def decide_by_table(
 
     Notes
     -----
-    Tokens with non-finite logits keep the router's own choice. For a single token on CPU the counting is done in
-    plain Python on the same float32 statistics: a third of the time (docs/speed.md), and the same decision.
+    Tokens with non-finite logits keep the router's own choice.
     """
     base_TE = base_statistic(logits_TE, statistic, score, temperature)
     statistic_TE = affine_statistic(base_TE, scale_E, offset_E)
-    if logits_TE.shape[0] == 1 and logits_TE.device.type == "cpu" and not torch.compiler.is_compiling():
-        values, own = statistic_TE.flatten().tolist(), own_experts_TK.flatten().tolist()
-        candidates = [values[expert] for expert in own]
-        drop, count, raw = _drop_from_one(candidates, thresholds_E.tolist(), rule, min_k, max_k, clamp)
-        lost = not isfinite(at_least_float32(logits_TE).sum().item())
-        if lost:
-            drop, count = [False] * len(own), len(own)
-        # Through buffers: torch.tensor costs as much as all of the above.
-        counts_T, raw_T = torch.frombuffer(array("q", (count, raw)), dtype=torch.int64).split(1)
-        return drop_own(
-            torch.frombuffer(bytearray(drop), dtype=torch.bool).unsqueeze(0),
-            counts_T,
-            raw_T,
-            torch.frombuffer(bytearray((lost,)), dtype=torch.bool),
-            own_weights_TK,
-            own_experts_TK,
-            weights=weights,
-            empty=empty,
-        )
     kept = keep_by_table(
         statistic_TE.gather(-1, own_experts_TK),
         thresholds_E,
@@ -154,28 +132,104 @@ def drop_own(
     )
 
 
-def _drop_from_one(
-    candidates: Sequence[float],
-    thresholds: Sequence[float],
-    rule: Rule,
-    min_k: int,
-    max_k: int | None,
-    clamp: Clamp,
-) -> tuple[list[bool], int, int]:
-    """`keep_by_table` for one token on the host: (which slots are dropped, count, raw count)."""
-    num = len(candidates)
+class HostRow(NamedTuple):
+    """One row of a decision table as Python floats: thresholds, scale and offset, E each."""
+
+    thresholds: list[float]
+    scale: list[float]
+    offset: list[float]
+
+
+def decide_one_token(
+    logits_1E: Tensor,
+    own_weights_1K: Tensor,
+    own_experts_1K: Tensor,
+    row: HostRow,
+    *,
+    empty: int,
+    statistic: str = "logprob",
+    score: str = "softmax",
+    temperature: float = 1.0,
+    rule: Rule = "step_up",
+    min_k: int = 1,
+    max_k: int | None = None,
+    clamp: Clamp = "after",
+    weights: PlainRule = "raw",
+) -> RoutingDecision:
+    """`decide_by_table` for one token on the host, in plain Python.
+
+    Between products that empty the caches every tensor operation costs 5 to 20 microseconds, whatever it does;
+    this takes four of them instead of twenty-five (docs/speed.md). It computes in double precision: counts and
+    sets are those of `decide_by_table` wherever a statistic is further than 8 units in the last place of float32
+    from its threshold, and always on logits for which the arithmetic is exact.
+    """
+    logits, own = logits_1E.tolist()[0], own_experts_1K.tolist()[0]
+    num = len(own)
     top = num if max_k is None else min(max_k, num)
-    order = sorted(range(num), key=candidates.__getitem__, reverse=True)  # stable: ties keep their order
-    passing = [rank for rank, slot in enumerate(order, 1) if candidates[slot] >= thresholds[rank - 1]]
-    if rule == "step_down":
-        passing = [rank for place, rank in enumerate(passing, 1) if rank == place]
-    raw = passing[-1] if passing else 0
-    count = max((rank for rank in passing if rank <= top), default=0) if clamp == "inside" else raw
-    count = min(max(count, min_k), top)
-    drop = [False] * num
-    for slot in order[count:]:
-        drop[slot] = True
-    return drop, count, raw
+    raw, drop = 0, [False] * num
+    lost = not isfinite(sum(logits))
+    if lost:
+        count = num
+    else:
+        if temperature != 1.0:
+            logits = [x / temperature for x in logits]
+        chosen = [logits[expert] for expert in own]
+        if statistic != "logit":
+            if score in _HOST_SCORES:
+                chosen = _HOST_SCORES[score](chosen, logits)
+            else:
+                scores = base_statistic(logits_1E, statistic, score, temperature).tolist()[0]
+                chosen = [scores[expert] for expert in own]
+        scale, offset = row.scale, row.offset
+        found = [x * scale[expert] + offset[expert] for x, expert in zip(chosen, own, strict=True)]
+        order = sorted(range(num), key=found.__getitem__, reverse=True)  # stable: ties keep their order
+        within = 0  # the largest passing rank up to the clamp
+        for rank, (slot, threshold) in enumerate(zip(order, row.thresholds, strict=False), 1):
+            if found[slot] >= threshold:
+                raw = rank
+                within = rank if rank <= top else within
+            elif rule == "step_down":
+                break
+        count = min(max(within if clamp == "inside" else raw, min_k), top)
+        for slot in order[count:]:
+            drop[slot] = True
+    return drop_own(
+        _flags(tuple(drop), 1),
+        _number(count),
+        _number(raw),
+        _flags((lost,), 0),
+        own_weights_1K,
+        own_experts_1K,
+        weights=weights,
+        empty=empty,
+    )
+
+
+def _log_softmax(chosen: list[float], logits: list[float]) -> list[float]:
+    top = max(logits)
+    rest = top + log(sum([exp(x - top) for x in logits]))
+    return [x - rest for x in chosen]
+
+
+def _log_sigmoid(chosen: list[float], logits: list[float]) -> list[float]:
+    return [min(x, 0.0) - log1p(exp(-abs(x))) for x in chosen]
+
+
+_HOST_SCORES = {"softmax": _log_softmax, "sigmoid": _log_sigmoid}
+
+
+@lru_cache(maxsize=4096)
+def _flags(values: tuple[bool, ...], leading: int) -> Tensor:
+    """bool [N] (or [1, N]); made once for each pattern."""
+    with torch.inference_mode(False):  # an inference tensor could not be saved for a backward pass
+        return torch.tensor([values] if leading else values)
+
+
+@lru_cache(maxsize=4096)
+def _number(value: int) -> Tensor:
+    """int64 [1]; made once for each number."""
+    with torch.inference_mode(False):
+        return torch.tensor([value])
 
 
 def keep_by_table(

@@ -38,13 +38,16 @@ class RouterOutputs(NamedTuple):
     def read(self, outputs: Sequence[Any]) -> tuple[Tensor, Tensor, Tensor]:
         """(logits_TE, weights_TK, experts_TK), flattened to two dimensions."""
         tensors = (outputs[self.logits], outputs[self.weights], outputs[self.experts])
-        return tuple(t.reshape(-1, t.shape[-1]) for t in tensors)
+        return tuple(t if t.dim() == 2 else t.reshape(-1, t.shape[-1]) for t in tensors)
 
     def replace(self, outputs: Sequence[Any], weights_TK: Tensor, experts_TK: Tensor) -> Any:
         """The same return value with other weights and indices; everything else untouched."""
         items = list(outputs)
         for position, tensor in ((self.weights, weights_TK), (self.experts, experts_TK)):
-            items[position] = tensor.reshape(*items[position].shape[:-1], tensor.shape[-1])
+            if items[position].dim() == 2:
+                items[position] = tensor
+            else:
+                items[position] = tensor.reshape(*items[position].shape[:-1], tensor.shape[-1])
         if isinstance(outputs, list):
             return items
         return type(outputs)(*items) if hasattr(outputs, "_fields") else tuple(items)

@@ -24,7 +24,7 @@ def loop_forward(experts: Any, hidden_TH: Tensor, experts_TK: Tensor, weights_TK
     Returns None, before any work, where no slot is empty: the caller then runs the stock implementation.
     """
     if experts_TK.shape[0] == 1:
-        return _one_token(experts, hidden_TH, experts_TK.flatten().tolist(), weights_TK)
+        return _one_token(experts, hidden_TH, experts_TK.tolist()[0], weights_TK)
     num_experts, slots = experts.num_experts, experts_TK.shape[-1]
     sorted_P, order_P = experts_TK.flatten().sort(stable=True)
     edges = torch.searchsorted(sorted_P, torch.arange(num_experts), right=True).tolist()

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -33,9 +34,14 @@ ExpertsForward = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 def register() -> None:
     """Add the implementation to transformers' registry (again and again is fine)."""
+    _registry().register(IMPLEMENTATION, skip_experts_forward)
+
+
+@cache
+def _registry() -> Any:
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-    ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, skip_experts_forward)
+    return ALL_EXPERTS_FUNCTIONS
 
 
 def uses_registry(experts: nn.Module) -> bool:
@@ -123,9 +129,7 @@ def skip_experts_forward(
 
 def _stock_forward(self: Any, hidden_TH: Tensor, experts_TK: Tensor, weights_TK: Tensor) -> Tensor:
     """What the unpatched model would run."""
-    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
-
     name = getattr(self, STOCK, None)
     own = type(self).forward.__wrapped__
-    function = ALL_EXPERTS_FUNCTIONS.get_interface(name, own) if name else own
+    function = _registry().get_interface(name, own) if name else own
     return function(self, hidden_TH, experts_TK, weights_TK)

@@ -1,0 +1,277 @@
+"""Time one OLMoE-1B-7B MoE block (hidden 2048, intermediate 1024, 64 experts, top-8) with a mean of 4.0 experts.
+
+    python benchmarks/moe_block.py [--dtype bfloat16] [--tokens 1 --tokens 8 ...] [--seconds S] [--write docs/speed.md]
+
+Random weights; a table of thresholds drives the counts, whose realised mean must lie within 0.1 of 4.0 and whose
+spread must reach from 1 to 8. Everything takes turns within one run on the same random tokens, new in every round,
+so that a busy machine is busy for all: the stock implementations at top-8, ours with all 8 experts kept, ours with
+4.0. Ratios are medians over rounds of the ratio to the fastest stock implementation in the same round.
+
+The decision is timed where it happens: around what the patch adds to the router, between the products of a running
+block, whose weights have just emptied the caches.
+
+The bound is max(bytes of distinct experts / bandwidth, operations / peak), as a ratio to the same at top-8; bandwidth
+and peak are measured in the same process. It assumes that reading and computing overlap perfectly.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from machine import describe_machine
+from pages import markdown_table, write_block
+from torch import Tensor
+from transformers import OlmoeConfig
+from transformers.models.olmoe.modeling_olmoe import OlmoeSparseMoeBlock
+
+from bh_routing import DecisionTable, RoutingIntegration, TablePolicy
+from bh_routing.bench import router_patches, threshold_for
+from bh_routing.statistic import base_statistic
+
+HIDDEN, INTERMEDIATE, EXPERTS, TOP_K = 2048, 1024, 64, 8
+EXPERT_WEIGHTS = 3 * HIDDEN * INTERMEDIATE
+STOCK = ("eager", "grouped_mm", "batched_mm")
+MEAN = 4.0
+
+
+def make_block(dtype: torch.dtype) -> Any:
+    """A block whose router has opinions: logits with a standard deviation of about 1.5."""
+    config = OlmoeConfig(
+        hidden_size=HIDDEN,
+        intermediate_size=INTERMEDIATE,
+        num_experts=EXPERTS,
+        num_experts_per_tok=TOP_K,
+        num_hidden_layers=1,
+    )
+    config._experts_implementation = "grouped_mm"
+    block = OlmoeSparseMoeBlock(config).to(dtype).eval()
+    with torch.no_grad():
+        for name, parameter in block.named_parameters():
+            parameter.normal_(0.0, 1.5 * HIDDEN**-0.5 if name.startswith("gate.") else 0.02)
+    return block
+
+
+def thresholds(block: Any, pool_TH: Tensor) -> tuple[DecisionTable, DecisionTable]:
+    """Tables that keep everything, and 4.0 experts on average over these tokens."""
+    logits_TE, _, experts_TK = block.gate(pool_TH)
+    scores_TK = base_statistic(logits_TE, "logprob", "softmax").gather(-1, experts_TK)
+    level = threshold_for(scores_TK, MEAN)
+    counts_T = (scores_TK >= level).sum(-1).clamp_min(1)
+    assert abs(float(counts_T.float().mean()) - MEAN) < 0.1
+    assert (int(counts_T.min()), int(counts_T.max())) == (1, TOP_K)
+
+    def table(value: float, label: str) -> DecisionTable:
+        full = torch.full((1, EXPERTS), value)
+        ones, zeros = torch.ones_like(full), torch.zeros_like(full)
+        return DecisionTable(thresholds_LE=full, scale_LE=ones, offset_LE=zeros, label=label)
+
+    return table(float("-inf"), "all"), table(level, "4.0 experts")
+
+
+class Share:
+    """Clocks around what the patch adds to the router."""
+
+    def __init__(self, integration: RoutingIntegration) -> None:
+        (self.patch,) = router_patches(integration)
+        self.run = self.own = 0.0
+
+    def __enter__(self) -> Share:
+        self.patch.inner = self._clocked(self.patch.inner, "own")
+        self.patch.run = self._clocked(self.patch.run, "run")
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        del self.patch.inner, self.patch.run
+
+    def _clocked(self, function: Callable[..., Any], name: str) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            start = time.perf_counter()
+            result = function(*args, **kwargs)
+            setattr(self, name, time.perf_counter() - start)
+            return result
+
+        return call
+
+
+def machine_limits(dtype: torch.dtype) -> tuple[float, float]:
+    """(bytes per second, operations per second) that large products of this dtype reach."""
+    matrices = torch.randn(64, HIDDEN, HIDDEN).to(dtype)
+    row, tile = torch.randn(1, HIDDEN).to(dtype), torch.randn(1024, HIDDEN).to(dtype)
+
+    def best(call: Callable[[], object]) -> float:
+        times = []
+        for _ in range(5):
+            start = time.perf_counter()
+            call()
+            times.append(time.perf_counter() - start)
+        return min(times)
+
+    read = best(lambda: [torch.nn.functional.linear(row, m) for m in matrices])
+    compute = best(lambda: [torch.nn.functional.linear(tile, m) for m in matrices[:4]])
+    return matrices.numel() * matrices.element_size() / read, 4 * 2 * 1024 * HIDDEN**2 / compute
+
+
+class Bench:
+    """One block, its inputs, and the two tables."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.block = make_block(dtype)
+        self.pool_TH = torch.randn(4096, HIDDEN).to(dtype)
+        self.all_table, self.mean_table = thresholds(self.block, self.pool_TH)
+        self.dtype, self.bytes = dtype, EXPERT_WEIGHTS * torch.finfo(dtype).bits // 8
+
+    def stock(self, name: str, x: Tensor) -> Tensor:
+        self.block.experts.config._experts_implementation = name
+        return self.block(x)
+
+    def _inputs(self, tokens: int) -> list[Tensor]:
+        """The pool in pieces of this many tokens, in an order whose running mean of experts stays at 4.0."""
+        logits_TE, _, experts_TK = self.block.gate(self.pool_TH)
+        scores_TK = base_statistic(logits_TE, "logprob", "softmax").gather(-1, experts_TK)
+        level = float(self.mean_table.thresholds_LE[0, 0])
+        counts = (scores_TK >= level).sum(-1).clamp_min(1).view(-1, tokens).float().mean(-1).tolist()
+        more = [i for i, count in enumerate(counts) if count >= MEAN]
+        less = [i for i, count in enumerate(counts) if count < MEAN]
+        order, excess = [], 0.0
+        while more and less:
+            order.append((less if excess > 0 else more).pop())
+            excess += counts[order[-1]] - MEAN
+        return [self.pool_TH[i * tokens : (i + 1) * tokens].unsqueeze(0) for i in order]
+
+    def measure(self, tokens: int, seconds: float, limits: tuple[float, float]) -> dict[str, Any]:
+        """Times of all variants at one number of tokens, and what is derived from them."""
+        inputs = self._inputs(tokens)
+        first = {}
+        for name in STOCK:
+            if name == "batched_mm" and tokens > 1:
+                continue  # gathers the weights of every pair: seconds
+            self.stock(name, inputs[0])
+            first[name] = min(_clock(lambda name=name: self.stock(name, inputs[1]))[0] for _ in range(3))
+        near = [name for name in first if first[name] < 1.5 * min(first.values())]
+
+        keep_all = RoutingIntegration(self.block, TablePolicy(self.all_table))
+        fewer = RoutingIntegration(self.block, TablePolicy(self.mean_table))
+        times: dict[str, list[float]] = {name: [] for name in (*near, "all 8", "4.0", "share")}
+        distinct: dict[str, list[float]] = {"all 8": [], "4.0": []}
+        fastest = min(near, key=first.__getitem__)
+        start, turn = time.perf_counter(), 0
+        while turn < 6 or time.perf_counter() - start < seconds:
+            x = inputs[turn % len(inputs)]
+            names = [*near, "all 8", "4.0", "4.0"]  # the last with clocks in it
+            order = [(turn + i) % len(names) for i in range(len(names))]
+            for place in order:
+                name, clocks = names[place], place == len(names) - 1
+                if name in near:
+                    elapsed, _ = _clock(lambda name=name, x=x: self.stock(name, x))
+                else:
+                    self.block.experts.config._experts_implementation = fastest
+                    with keep_all if name == "all 8" else fewer as integration:
+                        if clocks:
+                            with Share(integration) as share:
+                                elapsed, _ = _clock(lambda x=x: self.block(x))
+                            times["share"].append((share.run - share.own) / elapsed)
+                            continue
+                        elapsed, _ = _clock(lambda x=x: self.block(x))
+                if turn:
+                    times[name].append(elapsed)
+            _, _, own_TK = self.block.gate(x)
+            distinct["all 8"].append(float(own_TK.unique().numel()))
+            with fewer:
+                _, _, kept_TK = self.block.gate(x)
+            distinct["4.0"].append(float(kept_TK[kept_TK < EXPERTS].unique().numel()))
+            turn += 1
+        fastest = min(near, key=lambda name: statistics.median(times[name]))
+        experts = fewer.telemetry.mean_experts_per_token
+        assert abs(experts - MEAN) < 0.1, experts
+
+        def bound(name: str, per_token: float) -> float:
+            reading = statistics.fmean(distinct[name]) * self.bytes / limits[0]
+            return max(reading, 2 * EXPERT_WEIGHTS * tokens * per_token / limits[1])
+
+        return {
+            "tokens": tokens,
+            "stock": fastest,
+            "times": {name: statistics.median(ts) * 1e3 for name, ts in times.items() if name != "share"},
+            "ratio": {
+                name: statistics.median(a / b for a, b in zip(times[name], times[fastest], strict=True))
+                for name in ("all 8", "4.0")
+            },
+            "share": statistics.median(times["share"]),
+            "experts": experts,
+            "distinct": statistics.fmean(distinct["4.0"]) / statistics.fmean(distinct["all 8"]),
+            "bound": bound("4.0", experts) / bound("all 8", TOP_K),
+            "rounds": turn - 1,
+        }
+
+
+def _clock(call: Callable[[], Any]) -> tuple[float, Any]:
+    start = time.perf_counter()
+    result = call()
+    return time.perf_counter() - start, result
+
+
+HEADER = (
+    "work",
+    "fastest stock",
+    "ms, top-8",
+    "ms, ours, all 8",
+    "ratio",
+    "ms, ours, 4.0",
+    "ratio",
+    "bound",
+    "distinct experts",
+    "decision and statistics",
+    "rounds",
+)
+
+
+@torch.inference_mode()
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--dtype", action="append", choices=("bfloat16", "float32", "float16"))
+    parser.add_argument("--tokens", type=int, action="append")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--seconds", type=float, default=25.0, help="per row (default 25)")
+    parser.add_argument("--write", type=Path, metavar="PAGE", help="put the table into this page")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(0)
+    rows, notes = [], []
+    for name in args.dtype or ("bfloat16", "float32"):
+        bench = Bench(getattr(torch, name))
+        limits = machine_limits(bench.dtype)
+        notes.append(f"{name}: {limits[0] / 1e9:.1f} GB/s and {limits[1] / 1e9:.0f} GFLOP/s")
+        for tokens in args.tokens or (1, 8, 64, 512):
+            row = bench.measure(tokens, args.seconds, limits)
+            cells = [
+                f"{name}, T = {tokens}",
+                row["stock"],
+                f"{row['times'][row['stock']]:.3g}",
+                f"{row['times']['all 8']:.3g}",
+                f"{row['ratio']['all 8']:.3f}",
+                f"{row['times']['4.0']:.3g}",
+                f"{row['ratio']['4.0']:.3f}",
+                f"{row['bound']:.2f}",
+                f"{row['distinct']:.2f}",
+                f"{row['share']:.1%}",
+                str(row["rounds"]),
+            ]
+            print(" | ".join(cells), f"| mean {row['experts']:.2f}", row["times"], flush=True)
+            rows.append(cells)
+        del bench
+    text = f"{markdown_table(HEADER, rows)}\n\n{describe_machine(args.threads)}; reached: {'; '.join(notes)}."
+    print("\n" + text)
+    if args.write:
+        write_block(args.write, "moe-block", text)
+
+
+if __name__ == "__main__":
+    main()
