@@ -128,7 +128,8 @@ def test_unknown_model_type(folder):
 def test_no_weights(folder):
     (folder / "model.safetensors").unlink()
     assert message(folder) == (
-        f"expected weights (*.safetensors) in the model folder {folder}, got none; copy the model again."
+        f"expected weights (model*.safetensors, pytorch_model*.bin) in the model folder {folder}, got none; copy the "
+        "model again."
     )
 
 

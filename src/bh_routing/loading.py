@@ -19,6 +19,7 @@ from .models import BUNDLED, bundled_calibration, bundled_path
 __all__ = ["check_device", "check_dtype", "default_calibration", "load_model", "resolve"]
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+WEIGHT_FILES = ("model*.safetensors", "pytorch_model*.bin")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 EXAMPLE_ID = "allenai/OLMoE-1B-7B-0924"
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
@@ -79,9 +80,9 @@ def _check_folder(path: Path) -> None:
         raise ModelLoadError(
             f"{config} is damaged: expected a model_type in it, got none; copy the model again."
         )
-    if not any(path.glob("*.safetensors")) and not any(path.glob("*.bin")):
+    if not any(match for pattern in WEIGHT_FILES for match in path.glob(pattern)):
         raise ModelLoadError(
-            f"expected weights (*.safetensors) in the model folder {path}, got none; copy the model again."
+            f"expected weights ({', '.join(WEIGHT_FILES)}) in the model folder {path}, got none; copy the model again."
         )
     if not any((path / file).is_file() for file in TOKENIZER_FILES):
         raise ModelLoadError(
