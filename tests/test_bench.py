@@ -86,7 +86,9 @@ def test_command(capsys, loaded, calibration):
 def test_command_prints_a_table_for_each_number_of_tokens(capsys, loaded):
     assert main(["bench", "olmoe-nano", "--tokens", "8", "--tokens", "1", "--rounds", "1"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    headings = [line for line in lines if line.split() == "stock 6 experts 4 experts 2 experts".split()]
+    headings = [
+        line for line in lines if line.split() == ["stock", "6", "experts", "4", "experts", "2", "experts"]
+    ]
     assert len(headings) == 2
     assert [line for line in lines if line.startswith(("Decoding", "8 tokens"))] == [
         "Decoding, one token at a time",
