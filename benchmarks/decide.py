@@ -10,13 +10,13 @@ to softmax + top-k of the same round.
 from __future__ import annotations
 
 import argparse
-import platform
 import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from machine import describe_machine
 from pages import markdown_table, write_block
 from torch import Tensor
 
@@ -105,12 +105,13 @@ def main() -> None:
             brackets = "" if name == BASE else f" ({ratio:.1f}x)"
             cells.append(f"{statistics.median(times[name]):,.0f}{brackets}")
         rows.append(cells)
-    where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU"
-    threads = "" if device.type == "cuda" else f", {args.threads} thread{'s' if args.threads > 1 else ''}"
+    where = describe_machine(args.threads)
+    if device.type == "cuda":
+        where = f"{torch.cuda.get_device_name(device)}; {where}"
+    rounds = min(len(times[BASE]) for times in measured.values())
     text = (
         markdown_table(["microseconds per call (median)", *(f"T = {t:,}" for t in TOKENS)], rows)
-        + f"\n\nE = {EXPERTS}, top-{TOP_K}, float32, torch {torch.__version__} on {where}{threads}; at least "
-        f"{min(len(times[BASE]) for times in measured.values())} rounds."
+        + f"\n\nE = {EXPERTS}, top-{TOP_K}, float32; at least {rounds} rounds. {where}."
     )
     print(text)
     if args.write:
