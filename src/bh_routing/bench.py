@@ -189,7 +189,7 @@ def measure(
                 for name in names:
                     with _applied(variants.get(name)) as integration:
                         instruments = _Instruments(plan, integration) if instrumented else None
-                        seconds = _time(model, input_ids, count, steps, instruments)
+                        seconds = _time(model, input_ids, count, steps, turn * steps, instruments)
                     if turn == 0:
                         continue  # warm-up
                     if instruments is None:
@@ -210,9 +210,12 @@ def _applied(integration: RoutingIntegration | None) -> Iterator[RoutingIntegrat
 
 
 def _time(
-    model: Any, input_ids: Tensor, tokens: int, steps: int, instruments: _Instruments | None
+    model: Any, input_ids: Tensor, tokens: int, steps: int, first: int, instruments: _Instruments | None
 ) -> list[float]:
-    """Seconds of one forward, or of each of ``steps`` decoding steps."""
+    """Seconds of one forward, or of each of ``steps`` decoding steps over the text's tokens from ``first`` on.
+
+    The greedy choice is computed, but the text goes on as it is: all variants decode the same tokens.
+    """
     seconds = []
     if tokens > 1:
         with _installed(instruments):
@@ -222,10 +225,12 @@ def _time(
         return seconds
     output = model(input_ids=input_ids[:, :CONTEXT], use_cache=True)
     with _installed(instruments):
-        for _ in range(steps):
-            last = output.logits[:, -1:].argmax(-1)
+        for step in range(first, first + steps):
+            column = step % input_ids.shape[1]
+            token = input_ids[:, column : column + 1]
             start = _now(input_ids)
-            output = model(input_ids=last, past_key_values=output.past_key_values, use_cache=True)
+            output = model(input_ids=token, past_key_values=output.past_key_values, use_cache=True)
+            output.logits[:, -1].argmax(-1)
             seconds.append(_now(input_ids) - start)
     return seconds
 
