@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor, nn
@@ -124,6 +124,14 @@ class RoutingIntegration:
                 "make the integration with collect_stats=True."
             )
         return self._telemetry
+
+    @property
+    def watchers(self) -> list[Callable[..., None]]:
+        """Functions ``f(router, context, decision, logits_TE)`` called after every decision; add to it or remove.
+
+        Tensors carry their graph. A copy of the model is not watched.
+        """
+        return self._patch.watchers
 
     def patch_model(self) -> None:
         """Apply the plan: all routers, or none.
@@ -382,6 +390,7 @@ class BHRoutingIntegration(RoutingIntegration):
         if self.calibration is not None:
             self.calibration.check(plan, strict=self._strict)
             plan = plan.without(self.calibration.left_out)
+        self._calibrated_plan = plan
         if self.means and self.weights == "model":
             plan = plan.with_convention("raw")
         return plan
@@ -393,6 +402,11 @@ class BHRoutingIntegration(RoutingIntegration):
         if isinstance(policy, PValuePolicy):
             return policy.alpha
         return policy.table.alpha if isinstance(policy, TablePolicy) else None
+
+    @property
+    def budget(self) -> float | Mapping[str, float] | None:
+        """The budget in use, experts per token; None where a level was given."""
+        return self._budget
 
     def set_level(
         self,
@@ -437,6 +451,41 @@ class BHRoutingIntegration(RoutingIntegration):
         elif isinstance(self.policy, PValuePolicy) and isinstance(new, PValuePolicy):
             self.policy.set_alpha(new.alpha)
         self._budget = experts_per_token
+
+    def set_calibration(self, calibration: Calibration) -> None:
+        """Follow another calibration of the same routers, at the same level or budget, also while patched.
+
+        For a model whose weights have changed: the table and the compensation are rewritten in the same buffers.
+
+        Raises
+        ------
+        InvalidParameterError
+            If the integration was made without a calibration, or with the compensation and the new one holds none.
+        CalibrationError, BudgetError
+            If the new one cannot serve the routers, the level or the budget; nothing has changed then.
+        """
+        old = self.calibration
+        if old is None:
+            raise InvalidParameterError(
+                "expected an integration that was made with a calibration, got one without; make it with "
+                "calibration=..."
+            )
+        means = calibration.mean_outputs() if self.means else {}
+        if self.means.keys() != means.keys() or any(means[p].shape != m.shape for p, m in self.means.items()):
+            raise InvalidParameterError(
+                "expected a calibration with mean outputs of the same form as the one in use (the compensation is on), "
+                "got others; calibrate with the same options."
+            )
+        calibration.check(self._calibrated_plan, strict=self._strict)
+        level = {"experts_per_token": self._budget} if self._budget is not None else {"alpha": self.alpha}
+        self.calibration = calibration
+        try:
+            self.set_level(**level)
+        except BaseException:
+            self.calibration = old
+            raise
+        self.means = means
+        self._patch.set_means(means)
 
     def unpatch_model(self) -> None:
         """Restore the model, bit for bit. Does nothing if it is not patched."""

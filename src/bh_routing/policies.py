@@ -337,6 +337,10 @@ class TablePolicy(_CountPolicy):
             for name in ("thresholds_LE", "scale_LE", "offset_LE")
         )
 
+    def row_of(self, context: RoutingContext) -> tuple[Tensor, Tensor, Tensor]:
+        """Thresholds, scale and offset of a router, float32 [E] each: the buffers in use, on its device."""
+        return self._rows[context.path]
+
     def set_table(self, table: DecisionTable) -> None:
         """Write another table's thresholds into the same buffers: no re-patching, no recompiling.
 

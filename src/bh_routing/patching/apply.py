@@ -31,6 +31,19 @@ logger = logging.getLogger(__name__)
 Skip = Literal["auto", "compact", "zero"]
 
 
+class Watchers(list[Callable[..., None]]):
+    """Functions ``f(router, context, decision, logits_TE)`` that see every decision of a patched model, with its graph.
+
+    A copy or a pickle of the model is not watched: watchers belong to whoever added them.
+    """
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Watchers:
+        return Watchers()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Watchers, ()
+
+
 class _Link:
     """What a router's patch hands to the patch of the experts beside it, within one forward."""
 
@@ -52,11 +65,12 @@ class RouterPatch(InstancePatch):
         link: _Link | None,
         change: bool,
         keep_indices: bool,
+        watchers: Watchers,
     ) -> None:
         super().__init__(layer.call.module, layer.call.attribute)
         self.layer, self.context, self.policy = layer, context, policy
         self.info, self.telemetry, self.link = info, telemetry, link
-        self.change, self.keep_indices = change, keep_indices
+        self.change, self.keep_indices, self.watchers = change, keep_indices, watchers
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
         outputs = self.inner(*args, **kwargs)
@@ -74,6 +88,8 @@ class RouterPatch(InstancePatch):
             decision = decide_with_factors(self.policy, logits_TE, weights_TK, experts_TK, context, factors_E)
         if self.telemetry is not None:
             self.telemetry.update(context, decision, logits_TE)
+        for watcher in self.watchers:
+            watcher(self.layer.router, context, decision, logits_TE)
         if not self.change:
             return outputs
         if self.link is not None:
@@ -116,7 +132,7 @@ class ExpertsPatch(InstancePatch):
     ) -> None:
         assert layer.experts is not None
         super().__init__(layer.experts)
-        self.ids = layer.ids
+        self.ids, self.path = layer.ids, layer.path
         self.link, self.means_EH, self.compact = link, means_EH, compact
 
     def run(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -190,6 +206,7 @@ class RoutingPatch:
             raise InvalidParameterError(f"skip must be 'auto', 'compact' or 'zero', got {skip!r}.")
         self.plan, self.policy, self.telemetry = plan, policy, telemetry
         self.change, self.skip, self.means = change, skip, dict(means or {})
+        self.watchers = Watchers()
         self._pieces: list[Any] = []
 
     def apply(self) -> None:
@@ -244,6 +261,7 @@ class RoutingPatch:
                     link=link,
                     change=self.change,
                     keep_indices=mode == "zero",
+                    watchers=self.watchers,
                 )
             )
             if mode == "registry":
@@ -252,7 +270,7 @@ class RoutingPatch:
                 if means_EH is not None:
                     assert layer.experts is not None
                     dtype = next(layer.experts.parameters()).dtype
-                    means_EH = means_EH.to(execution_device(layer.experts), dtype)
+                    means_EH = means_EH.to(execution_device(layer.experts), dtype, copy=True)
                 pieces.append(ExpertsPatch(layer, link, means_EH=means_EH, compact=mode == "wrapper"))
         if reasons:
             logger.warning(
@@ -261,6 +279,13 @@ class RoutingPatch:
                 f"; the same for {len(reasons) - 1} more layers" if len(reasons) > 1 else "",
             )
         return pieces
+
+    def set_means(self, means: Mapping[str, Tensor]) -> None:
+        """Write other mean outputs, of the same routers and shapes, into the buffers of the compensation."""
+        self.means = dict(means)
+        for piece in self._pieces:
+            if isinstance(piece, ExpertsPatch) and piece.means_EH is not None:
+                piece.means_EH.copy_(self.means[piece.path])
 
     def remove(self) -> None:
         """Undo everything, in reverse; every piece is tried even if one fails."""
