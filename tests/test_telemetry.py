@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from bh_routing.errors import InvalidInputError, MissingDependencyError
 from bh_routing.policies import PValuePolicy, RoutingContext, TopKPolicy
 from bh_routing.routing import RoutingDecision
-from bh_routing.telemetry import SMALL, Telemetry
+from bh_routing.telemetry import CALLS, TOKENS, Telemetry
 
 E, K = 16, 4
 
@@ -482,13 +482,20 @@ def test_no_host_synchronisation(generator, masked):
 def test_small_calls_wait_and_are_counted_when_somebody_reads(generator):
     telemetry, calls = Telemetry([context()], [K]), []
     layer = telemetry._layers[context().path]
-    for tokens in [1] * 150 + [200, 1, 63, 64, 2]:
+    for tokens in [1] * 150 + [600, 1, 63, 64, 2]:
         mask = torch.rand(tokens, generator=generator) < 0.5 if tokens % 2 else None
         calls.append((random_decision(generator, tokens, fallback=tokens != 2), mask))
         telemetry.update(replace(context(), mask_T=mask), calls[-1][0])
-        assert len(layer.waiting) < SMALL
+        assert len(layer.waiting) < CALLS
         assert telemetry.silent_layers() == []
-    assert len(layer.waiting) == 150 % SMALL + 3
+    assert len(layer.waiting) == 150 % CALLS + 4
+    for tokens in (200, 300):  # by now 152 + 200 wait, and then too many
+        calls.append((random_decision(generator, tokens), None))
+        telemetry.update(context(), calls[-1][0])
+        assert layer.waiting_tokens < TOKENS
+    assert layer.waiting == []
+    telemetry.update(context(), calls[0][0])
+    calls.append(calls[0])
     assert_same(telemetry.to_dict()["layers"][0], loop(calls))
     assert layer.waiting == []
     assert telemetry.total_forward_passes == len(calls)

@@ -11,6 +11,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -297,8 +298,9 @@ class TablePolicy(_CountPolicy):
         self.table = table
         self.backend = backend
         self._rows: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
-        self._host_rows: dict[str, HostRow] = {}
         self._functions: dict[str, Callable[..., RoutingDecision]] = {}
+        self._settings: dict[str, dict[str, Any]] = {}
+        self._host: dict[str, Callable[..., RoutingDecision]] = {}
 
     def bind(self, contexts: Iterable[RoutingContext]) -> None:
         contexts = list(contexts)
@@ -315,12 +317,28 @@ class TablePolicy(_CountPolicy):
         }
         self._rows = {c.path: self._row(self.table, c) for c in contexts}
         self._functions = functions
+        self._settings = {c.path: self._settings_for(c) for c in contexts}
         self._read_rows()
 
+    def _settings_for(self, context: RoutingContext) -> dict[str, Any]:
+        return {
+            "empty": context.empty,
+            "statistic": self.table.statistic,
+            "score": context.score,
+            "temperature": self.table.temperature,
+            "rule": self.table.rule,
+            "min_k": self.min_k,
+            "max_k": self.max_k,
+            "clamp": self.clamp,
+            "weights": plain_rule(self.weights, context.convention),
+        }
+
     def _read_rows(self) -> None:
-        """The rows of routers on the host as Python floats, for single tokens."""
-        self._host_rows = {
-            path: HostRow(*(buffer.tolist() for buffer in row))
+        """What decides a single token on the host, where rows and router live there: all but the token bound."""
+        self._host = {
+            path: partial(
+                decide_one_token, row=HostRow(*(buffer.tolist() for buffer in row)), **self._settings[path]
+            )
             for path, row in self._rows.items()
             if self._functions[path] is decide_by_table and row[0].device.type == "cpu"
         }
@@ -365,38 +383,30 @@ class TablePolicy(_CountPolicy):
     def decide(
         self, logits_TE: Tensor, own_weights_TK: Tensor, own_experts_TK: Tensor, context: RoutingContext
     ) -> RoutingDecision:
-        row = self._rows[context.path]
-        table = self.table
+        path = context.path
         if self._widens(context):
-            base_TE = base_statistic(logits_TE, table.statistic, context.score, table.temperature)
-            thresholds_E, scale_E, offset_E = row
-            statistic_TE = affine_statistic(base_TE, scale_E, offset_E)
-            kept = keep_by_table(
-                statistic_TE,
-                thresholds_E,
-                rule=table.rule,
-                min_k=self.min_k,
-                max_k=self.max_k,
-                clamp=self.clamp,
-            )
-            return self._widened(kept, statistic_TE, logits_TE, own_weights_TK, own_experts_TK, context)
-        settings: dict[str, Any] = {
-            "empty": context.empty,
-            "statistic": table.statistic,
-            "score": context.score,
-            "temperature": table.temperature,
-            "rule": table.rule,
-            "min_k": self.min_k,
-            "max_k": self.max_k,
-            "clamp": self.clamp,
-            "weights": plain_rule(self.weights, context.convention),
-        }
-        if logits_TE.shape[0] == 1 and not torch.compiler.is_compiling():
-            host_row = self._host_rows.get(context.path)
-            if host_row is not None:
-                return decide_one_token(logits_TE, own_weights_TK, own_experts_TK, host_row, **settings)
-        function = self._functions[context.path]
-        return function(logits_TE, own_weights_TK, own_experts_TK, *row, **settings)
+            return self._decide_widened(logits_TE, own_weights_TK, own_experts_TK, context)
+        if logits_TE.shape[0] == 1 and path in self._host and not torch.compiler.is_compiling():
+            return self._host[path](logits_TE, own_weights_TK, own_experts_TK)
+        function = self._functions[path]
+        return function(logits_TE, own_weights_TK, own_experts_TK, *self._rows[path], **self._settings[path])
+
+    def _decide_widened(
+        self, logits_TE: Tensor, own_weights_TK: Tensor, own_experts_TK: Tensor, context: RoutingContext
+    ) -> RoutingDecision:
+        table = self.table
+        thresholds_E, scale_E, offset_E = self._rows[context.path]
+        base_TE = base_statistic(logits_TE, table.statistic, context.score, table.temperature)
+        statistic_TE = affine_statistic(base_TE, scale_E, offset_E)
+        kept = keep_by_table(
+            statistic_TE,
+            thresholds_E,
+            rule=table.rule,
+            min_k=self.min_k,
+            max_k=self.max_k,
+            clamp=self.clamp,
+        )
+        return self._widened(kept, statistic_TE, logits_TE, own_weights_TK, own_experts_TK, context)
 
     def describe(self) -> dict[str, Any]:
         return super().describe() | {"table": repr(self.table), "alpha": self.table.alpha}

@@ -32,7 +32,8 @@ from .policies import RoutingContext
 from .pvalues import at_least_float32
 from .routing import RoutingDecision, not_finite
 
-SMALL = 64  # calls with fewer tokens wait, up to so many calls
+# Calls wait until they are so many, or hold so many tokens: counting them together costs what counting one does.
+CALLS, TOKENS = 64, 512
 
 
 class Telemetry:
@@ -288,6 +289,7 @@ class _Layer:
         cells = 3 * self.stride
         self.padding = cells + (slots + 1) * self.width
         self.waiting: list[tuple[RoutingDecision, Tensor, Tensor, Tensor | None]] = []
+        self.waiting_tokens = 0
         device = context.device
         # A tensor made in inference mode could not be written to outside of it.
         with torch.inference_mode(False):
@@ -323,21 +325,27 @@ class _Layer:
         if weights_TK.requires_grad or own_weights_TK.requires_grad:  # neither keep nor compute a graph
             weights_TK, own_weights_TK = weights_TK.detach(), own_weights_TK.detach()
             decision = replace(decision, weights_TK=weights_TK, own_weights_TK=own_weights_TK)
-        if len(fallback_T) >= SMALL or _in_graph(self.counts):
+        tokens = len(fallback_T)
+        if tokens >= TOKENS or _in_graph(self.counts):
             self.count(_call(decision, weights_TK, fallback_T, mask_T), 1)
             return
         # A copy: the model may write to the weights it is given.
         self.waiting.append((decision, weights_TK.clone(), fallback_T, mask_T))
-        if len(self.waiting) >= SMALL:
+        self.waiting_tokens += tokens
+        if len(self.waiting) >= CALLS or self.waiting_tokens >= TOKENS:
             self.catch_up()
 
     def catch_up(self) -> None:
         """Count the calls that are waiting."""
         if self.waiting:
             calls = [_call(*waiting) for waiting in self.waiting]
-            self.waiting.clear()
+            self._forget_waiting()
             with torch.no_grad():
                 self.count(_together(calls), len(calls))
+
+    def _forget_waiting(self) -> None:
+        self.waiting.clear()
+        self.waiting_tokens = 0
 
     def count(self, call: _Call, calls: int) -> None:
         """Add some tokens to the buffers."""
@@ -361,7 +369,7 @@ class _Layer:
         self.calls.add_(calls)
 
     def reset(self) -> None:
-        self.waiting.clear()
+        self._forget_waiting()
         for buffer in (self.counts, self.sums, self.calls):
             buffer.zero_()
 

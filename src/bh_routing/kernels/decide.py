@@ -159,7 +159,7 @@ def decide_one_token(
     """`decide_by_table` for one token on the host, in plain Python.
 
     Between products that empty the caches every tensor operation costs 5 to 20 microseconds, whatever it does;
-    this takes four of them instead of twenty-five (docs/speed.md). It computes in double precision: counts and
+    this takes four of them instead of twenty-five (docs/performance.md). It computes in double precision: counts and
     sets are those of `decide_by_table` wherever a statistic is further than 8 units in the last place of float32
     from its threshold, and always on logits for which the arithmetic is exact.
     """

@@ -13,9 +13,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 from torch.nn.functional import embedding_bag, linear
 
 from ..pvalues import at_least_float32
+
+# What torch.compile's CPU code calls for a linear layer.
+_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
 def loop_forward(experts: Any, hidden_TH: Tensor, experts_TK: Tensor, weights_TK: Tensor) -> Tensor | None:
@@ -66,7 +70,7 @@ def _outputs(experts: Any, x_PH: Tensor, groups: list[tuple[int, int, int]]) -> 
     """Outputs before the routing weights, [P, H], of pairs sorted by expert; groups of (expert, start, end).
 
     Two sweeps over the experts with the gate in between: beside products that clear the caches every other
-    operation is expensive, and this way there are few (docs/speed.md).
+    operation is expensive, and this way there are few (docs/performance.md).
     """
     hidden = _products(experts, "gate_up_proj" if experts.has_gate else "up_proj", x_PH, groups)
     hidden = experts._apply_gate(hidden) if experts.has_gate else experts.act_fn(hidden)
@@ -81,11 +85,41 @@ def _products(experts: Any, name: str, x_PI: Tensor, groups: list[tuple[int, int
         weight_ENI = weight_ENI.transpose(-2, -1)
     bias_EN: Tensor | None = getattr(experts, f"{name}_bias") if experts.has_bias else None
     x_PI = x_PI.to(weight_ENI.dtype)
+    onednn = _onednn_is_better(experts, x_PI, weight_ENI, bias_EN)
     parts = []
     for expert, start, end in groups:
         bias_N = None if bias_EN is None else bias_EN[expert]
-        parts.append(linear(x_PI[start:end], weight_ENI[expert], bias_N))
+        parts.append(_product(x_PI[start:end], weight_ENI[expert], bias_N, onednn=onednn))
     return torch.cat(parts)
+
+
+def _product(x_PI: Tensor, weight_NI: Tensor, bias_N: Tensor | None, *, onednn: bool) -> Tensor:
+    if onednn and weight_NI.is_contiguous():
+        product: Tensor = torch.ops.mkldnn._linear_pointwise(x_PI, weight_NI, bias_N, "none", [], "")
+        return product
+    return linear(x_PI, weight_NI, bias_N)
+
+
+def _onednn_is_better(experts: Any, x_PI: Tensor, weight_ENI: Tensor, bias_EN: Tensor | None) -> bool:
+    """Whether float32 products go to oneDNN: on CPU, in evaluation, where nothing asks for a gradient.
+
+    ``linear`` sends float32 to the BLAS library. Where that is MKL and the processor not Intel's, it takes twice as
+    long as oneDNN for the 2 to 64 rows that one expert gets (docs/performance.md). Both accumulate in float32; bfloat16
+    goes to oneDNN anyway. In training mode the same products are taken with and without gradients, so that
+    gradient checkpointing recomputes what it saw.
+    """
+    return (
+        _ONEDNN
+        and x_PI.device.type == "cpu"
+        and x_PI.dtype == weight_ENI.dtype == torch.float32
+        and not experts.training
+        and type(weight_ENI) in (Tensor, Parameter)  # no quantised or distributed kind
+        and not (
+            torch.is_grad_enabled()
+            and any(t is not None and t.requires_grad for t in (x_PI, weight_ENI, bias_EN))
+        )
+        and not torch.is_autocast_enabled("cpu")
+    )
 
 
 def grouped_forward(experts: Any, hidden_TH: Tensor, experts_TK: Tensor, weights_TK: Tensor) -> Tensor:

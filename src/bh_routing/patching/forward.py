@@ -19,6 +19,8 @@ class ForwardInfo:
     def __init__(self) -> None:
         self.shape: tuple[int, int] | None = None
         self.mask_T: Tensor | None = None
+        # Those without a mask: (the router's, the same completed), which keeps the identity in the key alive.
+        self._complete: dict[tuple[int, tuple[int, int]], tuple[RoutingContext, RoutingContext]] = {}
 
     def clear(self) -> None:
         """Forget the call."""
@@ -31,8 +33,19 @@ class ForwardInfo:
         mask_T = self.mask_T
         if mask_T is not None and mask_T.device != logits_TE.device:
             mask_T = mask_T.to(logits_TE.device, non_blocking=True)
-        phase: Literal["prefill", "decode"] = "decode" if self.shape[1] == 1 else "prefill"
-        return replace(context, shape=self.shape, mask_T=mask_T, phase=phase)
+        if mask_T is not None or torch.compiler.is_compiling():
+            return replace(context, shape=self.shape, mask_T=mask_T, phase=self._phase)
+        # Making one takes longer than looking it up, at every layer of every decoding step.
+        key = (id(context), self.shape)
+        if key not in self._complete:
+            if len(self._complete) >= 4096:
+                self._complete.clear()
+            self._complete[key] = (context, replace(context, shape=self.shape, phase=self._phase))
+        return self._complete[key][1]
+
+    @property
+    def _phase(self) -> Literal["prefill", "decode"]:
+        return "decode" if self.shape is not None and self.shape[1] == 1 else "prefill"
 
 
 class _Before:
