@@ -1,0 +1,13 @@
+"""The same routing in vLLM, from the same calibration file (docs/vllm.md).
+
+vLLM loads `plugin.register` by the entry point ``vllm.general_plugins``; nobody else imports this package.
+
+    settings.py   what a person configures, checked; its digest
+    paths.py      a calibration's module paths -> vLLM's layer names
+    routing.py    the routers of one engine: decide, count, fill unused slots; pure PyTorch, no vLLM
+    ragged.py     the experts' kernel called with the kept pairs only; pure PyTorch, no vLLM
+    ops.py        both as operations that torch.compile does not look into (needs vLLM)
+    plugin.py     where vLLM is hooked
+    worker.py     bh_routing_stats, bh_routing_reset, bh_routing_set on every worker
+    serving.py    `bh-routing serve`
+"""
