@@ -86,10 +86,14 @@ def _products(experts: Any, name: str, x_PI: Tensor, groups: list[tuple[int, int
     bias_EN: Tensor | None = getattr(experts, f"{name}_bias") if experts.has_bias else None
     x_PI = x_PI.to(weight_ENI.dtype)
     onednn = _onednn_is_better(experts, x_PI, weight_ENI, bias_EN)
+    weights: Any = weight_ENI
+    if weight_ENI.requires_grad and torch.is_grad_enabled():
+        # Backward stacks what each expert got; indexing would add up as many tensors of all experts' size.
+        weights = weight_ENI.unbind(0)
     parts = []
     for expert, start, end in groups:
         bias_N = None if bias_EN is None else bias_EN[expert]
-        parts.append(_product(x_PI[start:end], weight_ENI[expert], bias_N, onednn=onednn))
+        parts.append(_product(x_PI[start:end], weights[expert], bias_N, onednn=onednn))
     return torch.cat(parts)
 
 
