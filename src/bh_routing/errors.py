@@ -68,3 +68,7 @@ class UnknownPolicyError(BHRoutingError, ValueError):
 
 class DatasetError(BHRoutingError, ValueError):
     """A data set cannot be read, or needs a network that is not there."""
+
+
+class ServerError(BHRoutingError, RuntimeError):
+    """A server did not start, or does not route as it was asked to; the message says what it said."""

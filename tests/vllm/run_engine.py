@@ -1,7 +1,7 @@
 """One vLLM engine in a process of its own: a job as JSON on stdin, what it answered as JSON in the file of argv[1].
 
-A job has ``engine`` (arguments of `vllm.LLM`), ``prompts`` (lists of token ids), ``max_tokens`` and ``steps``, a list
-of ["generate"] or [method of collective_rpc, keyword arguments]; the answer has one result per step.
+A job has ``engine`` (arguments of `vllm.LLM`) and ``steps``: ["generate", {"prompts": [token ids, ...], "max_tokens": n}]
+or [method of collective_rpc, keyword arguments]; the answer has one result per step.
 """
 
 from __future__ import annotations
@@ -27,17 +27,15 @@ def generate(llm: Any, prompts: list[list[int]], max_tokens: int) -> list[dict[s
     return [
         {
             "tokens": list(answer.outputs[0].token_ids),
-            "logprobs": [
-                step[token].logprob
-                for step, token in zip(answer.outputs[0].logprobs, answer.outputs[0].token_ids, strict=True)
-            ],
-            "prompt_logprobs": [
-                step[token].logprob
-                for step, token in zip(answer.prompt_logprobs[1:], answer.prompt_token_ids[1:], strict=True)
-            ],
+            "logprobs": _of(answer.outputs[0].logprobs, answer.outputs[0].token_ids),
+            "prompt_logprobs": _of(answer.prompt_logprobs[1:], answer.prompt_token_ids[1:]),
         }
         for answer in answers
     ]
+
+
+def _of(steps: Any, tokens: Any) -> list[float]:
+    return [step[token].logprob for step, token in zip(steps, tokens, strict=True)]
 
 
 def main() -> None:
@@ -46,11 +44,11 @@ def main() -> None:
 
     llm = LLM(**job["engine"])
     results: list[Any] = []
-    for step in job["steps"]:
-        if step[0] == "generate":
-            results.append(generate(llm, job["prompts"], job["max_tokens"]))
+    for name, arguments in job["steps"]:
+        if name == "generate":
+            results.append(generate(llm, **arguments))
         else:
-            results.append(llm.collective_rpc(step[0], kwargs=step[1] if len(step) > 1 else None))
+            results.append(llm.collective_rpc(name, kwargs=arguments))
     with open(sys.argv[1], "w", encoding="utf-8") as file:
         json.dump(results, file)
 

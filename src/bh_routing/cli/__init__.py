@@ -30,6 +30,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "lm-eval": ("lm_eval", "tasks of lm-evaluation-harness under routing policies"),
     "bench": ("bench", "time a model with its own routing and with fewer experts, side by side"),
     "finetune": ("finetune", "train a model under routing at a budget: a checkpoint and its calibration"),
+    "serve": ("serve", "an OpenAI-compatible server, vLLM, with BH routing"),
     "record": ("record", "router logits, choices and weights of a sample of tokens, to a file"),
 }
 

@@ -369,7 +369,7 @@ def _gate(model: torch.nn.Module, layer: LayerRouting, device: torch.device) -> 
     shape = (layer.facts.num_experts, layer.facts.hidden_size)
     held = torch.nn.Module()
     weight_EH = getattr(gate, "weight", None)
-    if getattr(weight_EH, "shape", None) != shape:
+    if not isinstance(weight_EH, torch.Tensor) or weight_EH.shape != shape:
         try:
             logits = gate(torch.eye(layer.facts.hidden_size, dtype=layer.facts.dtype, device=device))
         except Exception:  # whatever it asks for besides hidden states: its weights stay unknown
@@ -388,11 +388,7 @@ def _make_ragged(runner: Any) -> bool:
     layer = layer_of(runner)
     assert layer is not None
     settings = layer.engine.settings
-    if (
-        not settings.ragged
-        or settings.mode != "patch"
-        or not torch.device(layer.context.device).type == "cpu"
-    ):
+    if not settings.ragged or settings.mode != "patch" or layer.context.device.type != "cpu":
         return False
     from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUUnquantizedExperts
 

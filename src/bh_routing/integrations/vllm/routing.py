@@ -9,6 +9,8 @@ that the token keeps, because kernels write nothing, or nonsense, for an index t
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -142,9 +144,10 @@ class EngineRouting:
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
-        self.calibration = settings.load_calibration()
-        self.compensates = settings.compensates(self.calibration)
-        self.policy: RoutingPolicy | None = settings.make_policy(self.calibration)
+        with _plain_tensors():
+            self.calibration = settings.load_calibration()
+            self.compensates = settings.compensates(self.calibration)
+            self.policy: RoutingPolicy | None = settings.make_policy(self.calibration)
         self.telemetry: Telemetry | None = None
         self.layers: list[LayerRouting] = []
         self.left_out: list[str] = []  # names of layers that the calibration left out
@@ -235,6 +238,10 @@ class EngineRouting:
 
     def bind(self, device: torch.device) -> None:
         """Put thresholds, counters and the compensation on the device; the layers decide from then on."""
+        with _plain_tensors():
+            self._bind(device)
+
+    def _bind(self, device: torch.device) -> None:
         for layer in self.layers:
             layer.context = replace(layer.context, device=device)
         contexts = [layer.context for layer in self.layers]
@@ -280,17 +287,18 @@ class EngineRouting:
             raise InvalidParameterError(
                 f"experts_per_token={experts_per_token!r} needs a calibration; start the engine with one."
             )
-        if alpha is None:
-            new = self.settings.make_policy(self.calibration, experts_per_token=_budget(experts_per_token))
-        else:
-            new = self.settings.make_policy(self.calibration, alpha=_number("alpha", alpha))
+        level: dict[str, Any] = {"alpha": _number("alpha", alpha)} if alpha is not None else {}
+        if not level:
+            level = {"experts_per_token": _budget(experts_per_token)}
+        with _plain_tensors():
+            new = self.settings.make_policy(self.calibration, **level)
         if isinstance(self.policy, TablePolicy) and isinstance(new, TablePolicy):
             self.policy.set_table(new.table)
         else:
             assert isinstance(self.policy, PValuePolicy)
             assert isinstance(new, PValuePolicy)
             self.policy.set_alpha(new.alpha)
-        self.budget = experts_per_token
+        self.budget = level.get("experts_per_token")
 
     def reset(self) -> None:
         """Set all statistics to zero."""
@@ -351,6 +359,18 @@ class EngineRouting:
         source = "calibrated" if self.calibration is not None else "each token its own null"
         extra = ", with compensation" if self.compensates and settings.mode == "patch" else ""
         return f"{what}, {source}{extra}, mode {settings.mode}"
+
+
+@contextmanager
+def _plain_tensors() -> Iterator[None]:
+    """float32 on the host by default: vLLM builds a model with its dtype and its device as the defaults."""
+    dtype = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        with torch.device("cpu"), torch.inference_mode(False):
+            yield
+    finally:
+        torch.set_default_dtype(dtype)
 
 
 def _number(name: str, value: Any) -> float:

@@ -1,0 +1,121 @@
+"""Start vLLM's OpenAI-compatible server with BH routing, on this machine only unless --host says otherwise.
+
+After start-up every MoE layer must say that it is routed, else the server is ended. What vLLM logs goes to stderr.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import signal
+from typing import Any
+
+from . import common
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="olmoe-nano, a folder, or a hub id")
+    level = parser.add_mutually_exclusive_group()
+    level.add_argument("--alpha", type=float, metavar="A", help="level, 0 < A < 1 (default 0.05)")
+    level.add_argument(
+        "--experts", type=float, metavar="N", help="a budget instead: N experts per token on average"
+    )
+    parser.add_argument(
+        "--calibration",
+        metavar="FILE",
+        help="calibrated null, made by `bh-routing calibrate`; olmoe-nano comes with one, `none` turns it off",
+    )
+    parser.add_argument("--min-k", type=int, default=1, metavar="K", help="at least K experts (default 1)")
+    parser.add_argument(
+        "--max-k", type=int, metavar="K", help="at most K experts (default: the model's own top-k)"
+    )
+    parser.add_argument(
+        "--mode",
+        default="patch",
+        help="patch: BH routing decides; analyze: the model routes as always, BH is counted",
+    )
+    parser.add_argument(
+        "--no-compensation", action="store_true", help="add nothing in place of dropped experts"
+    )
+    parser.add_argument(
+        "--padded",
+        action="store_true",
+        help="on CPU: compute unused slots, too (to compare; it saves little)",
+    )
+    server = parser.add_argument_group("server")
+    server.add_argument("--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1)")
+    server.add_argument("--port", type=int, default=8000, metavar="N", help="default 8000")
+    server.add_argument("--name", metavar="NAME", help="what clients call the model (default: MODEL)")
+    server.add_argument("--dtype", default="auto", help="auto (as stored), float32, bfloat16, float16")
+    server.add_argument(
+        "--start-timeout", type=float, default=1800, metavar="S", help="seconds to wait for it (default 1800)"
+    )
+    server.add_argument(
+        "--vllm",
+        default="",
+        metavar="ARGS",
+        help='more arguments for vLLM in one string: --vllm "--max-model-len 4096 --tensor-parallel-size 2"',
+    )
+
+
+def run(args: argparse.Namespace) -> None:
+    from ..integrations.vllm import serving
+
+    plan = make_plan(args)
+    serving.check_installed()
+    _check_budget(plan)
+    signal.signal(signal.SIGTERM, _interrupt)  # a server of a service manager must take its children along
+    with serving.Server(plan) as server:
+        server.wait_until_ready(args.start_timeout)
+        routed = server.check_routed()
+        print(f"\n{plan.name} at {plan.url}/v1: {routed}")
+        print(serving.how_to_talk(plan), flush=True)
+        code = server.process.wait()
+    if code:
+        raise server.ended()
+
+
+def _interrupt(*_: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def make_plan(args: argparse.Namespace) -> Any:
+    """What the arguments ask for; raises for what is wrong before anything is started."""
+    from ..integrations.vllm.serving import ServerPlan
+    from ..integrations.vllm.settings import Settings
+    from ..loading import check_dtype, default_calibration, resolve
+
+    _, model = resolve(args.model)
+    check_dtype(args.dtype)
+    common.load_calibration(args.calibration, args.model, [] if args.experts is None else [args.experts])
+    file = default_calibration(args.model) if args.calibration is None else args.calibration
+    calibration = None if args.calibration == "none" or file is None else str(file)
+    if args.alpha is not None:
+        from ..procedures import check_alpha
+
+        check_alpha(args.alpha)
+    settings = Settings(
+        calibration=calibration,
+        alpha=args.alpha,
+        experts_per_token=args.experts,
+        min_k=args.min_k,
+        max_k=args.max_k,
+        mode=args.mode,
+        compensation=False if args.no_compensation else None,
+        ragged=not args.padded,
+    )
+    return ServerPlan(
+        model=model,
+        name=args.name or common.model_name(args.model),
+        settings=settings,
+        host=args.host,
+        port=args.port,
+        arguments=("--dtype", args.dtype, *shlex.split(args.vllm)),
+    )
+
+
+def _check_budget(plan: Any) -> None:
+    """Solve the budget here, where its error is one sentence, before vLLM is started."""
+    from ..integrations.vllm.routing import EngineRouting
+
+    EngineRouting(plan.settings)

@@ -1,0 +1,229 @@
+"""`bh-routing serve` with a real client, and what stops it."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import torch
+
+from bh_routing.calibration import Calibration
+from bh_routing.models import bundled_calibration
+
+CALIBRATION = str(bundled_calibration("olmoe-nano"))
+QUICK = "--enforce-eager --max-model-len 256"
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def serve(environment: dict[str, str], *argv: object) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "bh_routing", "serve", *map(str, argv)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+        # A shell starts background jobs, and so perhaps these tests, with the signal ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+
+
+class Running:
+    """A server that has said how to talk to it."""
+
+    def __init__(self, process: subprocess.Popen[str], port: int) -> None:
+        self.process, self.url = process, f"http://127.0.0.1:{port}"
+        self.log: list[str] = []
+        threading.Thread(target=lambda: self.log.extend(process.stderr), daemon=True).start()
+        self.said = []
+        for line in process.stdout:
+            self.said.append(line.rstrip("\n"))
+            if "Ctrl-C" in line:
+                return
+        raise AssertionError("".join(self.log)[-6000:])
+
+    def rpc(self, method: str, **kwargs: Any) -> list[dict[str, Any]]:
+        body = json.dumps({"method": method, "kwargs": kwargs}).encode()
+        request = urllib.request.Request(
+            self.url + "/collective_rpc", body, {"Content-Type": "application/json"}
+        )
+        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        with opener.open(request, timeout=120) as response:
+            return json.loads(response.read())["results"]
+
+
+@pytest.fixture(scope="module")
+def server(vllm_environment) -> Iterator[Running]:
+    port = free_port()
+    argv = ("olmoe-nano", "--calibration", CALIBRATION, "--experts", 4, "--port", port, "--vllm", QUICK)
+    process = serve(vllm_environment, *argv)
+    try:
+        yield Running(process, port)
+    finally:
+        if process.poll() is None:
+            process.send_signal(signal.SIGINT)
+        process.wait(60)
+
+
+def test_it_says_what_is_routed_and_how_to_talk_to_it(server):
+    said = "\n".join(server.said)
+    assert re.search(
+        rf"^olmoe-nano at {server.url}/v1: 4 of 4 MoE layers routed: bh at alpha 0\.01\d+, budget 4\.0",
+        said,
+        re.M,
+    )
+    for word in ("curl", "openai.OpenAI", "bh_routing_stats", "bh_routing_set"):
+        assert word in said
+    log = "".join(server.log)
+    for layer in range(4):
+        path = f"model.layers.{layer}.mlp"
+        assert (
+            f"bh-routing: {path}.experts: CPURouter -> BH routing of {path}.gate (8 of 64 experts before)"
+            in log
+        )
+
+
+def test_eight_clients_at_once_while_statistics_are_read(server):
+    import openai
+
+    client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=120)
+    server.rpc("bh_routing_reset")
+
+    def ask(number: int) -> Any:
+        answer = client.completions.create(
+            model="olmoe-nano",
+            prompt=f"The old man number {number} walked to the",
+            max_tokens=24,
+            temperature=0,
+            extra_body={"ignore_eos": True},
+        )
+        return answer
+
+    seen: list[int] = []
+    with ThreadPoolExecutor(8) as pool:
+        asked = [pool.submit(ask, number % 8) for number in range(32)]
+        while not all(future.done() for future in asked):
+            (worker,) = server.rpc("bh_routing_stats")
+            seen.append(worker["telemetry"]["total"]["tokens"])
+        answers = [future.result() for future in asked]
+    assert seen == sorted(seen)
+    assert len(set(seen)) > 2, seen  # it was read while tokens came
+    (worker,) = server.rpc("bh_routing_stats")
+    used = [answer.usage for answer in answers]
+    assert all(u.completion_tokens == 24 for u in used)
+    cached = [u.prompt_tokens_details.cached_tokens if u.prompt_tokens_details else 0 for u in used]
+    # The last token of an answer is not routed; what the prefix cache holds is not routed again.
+    routed = sum(u.prompt_tokens + 24 - 1 for u in used)
+    assert routed - 16 * 32 <= worker["telemetry"]["total"]["tokens"] <= routed - sum(cached)
+    for layer in worker["telemetry"]["layers"]:
+        assert sum(layer["count_histogram"]) == layer["tokens"]
+    pairs = sum(
+        k * n for layer in worker["telemetry"]["layers"] for k, n in enumerate(layer["count_histogram"])
+    )
+    assert pairs == worker["pairs_computed"]
+    assert 3 < worker["stats"]["mean_experts_per_token"] < 5
+    for first, again in zip(answers[:8], answers[8:16], strict=True):
+        assert first.choices[0].text  # greedy, but batches differ: equal texts are not promised
+        assert again.choices[0].text
+
+
+def test_level_over_http(server):
+    (changed,) = server.rpc("bh_routing_set", experts_per_token=2)
+    assert changed["experts_per_token"] == 2
+    (refused,) = server.rpc("bh_routing_set", alpha="much")
+    assert refused["error"] == "alpha must be a number, got 'much'."
+    (back,) = server.rpc("bh_routing_set", experts_per_token=4)
+    assert back["alpha"] > changed["alpha"]
+
+
+def test_interrupting_it_ends_everything(server):
+    """Last in this file: it ends the server."""
+    server.process.send_signal(signal.SIGINT)
+    assert server.process.wait(60) == 130
+    with pytest.raises(OSError):
+        server.rpc("bh_routing_stats")
+    children = subprocess.run(
+        ["ps", "-o", "pid=", "--ppid", str(server.process.pid)], capture_output=True, text=True
+    ).stdout
+    assert children.strip() == ""
+
+
+def test_a_calibration_of_other_weights_stops_start_up_with_one_sentence(vllm_environment, tmp_path):
+    from dataclasses import replace
+
+    held = Calibration.load(CALIBRATION)
+    other = replace(
+        held, fingerprint_LD=held.fingerprint_LD + torch.randn_like(held.fingerprint_LD), _cache={}
+    )
+    file = tmp_path / "other.safetensors"
+    other.save(file)
+    start = time.monotonic()
+    process = serve(
+        vllm_environment,
+        "olmoe-nano",
+        "--calibration",
+        file,
+        "--experts",
+        4,
+        "--port",
+        free_port(),
+        "--vllm",
+        QUICK,
+    )
+    out, err = process.communicate(timeout=600)
+    print(f"refused after {time.monotonic() - start:.0f} s")
+    assert (process.returncode, out) == (2, "")
+    last = err.rstrip().splitlines()[-1]
+    assert last.startswith(
+        "bh-routing serve: the router weights of layer model.layers.0.mlp.experts differ from those that were "
+    )
+    assert last.endswith("to use the calibration all the same.")
+
+
+@pytest.mark.parametrize("content", [None, b"no calibration"])
+def test_a_file_that_is_no_calibration_stops_before_vllm_starts(vllm_environment, tmp_path, content):
+    file = tmp_path / "wrong.safetensors"
+    if content is not None:
+        file.write_bytes(content)
+    process = serve(
+        vllm_environment, "olmoe-nano", "--calibration", file, "--experts", 4, "--port", free_port()
+    )
+    out, err = process.communicate(timeout=120)
+    assert (process.returncode, out) == (2, "")
+    assert err.count("\n") == 1
+    assert err.startswith("bh-routing serve: ")
+    assert str(file) in err
+
+
+def test_a_wrong_file_stops_vllm_itself(vllm_environment, tmp_path):
+    """Without `bh-routing serve`: the front end refuses, the last line of its log is the sentence."""
+    value = json.dumps({"bh_routing": {"calibration": str(tmp_path / "missing.safetensors"), "alpha": 0.1}})
+    code = f"from vllm import LLM; LLM('olmoe-nano-is-not-loaded', additional_config={value})"
+    from bh_routing.models import bundled_path
+
+    code = code.replace("olmoe-nano-is-not-loaded", str(bundled_path("olmoe-nano")))
+    run = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env=vllm_environment | dict(os.environ) | vllm_environment,
+    )
+    assert run.returncode == 1
+    last = run.stderr.rstrip().splitlines()[-1]
+    assert last.startswith("bh_routing.errors.CalibrationFileError: there is no calibration file ")
