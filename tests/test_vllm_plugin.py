@@ -30,7 +30,7 @@ from bh_routing.integrations.vllm.paths import match_layer
 from bh_routing.integrations.vllm.ragged import kept_only
 from bh_routing.integrations.vllm.routing import EngineRouting, LayerFacts, filled
 from bh_routing.integrations.vllm.settings import Settings, read_settings
-from bh_routing.models import bundled_calibration
+from bh_routing.models import bundled_calibration, bundled_path
 from bh_routing.policies import RoutingContext, TopKPolicy
 
 CALIBRATION = str(bundled_calibration())
@@ -557,6 +557,17 @@ def test_other_router_weights_are_refused(nano_model, caplog, strict):
     else:
         plugin._check_weights(engine, layer, other, cpu)
         assert "differ from those that were calibrated" in caplog.text
+
+
+def test_the_embedded_model_has_the_files_that_vllm_needs():
+    from safetensors.torch import load_file
+
+    folder = bundled_path()
+    index = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
+    weights = load_file(folder / "model.safetensors")
+    (head,) = set(index.values()) - {"model.safetensors"}
+    assert {name for name, file in index.items() if file != head} == set(weights)
+    assert torch.equal(load_file(folder / head)["lm_head.weight"], weights["model.embed_tokens.weight"])
 
 
 # ----------------------------------------------------------------------------------------------- serve

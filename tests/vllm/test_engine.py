@@ -109,6 +109,7 @@ def perplexity(answers: list[list[float]]) -> float:
 def test_a_table_that_keeps_all_eight_changes_no_bit(run_engine, asked, eager):
     base = {"model": NANO, "dtype": "bfloat16", "enforce_eager": eager}
     (plain,) = run_engine(base, [asked])
+    assert 3 < -sum(plain[-1]["prompt_logprobs"]) / 63 < 5  # a model that works: nats per token
     kept, (worker,) = run_engine(base | config(top_k=8), [asked, STATS])
     assert kept == plain  # tokens and log-probabilities, as Python floats
     tokens = sum(len(answer["prompt_logprobs"]) + 1 + NEW - 1 for answer in plain)
@@ -236,8 +237,6 @@ def test_compiled_engine_routes_alike_and_takes_another_level(
     for place, eager in ((0, 1), (4, 5)):
         assert largest_difference(results[place], calibrated[eager]) < 1e-4  # other fusions, other rounding
         assert histograms(results[place + 1][0]) == histograms(calibrated[eager + 1][0])
-    keys = list(Path(vllm_environment["VLLM_CACHE_ROOT"]).glob("torch_compile_cache/*"))
-    assert keys, "nothing was compiled"
 
 
 def test_digest_is_part_of_the_compile_cache_key(run_engine, asked, vllm_environment):
@@ -249,9 +248,8 @@ def test_digest_is_part_of_the_compile_cache_key(run_engine, asked, vllm_environ
         {"model": NANO, "dtype": "float32"} | config(calibration=CALIBRATION, experts_per_token=4),
         [asked, STATS, ["bh_routing_set", {"experts_per_token": 2}], RESET, asked, STATS],
     )
-    found = Path(vllm_environment["VLLM_CACHE_ROOT"], "torch_compile_cache")
-    print(sorted(str(path.relative_to(found)) for path in found.glob("*/*")))
-    assert len([path for path in found.iterdir() if len(path.name) == 10]) == 3
+    keys = list(Path(vllm_environment["VLLM_CACHE_ROOT"]).glob("torch_compile_cache/torch_aot_compile/*"))
+    assert len(keys) == 3
 
 
 def test_tensor_parallel_ranks_count_the_same(run_engine, asked, calibrated):

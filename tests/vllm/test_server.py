@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import signal
 import socket
@@ -20,7 +19,7 @@ import pytest
 import torch
 
 from bh_routing.calibration import Calibration
-from bh_routing.models import bundled_calibration
+from bh_routing.models import bundled_calibration, bundled_path
 
 CALIBRATION = str(bundled_calibration("olmoe-nano"))
 QUICK = "--enforce-eager --max-model-len 256"
@@ -50,7 +49,8 @@ class Running:
     def __init__(self, process: subprocess.Popen[str], port: int) -> None:
         self.process, self.url = process, f"http://127.0.0.1:{port}"
         self.log: list[str] = []
-        threading.Thread(target=lambda: self.log.extend(process.stderr), daemon=True).start()
+        self.reader = threading.Thread(target=lambda: self.log.extend(process.stderr), daemon=True)
+        self.reader.start()
         self.said = []
         for line in process.stdout:
             self.said.append(line.rstrip("\n"))
@@ -74,11 +74,15 @@ def server(vllm_environment) -> Iterator[Running]:
     argv = ("olmoe-nano", "--calibration", CALIBRATION, "--experts", 4, "--port", port, "--vllm", QUICK)
     process = serve(vllm_environment, *argv)
     try:
-        yield Running(process, port)
+        running = Running(process, port)
+        yield running
     finally:
         if process.poll() is None:
             process.send_signal(signal.SIGINT)
         process.wait(60)
+    running.reader.join(30)
+    process.stdout.close()
+    process.stderr.close()
 
 
 def test_it_says_what_is_routed_and_how_to_talk_to_it(server):
@@ -213,16 +217,13 @@ def test_a_file_that_is_no_calibration_stops_before_vllm_starts(vllm_environment
 
 def test_a_wrong_file_stops_vllm_itself(vllm_environment, tmp_path):
     """Without `bh-routing serve`: the front end refuses, the last line of its log is the sentence."""
-    value = json.dumps({"bh_routing": {"calibration": str(tmp_path / "missing.safetensors"), "alpha": 0.1}})
-    code = f"from vllm import LLM; LLM('olmoe-nano-is-not-loaded', additional_config={value})"
-    from bh_routing.models import bundled_path
-
-    code = code.replace("olmoe-nano-is-not-loaded", str(bundled_path("olmoe-nano")))
+    value = {"bh_routing": {"calibration": str(tmp_path / "missing.safetensors"), "alpha": 0.1}}
+    code = f"from vllm import LLM; LLM({str(bundled_path('olmoe-nano'))!r}, additional_config={value})"
     run = subprocess.run(
         [sys.executable, "-c", code],
         capture_output=True,
         text=True,
-        env=vllm_environment | dict(os.environ) | vllm_environment,
+        env=vllm_environment,
     )
     assert run.returncode == 1
     last = run.stderr.rstrip().splitlines()[-1]

@@ -23,14 +23,14 @@ class WorkerExtension:
         """What was routed: `bh_routing.integrations.vllm.routing.EngineRouting.stats`, ``rank``, ``moe_layers``."""
         engine = engine_of(self.vllm_config)
         if engine is None:
-            return self._not_configured()
+            return _not_configured(self.rank)
         return {"rank": self.rank, "moe_layers": len(runners_of(self.vllm_config))} | engine.stats()
 
     def bh_routing_reset(self) -> dict[str, Any]:
         """Set all statistics to zero."""
         engine = engine_of(self.vllm_config)
         if engine is None:
-            return self._not_configured()
+            return _not_configured(self.rank)
         engine.reset()
         return {"rank": self.rank, "reset": True}
 
@@ -38,12 +38,13 @@ class WorkerExtension:
         """Another level or budget from the next step on; answers with the level that is in use then."""
         engine = engine_of(self.vllm_config)
         if engine is None:
-            return self._not_configured()
+            return _not_configured(self.rank)
         try:
             engine.set_level(alpha=alpha, experts_per_token=experts_per_token)
         except BHRoutingError as error:
             return {"rank": self.rank, "error": str(error), "alpha": engine.alpha}
         return {"rank": self.rank, "alpha": engine.alpha, "experts_per_token": engine.budget}
 
-    def _not_configured(self) -> dict[str, Any]:
-        return {"rank": self.rank, "error": "BH routing is not configured in this engine.", "layers": []}
+
+def _not_configured(rank: int) -> dict[str, Any]:
+    return {"rank": rank, "error": "BH routing is not configured in this engine.", "layers": []}
