@@ -38,6 +38,7 @@ def candidates(logits_TE: Tensor) -> dict[str, Callable[[], object]]:
         empty=EXPERTS,
         top_k=TOP_K,
         convention="raw",
+        can_widen=True,
         device=logits_TE.device,
     )
     own_weights_TK, own_experts_TK = torch.softmax(logits_TE, -1).topk(TOP_K, -1)
@@ -57,6 +58,7 @@ def candidates(logits_TE: Tensor) -> dict[str, Callable[[], object]]:
         BASE: lambda: torch.softmax(logits_TE, -1).topk(TOP_K, -1),
         "TopKPolicy(4).decide": decide(TopKPolicy(4)),
         "TablePolicy.decide (calibrated)": decide(TablePolicy(table)),
+        "TablePolicy.decide, widened to 16 experts": decide(TablePolicy(table, max_k=16)),
         "PValuePolicy.decide (robust)": decide(PValuePolicy("robust", alpha=0.4)),
         "benjamini_hochberg_routing (robust)": lambda: bh(logits_TE, alpha=0.4, max_k=TOP_K, validate=False),
     }

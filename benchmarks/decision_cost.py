@@ -41,6 +41,22 @@ def microseconds(call: Callable[[], object], seconds: float = 0.5) -> float:
     return statistics.median(times) * 1e6
 
 
+def in_turn(calls: dict[str, Callable[[], object]], seconds: float = 1.5) -> dict[str, list[float]]:
+    """Microseconds of each call, one value per round; the calls take turns."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    end = time.perf_counter() + seconds
+    turn = 0
+    while turn < 40 or time.perf_counter() < end:
+        names = list(calls)
+        for name in names[turn % len(names) :] + names[: turn % len(names)]:
+            start = time.perf_counter()
+            calls[name]()
+            if turn >= 3:
+                times[name].append((time.perf_counter() - start) * 1e6)
+        turn += 1
+    return times
+
+
 class Setting:
     """A bound policy, and router outputs for any number of tokens."""
 
@@ -80,10 +96,16 @@ def by_tokens(s: Setting) -> str:
         outputs = s.outputs(tokens)
         telemetry = Telemetry([s.context], [TOP_K])
         decision = s.policy.decide(*outputs, s.context)
-        decide = microseconds(lambda outputs=outputs: s.policy.decide(*outputs, s.context))
-        count = microseconds(lambda t=telemetry, d=decision: t.update(s.context, d))
-        plain = microseconds(lambda outputs=outputs: torch.softmax(outputs[0].float(), -1).topk(TOP_K, -1))
-        cells = [decide, count, plain, decide / plain, (decide + count) / tokens]
+        times = in_turn(
+            {
+                "decide": lambda outputs=outputs: s.policy.decide(*outputs, s.context),
+                "count": lambda t=telemetry, d=decision: t.update(s.context, d),
+                "plain": lambda outputs=outputs: torch.softmax(outputs[0].float(), -1).topk(TOP_K, -1),
+            }
+        )
+        ratio = statistics.median(a / b for a, b in zip(times["decide"], times["plain"], strict=True))
+        decide, count, plain = (statistics.median(times[name]) for name in ("decide", "count", "plain"))
+        cells = [decide, count, plain, ratio, (decide + count) / tokens]
         rows.append([f"{tokens:,}", *(f"{c:,.1f}" for c in cells[:3]), f"{cells[3]:.2f}", f"{cells[4]:.3f}"])
     header = ["tokens", "decision, µs", "statistics, µs", "softmax + top-k, µs", "ratio", "µs per token"]
     return markdown_table(header, rows)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import os
 import platform
 from pathlib import Path
 
@@ -28,7 +29,9 @@ def processor() -> str:
 def describe_machine(threads: int) -> str:
     """One line."""
     day = datetime.date.today().isoformat()
+    isa = os.environ.get("ONEDNN_MAX_CPU_ISA")
+    limit = f"; oneDNN held to {isa}" if isa else ""
     return (
         f"{processor()}, {threads} thread{'s' if threads != 1 else ''}; torch {torch.__version__}, "
-        f"transformers {transformers.__version__}; {day}"
+        f"transformers {transformers.__version__}{limit}; {day}"
     )

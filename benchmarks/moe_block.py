@@ -245,6 +245,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--seconds", type=float, default=25.0, help="per row (default 25)")
     parser.add_argument("--write", type=Path, metavar="PAGE", help="put the table into this page")
+    parser.add_argument("--block", default="moe-block", help="where in that page (default: moe-block)")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
@@ -274,7 +275,7 @@ def main() -> None:
     text = f"{markdown_table(HEADER, rows)}\n\n{describe_machine(args.threads)}; reached: {'; '.join(notes)}."
     print("\n" + text)
     if args.write:
-        write_block(args.write, "moe-block", text)
+        write_block(args.write, args.block, text)
 
 
 if __name__ == "__main__":
