@@ -59,9 +59,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             "full-share",
             "S",
             float,
-            "share of the loss that is the own routing's; 0 runs every batch once (default 0.5)",
+            "share of the loss that is the own routing's; above 0, every batch is run twice (default 0)",
         ),
-        ("distil", "S", float, "share of the budget's loss that is KL(own routing || budget) (default 0.5)"),
+        ("distil", "S", float, "share of the budget's loss that is KL(own routing || budget) (default 0)"),
         ("balance", "C", float, "coefficient of the load-balancing loss (default 0.01)"),
         ("z", "C", float, "coefficient of the router z-loss (default 0.001)"),
         ("budget", "C", float, "coefficient of the budget term (default 0.1)"),
@@ -90,7 +90,7 @@ def run(args: argparse.Namespace) -> None:
         name: [TextFile(path, PIECE) for path in getattr(args, name) or ()]
         for name in ("text", "calibration_text", "eval_text")
     }
-    from ..training.finetune import FinetuneSettings
+    from ..training.loop import FinetuneSettings
 
     chosen = {
         name: getattr(args, name)
@@ -109,7 +109,7 @@ def _finetune(args: argparse.Namespace, settings: Any, files: dict[str, list[Any
     from ..collect import calibrate
     from ..integration import BHRoutingIntegration
     from ..loading import load_model
-    from ..training.finetune import finetune, text_windows
+    from ..training.loop import finetune, text_windows
 
     texts = _texts(files, settings.seed)
     dtype = "float32" if args.dtype == "auto" else args.dtype
@@ -250,7 +250,7 @@ def _show(rows: list[dict[str, Any]], done: Any, settings: Any, tokens: int, out
 
 def _texts(files: dict[str, list[Any]], seed: int) -> dict[str, list[str]]:
     """Pieces to train on, to calibrate on and to judge by."""
-    from ..training.finetune import split_text
+    from ..training.loop import split_text
 
     def pieces(name: str) -> list[str]:
         return [piece for file in files[name] for piece in file]

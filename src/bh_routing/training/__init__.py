@@ -8,19 +8,19 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .callback import AdaptiveRoutingCallback
-    from .finetune import FinetuneSettings, finetune
     from .functional import expected_experts, load_balancing_loss, router_z_loss
+    from .loop import FinetuneSettings, finetune
     from .loss import AdaptiveRoutingLoss
-    from .refit import refit
+    from .refitting import refit
 
 _MODULE_OF = {
     "AdaptiveRoutingCallback": "callback",
     "AdaptiveRoutingLoss": "loss",
-    "FinetuneSettings": "finetune",
+    "FinetuneSettings": "loop",
     "expected_experts": "functional",
-    "finetune": "finetune",
+    "finetune": "loop",
     "load_balancing_loss": "functional",
-    "refit": "refit",
+    "refit": "refitting",
     "router_z_loss": "functional",
 }
 

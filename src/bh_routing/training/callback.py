@@ -21,7 +21,7 @@ from ..policies import RoutingContext
 from ..routing import RoutingDecision
 from ..running import gather
 from .loss import AdaptiveRoutingLoss, real_tokens, recomputing
-from .refit import RecentChoices, recalibrate, refit
+from .refitting import RecentChoices, recalibrate, refit
 
 logger = logging.getLogger(__name__)
 
@@ -69,7 +69,7 @@ class AdaptiveRoutingCallback(TrainerCallback):
         Made with a calibration, on the model that is trained (before PEFT wraps it). The callback patches it when
         training begins, if it is not patched, and leaves it patched.
     refit_every : int, optional
-        Steps between refits of the null (`bh_routing.training.refit`); None: only when a checkpoint is saved and at the end.
+        Steps between refits of the null (`bh_routing.training.refit`); None: only at checkpoints and at the end.
     refit_tokens : int
         How many of the last training tokens (of each process) a refit looks at.
     recalibrate : callable, optional

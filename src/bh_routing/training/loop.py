@@ -22,7 +22,7 @@ from ..integration import BHRoutingIntegration, RoutingIntegration
 from ..policies import TablePolicy, TopKPolicy
 from .functional import BalanceScope
 from .loss import AdaptiveRoutingLoss
-from .refit import RecentChoices, recalibrate, refit
+from .refitting import RecentChoices, recalibrate, refit
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,8 +66,8 @@ class FinetuneSettings:
     clip: float = 1.0
     batch_tokens: int = 4096
     window: int = 256
-    full_share: float = 0.5
-    distil: float = 0.5
+    full_share: float = 0.0
+    distil: float = 0.0
     balance: float = 0.01
     z: float = 0.001
     budget: float = 0.1
