@@ -25,7 +25,7 @@ from bh_routing.errors import (
     ServerError,
     UnsupportedModelError,
 )
-from bh_routing.integrations.vllm import plugin, serving
+from bh_routing.integrations.vllm import checks, plugin, serving
 from bh_routing.integrations.vllm.paths import match_layer
 from bh_routing.integrations.vllm.ragged import kept_only
 from bh_routing.integrations.vllm.routing import EngineRouting, LayerFacts, filled
@@ -482,7 +482,7 @@ class FakeRunner:
 
 
 def test_facts_of_a_runner():
-    assert plugin.read_facts(FakeRunner()) == facts(0, router="SimpleNamespace", hidden_size=128)
+    assert checks.read_facts(FakeRunner()) == facts(0, router="SimpleNamespace", hidden_size=128)
 
 
 @pytest.mark.parametrize(
@@ -498,7 +498,7 @@ def test_facts_of_a_runner():
 )
 def test_routers_that_are_refused(changes, sentence):
     with pytest.raises(UnsupportedModelError, match=sentence):
-        plugin.read_facts(FakeRunner(**changes))
+        checks.read_facts(FakeRunner(**changes))
 
 
 @pytest.mark.parametrize(
@@ -506,15 +506,15 @@ def test_routers_that_are_refused(changes, sentence):
     [{"routed_scaling_factor": 2.5}, {"enable_dbo": True}, {"routed_output_transform": torch.nn.Identity()}],
 )
 def test_compensation_that_cannot_be_added_is_refused(changes):
-    plugin._check_compensation(FakeRunner())
+    checks.check_compensation(FakeRunner())
     with pytest.raises(UnsupportedModelError, match=r'cannot be added: configure "compensation": false\.$'):
-        plugin._check_compensation(FakeRunner(**changes))
+        checks.check_compensation(FakeRunner(**changes))
 
 
 def test_load_balancing_is_refused():
     config = SimpleNamespace(parallel_config=SimpleNamespace(enable_eplb=True))
     with pytest.raises(UnsupportedModelError, match=r"^expert-parallel load balancing \(enable_eplb\)"):
-        plugin._check_engine(config)
+        checks.check_engine(config)
 
 
 def test_a_calibration_among_the_weights_is_refused(tmp_path):
@@ -522,10 +522,10 @@ def test_a_calibration_among_the_weights_is_refused(tmp_path):
     with pytest.raises(
         CalibrationMismatchError, match=r"lies in the model's folder, where vLLM would read it"
     ):
-        plugin._check_folder(settings, str(tmp_path))
-    plugin._check_folder(settings, "allenai/OLMoE-1B-7B-0924")
+        checks.check_folder(settings, str(tmp_path))
+    checks.check_folder(settings, "allenai/OLMoE-1B-7B-0924")
     (tmp_path / "model.safetensors.index.json").write_text("{}")
-    plugin._check_folder(settings, str(tmp_path))
+    checks.check_folder(settings, str(tmp_path))
 
 
 def with_gate(weight_EH):
@@ -545,17 +545,17 @@ def test_other_router_weights_are_refused(nano_model, caplog, strict):
     layer.facts = facts(0, name="mlp.experts", hidden_size=128)
     weight_EH = nano_model.model.layers[0].mlp.gate.weight.detach()
     cpu = torch.device("cpu")
-    plugin._check_weights(engine, layer, with_gate(weight_EH), cpu)
-    plugin._check_weights(engine, layer, with_gate(weight_EH.bfloat16().float()), cpu)
+    checks.check_weights(engine, layer, with_gate(weight_EH), cpu)
+    checks.check_weights(engine, layer, with_gate(weight_EH.bfloat16().float()), cpu)
     assert caplog.messages == []
     other = with_gate(weight_EH + 0.05 * torch.randn_like(weight_EH))
     if strict:
         with pytest.raises(
             CalibrationMismatchError, match=r'configure "strict": false to use the calibration'
         ):
-            plugin._check_weights(engine, layer, other, cpu)
+            checks.check_weights(engine, layer, other, cpu)
     else:
-        plugin._check_weights(engine, layer, other, cpu)
+        checks.check_weights(engine, layer, other, cpu)
         assert "differ from those that were calibrated" in caplog.text
 
 

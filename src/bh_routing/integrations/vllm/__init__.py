@@ -7,6 +7,7 @@ vLLM loads `plugin.register` by the entry point ``vllm.general_plugins``; nobody
     routing.py    the routers of one engine: decide, count, fill unused slots; pure PyTorch, no vLLM
     ragged.py     the experts' kernel called with the kept pairs only; pure PyTorch, no vLLM
     ops.py        both as operations that torch.compile does not look into (needs vLLM)
+    checks.py     what is refused at start-up
     plugin.py     where vLLM is hooked
     worker.py     bh_routing_stats, bh_routing_reset, bh_routing_set on every worker
     serving.py    `bh-routing serve`
