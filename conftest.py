@@ -21,6 +21,8 @@ if not torch.cuda.is_available():
 
 # Where Triton does not exist (not Linux), the module that needs it on import has no examples to run.
 collect_ignore = [] if find_spec("triton") else ["src/bh_routing/kernels/triton_decide.py"]
+# The same for vLLM, which has an environment of its own (make test-vllm).
+collect_ignore += [] if find_spec("vllm") else ["src/bh_routing/integrations/vllm/ops.py"]
 
 NANO = Path(__file__).parent / "src" / "bh_routing" / "models" / "olmoe-nano"
 
