@@ -14,7 +14,8 @@ import pytest
 from bh_routing.cli import main
 from bh_routing.collect import calibrate
 from bh_routing.errors import RecordError
-from bh_routing.evaluation.report import make_report, plots
+from bh_routing.evaluation.report import make_report
+from bh_routing.evaluation.report_plots import plots
 from bh_routing.evaluation.results import ResultsFolder
 from bh_routing.evaluation.runner import RoutingExperimentRunner
 from bh_routing.evaluation.svg import Series, heat, plot, shaded, ticks

@@ -9,7 +9,9 @@ import torch
 
 from bh_routing.collect import calibrate
 from bh_routing.errors import BudgetError, InvalidParameterError, UnknownPolicyError
-from bh_routing.evaluation.specs import ENTRIES, INSPIRED, Workbench, make_routing, parse_policy
+from bh_routing.evaluation.entries import ENTRIES, INSPIRED
+from bh_routing.evaluation.specs import make_routing, parse_policy
+from bh_routing.evaluation.workbench import Workbench
 
 
 @pytest.fixture(scope="module")

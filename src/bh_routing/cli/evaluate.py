@@ -153,7 +153,7 @@ def _read_config(args: argparse.Namespace) -> None:
 
 
 def _list_policies() -> None:
-    from ..evaluation.specs import ENTRIES, INSPIRED
+    from ..evaluation.entries import ENTRIES, INSPIRED
 
     for name, entry in ENTRIES.items():
         note = f" (inspired by {entry.source}: {INSPIRED[name]})" if name in INSPIRED else ""

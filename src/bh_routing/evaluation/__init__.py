@@ -10,9 +10,10 @@ if TYPE_CHECKING:
     from .datasets import Dataset, load_dataset
     from .paired import pareto_front, perplexity_change
     from .runner import RoutingExperimentRunner
-    from .specs import Workbench, make_routing, parse_policy
+    from .specs import make_routing, parse_policy
     from .strategy import RoutingStrategy
     from .summary import summarise
+    from .workbench import Workbench
 
 _MODULE_OF = {
     "Dataset": "datasets",
@@ -20,7 +21,7 @@ _MODULE_OF = {
     "pareto_front": "paired",
     "perplexity_change": "paired",
     "RoutingExperimentRunner": "runner",
-    "Workbench": "specs",
+    "Workbench": "workbench",
     "make_routing": "specs",
     "parse_policy": "specs",
     "RoutingStrategy": "strategy",

@@ -29,8 +29,9 @@ from .paired import BLOCK, block_sums
 from .perplexity import cut_windows
 from .results import FORMAT, ResultsFolder
 from .scoring import Window, cut_text, encode_pair, score_continuations, score_text
-from .specs import PolicySpec, Workbench, make_routing, parse_policy
+from .specs import PolicySpec, make_routing, parse_policy
 from .strategy import RoutingStrategy, StrategyPolicy
+from .workbench import Workbench
 
 logger = logging.getLogger(__name__)
 
@@ -403,7 +404,7 @@ class RoutingExperimentRunner:
 
     def visualize_results(self, df: Any) -> list[Path]:
         """Write the plots of a DataFrame's records as SVG files into the folder; returns their paths."""
-        from .report import plots
+        from .report_plots import plots
 
         paths = []
         for name, svg in plots(self._records_of(df)).items():

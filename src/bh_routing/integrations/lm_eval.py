@@ -55,7 +55,8 @@ def register() -> type:
             **settings: Any,
         ) -> None:
             from ..calibration import Calibration
-            from ..evaluation.specs import Workbench, make_routing, parse_policy
+            from ..evaluation.specs import make_routing, parse_policy
+            from ..evaluation.workbench import Workbench
             from ..loading import default_calibration, load_model
 
             spec = parse_policy(policy)

@@ -1,0 +1,25 @@
+"""What decides which experts run: the policy contract, BH from a table or from p-values, top-k.
+
+Shape legend: T tokens, E experts, K slots of the router's own choice.
+
+The model's own router always runs first. A policy sees its logits and its own choice and says which of the
+slots to keep: ``policy.decide(logits_TE, own_weights_TK, own_experts_TK, context) -> RoutingDecision``.
+"""
+
+from __future__ import annotations
+
+from .base import RoutingContext, RoutingPolicy, TopKPolicy
+from .general import PValuePolicy
+from .table import TablePolicy
+
+POLICIES: dict[str, type[RoutingPolicy]] = {p.name: p for p in (TablePolicy, PValuePolicy, TopKPolicy)}
+
+
+__all__ = [
+    "POLICIES",
+    "PValuePolicy",
+    "RoutingContext",
+    "RoutingPolicy",
+    "TablePolicy",
+    "TopKPolicy",
+]

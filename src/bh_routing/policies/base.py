@@ -1,0 +1,293 @@
+"""The policy contract, what the policies that decide a count share, and top-k.
+
+Shape legend: T tokens, E experts, K slots of the router's own choice.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from ..errors import InvalidParameterError
+from ..kernels.decide import (
+    Kept,
+    keep_own,
+)
+from ..pvalues import at_least_float32
+from ..routing import (
+    Clamp,
+    Convention,
+    RoutingDecision,
+    WeightRule,
+    apply_weight_rule,
+    check_clamp,
+    check_k,
+    not_finite,
+    plain_rule,
+)
+from ..statistic import LOG_SCORES
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoutingContext:
+    """What a policy may know beside the logits. One per patched router; the call-specific part is replaced.
+
+    Attributes
+    ----------
+    path : str
+        The router's module path.
+    index : int
+        Its position among the patched routers, 0..L-1.
+    num_experts : int
+        E, the width of the logits.
+    empty : int
+        The index an empty slot carries (``experts.num_experts``).
+    top_k : int
+        K, the router's own number of slots.
+    convention : "raw", "renormalised" or "unknown"
+        What the model does with the selected scores.
+    score : str
+        A key of `bh_routing.statistic.LOG_SCORES`.
+    scale : float
+        A raw weight is the score times this.
+    can_widen : bool
+        Whether scores of experts beyond the router's own choice are known (plain softmax or sigmoid).
+    device : torch.device
+        Where the router's weights are.
+    shape : (B, S) or None
+        The batch's shape, where the model's forward told it.
+    mask_T : Tensor or None
+        bool [T], False for padding tokens, where known.
+    phase : "prefill", "decode" or None
+    """
+
+    path: str
+    index: int
+    num_experts: int
+    empty: int
+    top_k: int
+    convention: Convention = "unknown"
+    score: str = "softmax"
+    scale: float = 1.0
+    can_widen: bool = False
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    shape: tuple[int, int] | None = None
+    mask_T: Tensor | None = None
+    phase: Literal["prefill", "decode"] | None = None
+
+
+class RoutingPolicy(ABC):
+    """Decides, for every token of a layer, which experts run.
+
+    A policy is bound to the routers of one model with `bind`, which allocates what it needs on their devices;
+    `decide` then must not synchronise with a GPU.
+
+    Class attributes
+    ----------------
+    causal : bool
+        False if the decision for a token looks at other tokens of its sequence (refused by ``generate``).
+    """
+
+    name: ClassVar[str] = "policy"
+    causal: ClassVar[bool] = True
+
+    def __init__(self, *, weights: WeightRule = "model") -> None:
+        if weights not in ("model", "preserve", "sum"):
+            raise InvalidParameterError(f"weights must be 'model', 'preserve' or 'sum', got {weights!r}.")
+        self.weights: WeightRule = weights
+
+    def bind(self, contexts: Iterable[RoutingContext]) -> None:  # noqa: B027 - most policies hold nothing
+        """Check that the policy fits these routers and allocate its buffers. Raises; changes no model."""
+
+    def slots(self, context: RoutingContext) -> int:
+        """Slots per token in the decision, K' (more than the router's own K only when widening)."""
+        return context.top_k
+
+    @abstractmethod
+    def decide(
+        self, logits_TE: Tensor, own_weights_TK: Tensor, own_experts_TK: Tensor, context: RoutingContext
+    ) -> RoutingDecision:
+        """Decide for one call of one router.
+
+        Parameters
+        ----------
+        logits_TE : Tensor
+            Router logits in the model's dtype.
+        own_weights_TK, own_experts_TK : Tensor
+            The router's own choice, float and int64.
+        """
+
+    def describe(self) -> dict[str, Any]:
+        """The policy's settings, for records and for people."""
+        return {"policy": self.name, "weights": self.weights}
+
+    def __repr__(self) -> str:
+        settings = ", ".join(f"{k}={v!r}" for k, v in self.describe().items() if k != "policy")
+        return f"{type(self).__name__}({settings})"
+
+    def shrink(
+        self,
+        kept: Kept,
+        logits_TE: Tensor,
+        own_weights_TK: Tensor,
+        own_experts_TK: Tensor,
+        context: RoutingContext,
+    ) -> RoutingDecision:
+        """Make the decision that keeps these of the router's own slots, in the router's own order.
+
+        Tokens with non-finite logits keep the router's own choice.
+        """
+        return keep_own(
+            kept,
+            not_finite(logits_TE),
+            own_weights_TK,
+            own_experts_TK,
+            weights=plain_rule(self.weights, context.convention),
+            empty=context.empty,
+        )
+
+    def widen(
+        self,
+        kept: Kept,
+        scores_TC: Tensor,
+        experts_TC: Tensor,
+        own_weights_TK: Tensor,
+        own_experts_TK: Tensor,
+        context: RoutingContext,
+        finite_T: Tensor,
+    ) -> RoutingDecision:
+        """Make the decision over C candidates that are not the router's own slots (C >= K).
+
+        Tokens with non-finite logits keep the router's own choice.
+        """
+        pad = scores_TC.shape[-1] - own_weights_TK.shape[-1]
+        weights_TC = apply_weight_rule(
+            own_weights_TK,
+            kept.keep_TK,
+            self.weights,
+            context.convention,
+            scores_TC.to(own_weights_TK.dtype),
+        )
+        experts_TC = experts_TC.masked_fill(~kept.keep_TK, context.empty)
+        own_weights_TC = torch.nn.functional.pad(own_weights_TK, (0, pad))
+        own_experts_TC = torch.nn.functional.pad(own_experts_TK, (0, pad), value=context.empty)
+        finite_T1 = finite_T.unsqueeze(-1)
+        experts_TC = torch.where(finite_T1, experts_TC, own_experts_TC)
+        still_TK = (own_experts_TK.unsqueeze(-1) == experts_TC.unsqueeze(-2)).any(-1)
+        return RoutingDecision(
+            weights_TK=torch.where(finite_T1, weights_TC, own_weights_TC),
+            experts_TK=experts_TC,
+            counts_T=torch.where(finite_T, kept.counts_T, own_experts_TK.shape[-1]),
+            raw_counts_T=kept.raw_counts_T,
+            dropped_TK=~still_TK,
+            own_weights_TK=own_weights_TK,
+            own_experts_TK=own_experts_TK,
+            empty=context.empty,
+            fallback_T=~finite_T,
+        )
+
+
+class CountPolicy(RoutingPolicy):
+    """Shared by the policies that decide a count between min_k and max_k in order of a statistic."""
+
+    def __init__(
+        self,
+        *,
+        min_k: int = 1,
+        max_k: int | None = None,
+        clamp: Clamp = "after",
+        weights: WeightRule = "model",
+    ) -> None:
+        super().__init__(weights=weights)
+        check_k(min_k, max_k)
+        check_clamp(clamp)
+        self.min_k, self.max_k, self.clamp = min_k, max_k, clamp
+
+    def bind(self, contexts: Iterable[RoutingContext]) -> None:
+        for context in contexts:
+            check_k(self.min_k, self.max_k, context.num_experts)
+            if self.max_k is None and self.min_k > context.top_k:
+                raise InvalidParameterError(
+                    f"min_k={self.min_k} is more than the {context.top_k} experts that router {context.path} "
+                    "selects; lower min_k, or give max_k to widen the choice."
+                )
+            if self.max_k is not None and self.max_k > context.top_k and not context.can_widen:
+                raise InvalidParameterError(
+                    f"max_k={self.max_k} asks router {context.path} for more than the {context.top_k} experts "
+                    "that it selects itself, and this family does not tell the scores of the others; "
+                    f"use max_k <= {context.top_k}."
+                )
+
+    def slots(self, context: RoutingContext) -> int:
+        return self.max_k if self._widens(context) else context.top_k  # type: ignore[return-value]
+
+    def _widens(self, context: RoutingContext) -> bool:
+        return self.max_k is not None and self.max_k > context.top_k
+
+    def describe(self) -> dict[str, Any]:
+        return super().describe() | {"min_k": self.min_k, "max_k": self.max_k, "clamp": self.clamp}
+
+    def _widened(
+        self,
+        kept_TE: Kept,
+        statistic_TE: Tensor,
+        logits_TE: Tensor,
+        own_weights_TK: Tensor,
+        own_experts_TK: Tensor,
+        context: RoutingContext,
+    ) -> RoutingDecision:
+        """Turn a decision over all E experts into one over the max_k most significant."""
+        assert self.max_k is not None
+        experts_TC = statistic_TE.argsort(dim=-1, descending=True, stable=True)[:, : self.max_k]
+        scores_TE = LOG_SCORES[context.score](at_least_float32(logits_TE)).exp() * context.scale
+        return self.widen(
+            Kept(kept_TE.keep_TK.gather(-1, experts_TC), kept_TE.counts_T, kept_TE.raw_counts_T),
+            scores_TE.gather(-1, experts_TC),
+            experts_TC,
+            own_weights_TK,
+            own_experts_TK,
+            context,
+            torch.isfinite(at_least_float32(logits_TE).sum(-1)),
+        )
+
+
+class TopKPolicy(RoutingPolicy):
+    """The k experts with the largest own weight, k at most the router's own (Shazeer et al. 2017).
+
+    ``k=None`` keeps everything: the unpatched model, bit for bit.
+    """
+
+    name = "topk"
+
+    def __init__(self, k: int | None = None, *, weights: WeightRule = "model") -> None:
+        super().__init__(weights=weights)
+        if k is not None:
+            check_k(1, k)
+        self.k = k
+
+    def bind(self, contexts: Iterable[RoutingContext]) -> None:
+        for context in contexts:
+            if self.k is not None and self.k > context.top_k:
+                raise InvalidParameterError(
+                    f"k={self.k} is more than the {context.top_k} experts that router {context.path} selects."
+                )
+
+    def decide(
+        self, logits_TE: Tensor, own_weights_TK: Tensor, own_experts_TK: Tensor, context: RoutingContext
+    ) -> RoutingDecision:
+        num = own_experts_TK.shape[-1]
+        k = num if self.k is None else self.k
+        order_TK = own_weights_TK.argsort(dim=-1, descending=True, stable=True)
+        keep_TK = torch.zeros_like(own_experts_TK, dtype=torch.bool).scatter(-1, order_TK[:, :k], True)
+        counts_T = torch.full_like(own_experts_TK[:, 0], k)
+        return self.shrink(
+            Kept(keep_TK, counts_T, counts_T), logits_TE, own_weights_TK, own_experts_TK, context
+        )
+
+    def describe(self) -> dict[str, Any]:
+        return super().describe() | {"k": self.k}

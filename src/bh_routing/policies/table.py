@@ -1,0 +1,174 @@
+"""Any procedure with fixed critical values, from its decision table.
+
+Shape legend: T tokens, E experts, K slots of the router's own choice, L layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import InvalidParameterError
+from ..kernels import Backend, check_backend, decision_function
+from ..kernels.decide import (
+    HostRow,
+    decide_by_table,
+    decide_one_token,
+    keep_by_table,
+)
+from ..routing import (
+    Clamp,
+    RoutingDecision,
+    WeightRule,
+    plain_rule,
+)
+from ..statistic import DecisionTable, affine_statistic, base_statistic
+from .base import CountPolicy, RoutingContext
+
+
+class TablePolicy(CountPolicy):
+    """Any procedure with fixed critical values, from its decision table: order, compare, count.
+
+    Parameters
+    ----------
+    table : DecisionTable
+    min_k, max_k, clamp, weights
+        As in `bh_routing.BHRoutingIntegration`.
+    backend : "auto", "torch" or "triton"
+        What computes the decision (`bh_routing.kernels.decision_function`). A widened choice (max_k above the
+        router's own number of slots) is always computed in PyTorch.
+    """
+
+    name = "table"
+
+    def __init__(
+        self,
+        table: DecisionTable,
+        *,
+        min_k: int = 1,
+        max_k: int | None = None,
+        clamp: Clamp = "after",
+        weights: WeightRule = "model",
+        backend: Backend = "auto",
+    ) -> None:
+        super().__init__(min_k=min_k, max_k=max_k, clamp=clamp, weights=weights)
+        check_backend(backend)
+        self.table = table
+        self.backend = backend
+        self._rows: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
+        self._functions: dict[str, Callable[..., RoutingDecision]] = {}
+        self._settings: dict[str, dict[str, Any]] = {}
+        self._host: dict[str, Callable[..., RoutingDecision]] = {}
+
+    def bind(self, contexts: Iterable[RoutingContext]) -> None:
+        contexts = list(contexts)
+        super().bind(contexts)
+        functions = {
+            c.path: decision_function(
+                self.backend,
+                c.device,
+                num_experts=c.num_experts,
+                statistic=self.table.statistic,
+                score=c.score,
+            )
+            for c in contexts
+        }
+        self._rows = {c.path: self._row(self.table, c) for c in contexts}
+        self._functions = functions
+        self._settings = {c.path: self._settings_for(c) for c in contexts}
+        self._read_rows()
+
+    def _settings_for(self, context: RoutingContext) -> dict[str, Any]:
+        return {
+            "empty": context.empty,
+            "statistic": self.table.statistic,
+            "score": context.score,
+            "temperature": self.table.temperature,
+            "rule": self.table.rule,
+            "min_k": self.min_k,
+            "max_k": self.max_k,
+            "clamp": self.clamp,
+            "weights": plain_rule(self.weights, context.convention),
+        }
+
+    def _read_rows(self) -> None:
+        """What decides a single token on the host, where rows and router live there: all but the token bound."""
+        self._host = {
+            path: partial(
+                decide_one_token, row=HostRow(*(buffer.tolist() for buffer in row)), **self._settings[path]
+            )
+            for path, row in self._rows.items()
+            if self._functions[path] is decide_by_table and row[0].device.type == "cpu"
+        }
+
+    def _row(self, table: DecisionTable, context: RoutingContext) -> tuple[Tensor, Tensor, Tensor]:
+        row = table.row(context.path, context.index)
+        if table.num_experts != context.num_experts:
+            raise InvalidParameterError(
+                f"the table has {table.num_experts} experts, router {context.path} has {context.num_experts}; "
+                "calibrate this model itself."
+            )
+        return tuple(
+            getattr(table, name)[row].clone().to(context.device)
+            for name in ("thresholds_LE", "scale_LE", "offset_LE")
+        )
+
+    def row_of(self, context: RoutingContext) -> tuple[Tensor, Tensor, Tensor]:
+        """Thresholds, scale and offset of a router, float32 [E] each: the buffers in use, on its device."""
+        return self._rows[context.path]
+
+    def set_table(self, table: DecisionTable) -> None:
+        """Write another table's thresholds into the same buffers: no re-patching, no recompiling.
+
+        Raises
+        ------
+        InvalidParameterError
+            If the new table has another rule, statistic, temperature or shape: that needs a new policy.
+        """
+        for name in ("rule", "statistic", "temperature", "num_layers", "num_experts", "paths"):
+            old, new = getattr(self.table, name), getattr(table, name)
+            if old != new:
+                raise InvalidParameterError(
+                    f"the new table has {name}={new!r}, the one in use {old!r}; unpatch and patch anew for that."
+                )
+        for index, (path, buffers) in enumerate(self._rows.items()):
+            row = table.row(path, index)
+            for buffer, name in zip(buffers, ("thresholds_LE", "scale_LE", "offset_LE"), strict=True):
+                buffer.copy_(getattr(table, name)[row])
+        self.table = table
+        self._read_rows()
+
+    def decide(
+        self, logits_TE: Tensor, own_weights_TK: Tensor, own_experts_TK: Tensor, context: RoutingContext
+    ) -> RoutingDecision:
+        path = context.path
+        if self._widens(context):
+            return self._decide_widened(logits_TE, own_weights_TK, own_experts_TK, context)
+        if logits_TE.shape[0] == 1 and path in self._host and not torch.compiler.is_compiling():
+            return self._host[path](logits_TE, own_weights_TK, own_experts_TK)
+        function = self._functions[path]
+        return function(logits_TE, own_weights_TK, own_experts_TK, *self._rows[path], **self._settings[path])
+
+    def _decide_widened(
+        self, logits_TE: Tensor, own_weights_TK: Tensor, own_experts_TK: Tensor, context: RoutingContext
+    ) -> RoutingDecision:
+        table = self.table
+        thresholds_E, scale_E, offset_E = self._rows[context.path]
+        base_TE = base_statistic(logits_TE, table.statistic, context.score, table.temperature)
+        statistic_TE = affine_statistic(base_TE, scale_E, offset_E)
+        kept = keep_by_table(
+            statistic_TE,
+            thresholds_E,
+            rule=table.rule,
+            min_k=self.min_k,
+            max_k=self.max_k,
+            clamp=self.clamp,
+        )
+        return self._widened(kept, statistic_TE, logits_TE, own_weights_TK, own_experts_TK, context)
+
+    def describe(self) -> dict[str, Any]:
+        return super().describe() | {"table": repr(self.table), "alpha": self.table.alpha}
