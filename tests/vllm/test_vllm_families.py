@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_engine import NEW, STATS, InTransformers, config, histograms, largest_difference, pairs
+from test_vllm_engine import NEW, STATS, InTransformers, config, histograms, largest_difference, pairs
 
 from bh_routing import calibrate
 
