@@ -1,8 +1,8 @@
 """Measuring what a routing costs and saves: perplexity, experts and time on a text; experiments with many policies."""
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from ..lazy import lazy_names
 from .compare import Measured, compare
 from .perplexity import cut_windows, perplexity, window_losses
 
@@ -46,10 +46,4 @@ __all__ = [
     "window_losses",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _MODULE_OF:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(f".{_MODULE_OF[name]}", __name__), name)
-    globals()[name] = value
-    return value
+__getattr__, __dir__ = lazy_names(globals(), _MODULE_OF)
