@@ -33,6 +33,7 @@ from bh_routing.training.loop import FinetuneSettings, finetune, text_windows
 
 WINDOW = 256
 EXPERTS = 3.0
+ARMS = ("control", "routed", "distilled")
 ROUTINGS: dict[str, dict[str, Any] | None] = {
     "own top-8": None,
     "3.0 experts": {"experts_per_token": EXPERTS},
@@ -77,6 +78,7 @@ def train(args: argparse.Namespace) -> None:
         distil=args.distil,
         budget=args.budget,
         balance=args.balance,
+        z=args.z,
         refit_every=args.refit_every,
         window=WINDOW,
         seed=args.seed,
@@ -118,7 +120,7 @@ def train(args: argparse.Namespace) -> None:
         make_calibration=lambda m: make_calibration(m, tokenizer, args.data, args.refit_tokens),
         on_step=on_step,
     )
-    folder = args.out / args.arm
+    folder = args.out / (args.name or args.arm)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     record = {
@@ -138,7 +140,7 @@ def train(args: argparse.Namespace) -> None:
 def judge(args: argparse.Namespace) -> None:
     """Losses of every model and routing on the reporting half, each model with its own calibration."""
     found: dict[str, dict[str, Any]] = {}
-    for name in ("base", "control", "routed"):
+    for name in args.arms:
         model, tokenizer = load_model(
             "olmoe-nano" if name == "base" else str(args.out / name), dtype="float32"
         )
@@ -164,7 +166,8 @@ def judge(args: argparse.Namespace) -> None:
                 f"{perplexity_interval(found[name][routing]['blocks']).value:.4f}",
                 flush=True,
             )
-    (args.out / f"judged-{args.half}.json").write_text(json.dumps(found) + "\n", encoding="utf-8")
+        path = args.out / f"judged-{args.half}-{name}.json"
+        path.write_text(json.dumps(found[name]) + "\n", encoding="utf-8")
 
 
 def won_back(found: dict[str, Any], routing: str, resamples: int = 2000) -> tuple[float, float, float]:
@@ -291,6 +294,8 @@ def main() -> None:
     add = parser.add_argument
     add("what", choices=("train", "judge", "page"))
     add("--arm", choices=("routed", "control"), default="routed")
+    add("--name", help="train: folder of the model in OUT (default: the arm)")
+    add("--arms", nargs="+", default=["base", *ARMS], metavar="NAME", help="judge: base, and folders of OUT")
     add("--data", type=Path, required=True)
     add("--out", type=Path, required=True)
     add("--steps", type=int, default=1000)
@@ -299,6 +304,7 @@ def main() -> None:
     add("--distil", type=float, default=0.0)
     add("--budget", type=float, default=0.1)
     add("--balance", type=float, default=0.006)
+    add("--z", type=float, default=0.001)
     add("--refit-every", type=int, default=225)
     add("--refit-tokens", type=int, default=32_768)
     add("--calibration-tokens", type=int, default=131_072)

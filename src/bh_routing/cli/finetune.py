@@ -61,7 +61,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             float,
             "share of the loss that is the own routing's; above 0, every batch is run twice (default 0)",
         ),
-        ("distil", "S", float, "share of the budget's loss that is KL(own routing || budget) (default 0)"),
+        (
+            "distil",
+            "S",
+            float,
+            "share of the budget's loss that is KL(model as it was || budget) (default 0)",
+        ),
         ("balance", "C", float, "coefficient of the load-balancing loss (default 0.01)"),
         ("z", "C", float, "coefficient of the router z-loss (default 0.001)"),
         ("budget", "C", float, "coefficient of the budget term (default 0.1)"),

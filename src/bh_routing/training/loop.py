@@ -5,6 +5,7 @@ Shape legend: N windows of a text, B windows of a batch, S tokens of a window, V
 
 from __future__ import annotations
 
+import copy
 import random
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -46,8 +47,8 @@ class FinetuneSettings:
         How much of each step's loss is that of the model's own routing, 0 to 1. Above 0, every batch is run twice,
         with its own routing and with the budget's, so that quality is kept at both.
     distil : float
-        How much of the budget's loss is the divergence KL(own routing || budget) instead of that of the text, 0 to 1;
-        needs ``full_share`` above 0.
+        How much of the budget's loss is the divergence KL(teacher || budget) instead of that of the text, 0 to 1. The
+        teacher is a frozen copy of the model as it was, with its own routing.
     balance, z, budget, temperature, scope
         As in `AdaptiveRoutingLoss`.
     refit_every : int
@@ -92,11 +93,6 @@ class FinetuneSettings:
         for name in ("learning_rate", "clip"):
             if not 0.0 < getattr(self, name) < float("inf"):
                 raise InvalidParameterError(f"{name} must be a number above 0, got {getattr(self, name)!r}.")
-        if self.distil and not self.full_share:
-            raise InvalidParameterError(
-                f"distil={self.distil!r} learns from the model's own routing, which full_share=0 leaves out; give "
-                "full_share, or distil=0."
-            )
 
     def rate_at(self, step: int) -> float:
         """Learning rate of a step, counted from 0."""
@@ -194,6 +190,9 @@ def finetune(
     Same arguments and seed, same machine, one thread: the same weights.
     """
     torch.manual_seed(settings.seed)
+    teacher = (
+        copy.deepcopy(model).eval().requires_grad_(False) if settings.routed and settings.distil else None
+    )
     if settings.routed:
         integrator: RoutingIntegration = BHRoutingIntegration(
             model, calibration=calibration, experts_per_token=settings.experts_per_token, collect_stats=False
@@ -227,7 +226,7 @@ def finetune(
                 started = time.perf_counter()
                 for group in optimiser.param_groups:
                     group["lr"] = settings.rate_at(step)
-                figures = _step(model, integrator, loss, ids_BS.to(parameters[0].device), settings)
+                figures = _step(model, teacher, integrator, loss, ids_BS.to(parameters[0].device), settings)
                 norm = nn.utils.clip_grad_norm_(parameters, settings.clip)
                 optimiser.step()
                 optimiser.zero_grad(set_to_none=True)
@@ -252,6 +251,7 @@ def finetune(
 
 def _step(
     model: Any,
+    teacher: Any,
     integrator: RoutingIntegration,
     loss: AdaptiveRoutingLoss,
     ids_BS: Tensor,
@@ -260,30 +260,30 @@ def _step(
     """Forward and backward of one batch: under the budget, and with the model's own routing if it has a share."""
     share = settings.full_share if settings.routed else 0.0
     figures: dict[str, Any] = {}
-    full_BSV: Tensor | None = None
     if share:
         with keeping_all(integrator):
-            full_BSV = model(input_ids=ids_BS, use_cache=False).logits
-        task = next_token_loss(full_BSV, ids_BS)
+            task = next_token_loss(model(input_ids=ids_BS, use_cache=False).logits, ids_BS)
         (share * task).backward()
         figures["full_loss"] = task.detach()
-        full_BSV = full_BSV.detach()
     logits_BSV = model(input_ids=ids_BS, use_cache=False).logits
     task = next_token_loss(logits_BSV, ids_BS)
     auxiliary = loss.auxiliary()
     figures |= {"loss": task.detach(), **loss.parts}
     total = task
-    if settings.distil and full_BSV is not None:
-        divergence = kl_div(
-            logits_BSV.float().log_softmax(-1).flatten(0, 1),
-            full_BSV.float().log_softmax(-1).flatten(0, 1),
-            log_target=True,
-            reduction="batchmean",
-        )
-        figures["divergence"] = divergence.detach()
-        total = (1.0 - settings.distil) * task + settings.distil * divergence
+    if teacher is not None:
+        with torch.no_grad():
+            wanted_BSV = teacher(input_ids=ids_BS, use_cache=False).logits
+        apart = divergence(wanted_BSV, logits_BSV)
+        figures["divergence"] = apart.detach()
+        total = (1.0 - settings.distil) * task + settings.distil * apart
     ((1.0 - share) * total + auxiliary).backward()
     return figures
+
+
+def divergence(wanted_BSV: Tensor, logits_BSV: Tensor) -> Tensor:
+    """Mean over tokens of KL(wanted || given), in nats."""
+    wanted, given = (x.float().log_softmax(-1).flatten(0, 1) for x in (wanted_BSV, logits_BSV))
+    return kl_div(given, wanted, log_target=True, reduction="batchmean")
 
 
 def next_token_loss(logits_BSV: Tensor, ids_BS: Tensor) -> Tensor:
