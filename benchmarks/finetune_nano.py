@@ -33,7 +33,7 @@ from bh_routing.training.loop import FinetuneSettings, finetune, text_windows
 
 WINDOW = 256
 EXPERTS = 3.0
-ARMS = ("control", "routed", "distilled")
+ARMS = ("control", "routed")
 ROUTINGS: dict[str, dict[str, Any] | None] = {
     "own top-8": None,
     "3.0 experts": {"experts_per_token": EXPERTS},
@@ -120,7 +120,7 @@ def train(args: argparse.Namespace) -> None:
         make_calibration=lambda m: make_calibration(m, tokenizer, args.data, args.refit_tokens),
         on_step=on_step,
     )
-    folder = args.out / (args.name or args.arm)
+    folder = args.out / args.arm
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     record = {
@@ -294,7 +294,6 @@ def main() -> None:
     add = parser.add_argument
     add("what", choices=("train", "judge", "page"))
     add("--arm", choices=("routed", "control"), default="routed")
-    add("--name", help="train: folder of the model in OUT (default: the arm)")
     add("--arms", nargs="+", default=["base", *ARMS], metavar="NAME", help="judge: base, and folders of OUT")
     add("--data", type=Path, required=True)
     add("--out", type=Path, required=True)
@@ -320,7 +319,10 @@ def main() -> None:
     if args.what != "page":
         (train if args.what == "train" else judge)(args)
         return
-    found = json.loads((args.out / f"judged-{args.half}.json").read_text(encoding="utf-8"))
+    found = {
+        name: json.loads((args.out / f"judged-{args.half}-{name}.json").read_text(encoding="utf-8"))
+        for name in ("base", *ARMS)
+    }
     records = {
         name: json.loads((args.out / name / "finetune.json").read_text(encoding="utf-8"))
         for name in ("control", "routed")

@@ -230,14 +230,14 @@ def test_distilling_brings_the_budget_nearer_to_the_teacher(tiny_olmoe):
     calibration = calibrate(model, None, DOCUMENTS, progress=False)
     windows = torch.tensor(DOCUMENTS)
     settings = FinetuneSettings(
-        steps=30, learning_rate=3e-3, warmup=2, batch_tokens=512, window=64, distil=1.0, refit_every=10,
-        experts_per_token=2.0, balance=0.0, z=0.0,
+        steps=40, learning_rate=1e-3, warmup=2, batch_tokens=512, window=64, distil=1.0, refit_every=100,
+        experts_per_token=1.5, balance=0.0, z=0.0, budget=0.0,
     )  # fmt: skip
     seen = []
     done = finetune(model, windows, calibration, settings, on_step=lambda step, figures: seen.append(figures))
     first, last = (sum(f["divergence"] for f in part) / 5 for part in (seen[:5], seen[-5:]))
-    assert last < 0.8 * first
-    assert len(done.curve) == 30
+    assert last < 0.75 * first  # 0.62 here
+    assert len(done.curve) == 40
     assert done.calibration.tokens != calibration.tokens
     assert not model.training
     assert not is_patched(model)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import logging
 import pickle
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -43,6 +45,16 @@ def adaptive(model, calibration, experts=3.0, **options):
 
 def run(model, ids):
     return model(input_ids=ids, use_cache=False)
+
+
+def test_the_losses_load_no_trainer():
+    code = (
+        "import sys, bh_routing.training; assert 'torch' not in sys.modules; "
+        "from bh_routing.training import AdaptiveRoutingLoss, finetune; "
+        "assert not {'transformers.trainer', 'accelerate', 'peft'} & set(sys.modules)"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (found.returncode, found.stderr) == (0, "")
 
 
 # -------------------------------------------------------------------------------------------- load balancing
