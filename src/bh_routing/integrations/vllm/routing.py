@@ -97,7 +97,7 @@ class LayerRouting:
             return weights_TK.clone(), experts_TK.clone()
         if self.means is not None:
             self.added_TH = compensation(decision, self.means)
-        return decision.weights_TK, filled(decision).to(experts_TK.dtype)
+        return decision.weights_TK, filled(decision, experts_TK.dtype)
 
     def compensate(self, output_TH: Tensor) -> Tensor:
         """The layer's output with what stands in for the dropped experts of the call in progress."""
@@ -112,8 +112,8 @@ class LayerRouting:
         return output_TH + added_TH.to(output_TH.dtype)
 
 
-def filled(decision: RoutingDecision) -> Tensor:
-    """The router's own experts with the first kept one in place of the dropped ones, int64 [T, K].
+def filled(decision: RoutingDecision, dtype: torch.dtype = torch.int64) -> Tensor:
+    """The router's own experts with the first kept one in place of the dropped ones, [T, K] in this dtype.
 
     Examples
     --------
@@ -124,9 +124,14 @@ def filled(decision: RoutingDecision) -> Tensor:
     >>> filled(TopKPolicy(2).decide(torch.zeros(1, 4), weights, experts, context))
     tensor([[0, 0, 2]])
     """
-    first_T1 = (~decision.dropped_TK).to(torch.uint8).argmax(-1, keepdim=True)
-    own_TK = decision.own_experts_TK
-    return torch.where(decision.dropped_TK, own_TK.gather(-1, first_T1), own_TK)
+    own_TK, dropped_TK = decision.own_experts_TK, decision.dropped_TK
+    if own_TK.shape[0] == 1 and own_TK.device.type == "cpu":  # in plain Python, as `decide_one_token`
+        own, dropped = own_TK.tolist()[0], dropped_TK.tolist()[0]
+        first = own[dropped.index(False)]
+        chosen = [first if gone else expert for expert, gone in zip(own, dropped, strict=True)]
+        return torch.tensor([chosen], dtype=dtype)
+    first_T1 = (~dropped_TK).to(torch.uint8).argmax(-1, keepdim=True)
+    return torch.where(dropped_TK, own_TK.gather(-1, first_T1), own_TK).to(dtype)
 
 
 class EngineRouting:
