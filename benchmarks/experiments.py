@@ -58,8 +58,8 @@ and the figures are.
     python benchmarks/experiments.py --data DIR -o results --write docs/results.md
 
 Read a cell as: rise of perplexity over the full model (8 experts), then whether that is better (▼) or worse (▲) than plain
-top-k at the same number of experts or within noise of it (~), where the number of experts that the policy realised on this text is
-within 2.5 % of top-k's; in brackets that realised number. Policies in the order of their rise at 4 experts.
+top-k at the same number of experts or within noise of it (~), where the number of experts that the policy realised on this text (in
+brackets) is within 2.5 % of top-k's, or where it is better with fewer or worse with more; no mark where more experts bought less loss. Policies in the order of their rise at 4 experts.
 
 ## books-valid, second half
 

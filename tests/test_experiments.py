@@ -492,3 +492,39 @@ def test_a_dataset_without_its_package(
     asked = ["evaluate", "olmoe-nano", "--policy", "topk:k=4", "--dataset", "wikitext", "-o", "nowhere"]
     assert main(asked) == 2
     assert "data set wikitext is on the hub, which needs the package datasets" in capsys.readouterr().err
+
+
+def _record(name: str, experts: float, loss: float, **settings: Any) -> dict[str, Any]:
+    """What `summarise` needs of one policy's record: 40 blocks whose losses all share, but for ``loss`` and a wobble."""
+    wobble = 0.001 if name == "mine" else 0.0
+    return {
+        "dataset": "night",
+        "kind": "text",
+        "policy": name,
+        "settings": {"weights": "model", **settings},
+        "mean_experts_per_token": experts,
+        "perplexity": 1.0 + loss,
+        "blocks": [[512 * (3.0 + i % 7 + loss + wobble * (i % 5 - 2)), 512] for i in range(40)],
+    }
+
+
+@pytest.mark.parametrize(
+    ("experts", "loss", "word"),
+    [
+        (4.05, -0.1, "better"),
+        (3.95, 0.1, "worse"),
+        (4.05, 0.0, "within noise"),
+        (3.7, -0.1, "better"),  # with fewer experts
+        (4.3, 0.1, "worse"),  # with more
+        (4.3, -0.1, ""),  # more experts bought it
+        (3.7, 0.1, ""),  # fewer experts cost it
+        (3.7, 0.0, ""),
+        (3.3, -0.1, ""),  # too far from top-4 to say anything
+    ],
+)
+def test_the_verdict_against_top_k_at_about_the_same_number_of_experts(experts, loss, word):
+    cut = _record("topk:k=4", 4.0, 0.0, policy="topk", k=4)
+    rows = summarise([cut, _record("mine", experts, loss)], "night")
+    (row,) = [row for row in rows if row["record"]["policy"] == "mine"]
+    assert row["verdict"] == word
+    assert (row["against"] is None) == (word == "")

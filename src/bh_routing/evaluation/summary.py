@@ -7,9 +7,9 @@ from typing import Any
 
 from .paired import Interval, pareto_front, perplexity_change
 
-SAME_EXPERTS = (
-    0.025  # relative difference of realised experts up to which two policies are "at the same number"
-)
+# Relative differences of realised experts: up to the first two policies are "at the same number", up to the second
+# they are compared where one has both fewer experts and the lower perplexity.
+SAME_EXPERTS, NEAR_EXPERTS = 0.025, 0.15
 
 
 def summarise(records: Sequence[dict[str, Any]], dataset: str) -> list[dict[str, Any]]:
@@ -17,8 +17,9 @@ def summarise(records: Sequence[dict[str, Any]], dataset: str) -> list[dict[str,
 
     Keys: ``record``; ``experts``, ``perplexity``; ``change``, the `Interval` of the relative change of perplexity
     against the model's own routing; ``against_topk``, the same against plain top-k at the same number of experts
-    (None where there is none); ``verdict``, "better", "worse" or "within noise" by that; ``front``, whether no
-    policy has both fewer experts and lower perplexity.
+    (None where there is none); ``verdict``, "better", "worse" or "within noise" by that, where the numbers differ
+    "better" with fewer experts and "worse" with more, or nothing; ``front``, whether no policy has both fewer
+    experts and lower perplexity.
     """
     held = [r for r in records if r["dataset"] == dataset and r["kind"] == "text"]
     full = next((r for r in held if r["policy"] == "full"), None)
@@ -28,6 +29,9 @@ def summarise(records: Sequence[dict[str, Any]], dataset: str) -> list[dict[str,
         experts = record["mean_experts_per_token"]
         near = None if record in cuts or record is full else _nearest(cuts, experts)
         against = None if near is None else perplexity_change(record["blocks"], near["blocks"])
+        word = "" if near is None or against is None else _verdict_at(record, near, against)
+        if not word:
+            near = against = None
         rows.append(
             {
                 "record": record,
@@ -38,7 +42,7 @@ def summarise(records: Sequence[dict[str, Any]], dataset: str) -> list[dict[str,
                 else perplexity_change(record["blocks"], full["blocks"]),
                 "against": None if near is None else near["policy"],
                 "against_topk": against,
-                "verdict": "" if against is None else verdict(against),
+                "verdict": word,
             }
         )
     points = [
@@ -58,6 +62,15 @@ def verdict(difference: Interval) -> str:
     return "better" if difference.value < 0 else "worse"
 
 
+def _verdict_at(record: dict[str, Any], cut: dict[str, Any], difference: Interval) -> str:
+    """The verdict; empty where more experts bought the lower perplexity."""
+    word = verdict(difference)
+    ours, theirs = record["mean_experts_per_token"], cut["mean_experts_per_token"]
+    same = abs(theirs - ours) <= SAME_EXPERTS * ours
+    dominates = (word == "better" and ours < theirs) or (word == "worse" and ours > theirs)
+    return word if same or dominates else ""
+
+
 def _plain_top_k(record: dict[str, Any]) -> bool:
     settings = record["settings"]
     return (
@@ -73,7 +86,7 @@ def _nearest(cuts: Sequence[dict[str, Any]], experts: float | None) -> dict[str,
         return None
     near = [c for c in cuts if c["mean_experts_per_token"] is not None]
     best = min(near, key=lambda c: abs(c["mean_experts_per_token"] - experts), default=None)
-    if best is None or abs(best["mean_experts_per_token"] - experts) > SAME_EXPERTS * experts:
+    if best is None or abs(best["mean_experts_per_token"] - experts) > NEAR_EXPERTS * experts:
         return None
     return best
 
