@@ -220,6 +220,10 @@ def _clock(call: Callable[[], Any]) -> tuple[float, Any]:
     return time.perf_counter() - start, result
 
 
+def _milliseconds(value: float) -> str:
+    return f"{value:.3g}" if value < 100 else f"{value:,.0f}"
+
+
 HEADER = (
     "work",
     "fastest stock",
@@ -259,10 +263,10 @@ def main() -> None:
             cells = [
                 f"{name}, T = {tokens}",
                 row["stock"],
-                f"{row['times'][row['stock']]:.3g}",
-                f"{row['times']['all 8']:.3g}",
+                _milliseconds(row["times"][row["stock"]]),
+                _milliseconds(row["times"]["all 8"]),
                 f"{row['ratio']['all 8']:.3f} ({row['ratio']['all 8, same']:.3f})",
-                f"{row['times']['4.0']:.3g}",
+                _milliseconds(row["times"]["4.0"]),
                 f"{row['ratio']['4.0']:.3f}",
                 f"{row['bound']:.2f}",
                 f"{row['distinct']:.2f}",

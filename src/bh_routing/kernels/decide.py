@@ -206,8 +206,10 @@ def decide_one_token(
 
 
 def _log_softmax(chosen: list[float], logits: list[float]) -> list[float]:
-    top = max(logits)
-    rest = top + log(sum([exp(x - top) for x in logits]))
+    top, total = max(logits), 0.0
+    for x in logits:  # no list of them: beside cold caches every new object is a miss
+        total += exp(x - top)
+    rest = top + log(total)
     return [x - rest for x in chosen]
 
 
