@@ -243,7 +243,7 @@ def test_a_policy_decides_single_tokens_on_the_host_at_the_level_in_use(monkeypa
     policy, context = policy_with("auto", case)
     calls = []
     monkeypatch.setattr(
-        "bh_routing.policies.decide_one_token",
+        "bh_routing.policies.table.decide_one_token",
         lambda *args, **settings: calls.append(1) or decide_one_token(*args, **settings),
     )
     for level, kept in ((INF, 1), (-INF, 4)):
