@@ -96,7 +96,7 @@ def train(args: argparse.Namespace) -> None:
     spent = {"cpu": 0.0, "since": 0.0}
 
     def point(step: int) -> None:
-        """Perplexity on the choosing half, at 8 and (the routed arm, with the table in use) at 3.0."""
+        """Loss on the choosing half as the arm routes: at 8, or at 3.0 with the table in use."""
         model.eval()
         mean = float(losses(model, judged_N).double().mean())
         curve.append({"step": step, "cpu": spent["cpu"], "loss": mean})
@@ -111,6 +111,11 @@ def train(args: argparse.Namespace) -> None:
             print(args.arm, short, f"{spent['cpu']:.0f} s of processor time", flush=True)
         spent["since"] = time.process_time()
 
+    if settings.routed:
+        with BHRoutingIntegration(model, calibration=calibration, experts_per_token=EXPERTS):
+            point(0)
+    else:
+        point(0)
     spent["since"] = time.process_time()
     done = finetune(
         model,

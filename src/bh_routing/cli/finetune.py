@@ -65,11 +65,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             "distil",
             "S",
             float,
-            "share of the budget's loss that is KL(model as it was || budget) (default 0)",
+            "share of the budget's loss that is KL(model as it was || budget) instead of the text's (default 1)",
         ),
-        ("balance", "C", float, "coefficient of the load-balancing loss (default 0.01)"),
-        ("z", "C", float, "coefficient of the router z-loss (default 0.001)"),
-        ("budget", "C", float, "coefficient of the budget term (default 0.1)"),
+        ("balance", "C", float, "coefficient of the load-balancing loss (default 0.001)"),
+        ("z", "C", float, "coefficient of the router z-loss (default 0.0001)"),
+        ("budget", "C", float, "coefficient of the budget term (default 0.02)"),
         ("refit-every", "N", int, "steps between refits of the null (default 100)"),
     ):
         group.add_argument(f"--{name}", type=kind, metavar=metavar, help=text)

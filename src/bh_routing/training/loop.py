@@ -48,9 +48,9 @@ class FinetuneSettings:
         with its own routing and with the budget's, so that quality is kept at both.
     distil : float
         How much of the budget's loss is the divergence KL(teacher || budget) instead of that of the text, 0 to 1. The
-        teacher is a frozen copy of the model as it was, with its own routing.
+        teacher is a frozen copy of the model as it was, with its own routing; 0 makes none and learns from the text.
     balance, z, budget, temperature, scope
-        As in `AdaptiveRoutingLoss`.
+        As in `AdaptiveRoutingLoss`, but smaller: a divergence has smaller gradients than the loss of a text.
     refit_every : int
         Steps between refits of the null.
     refit_tokens : int
@@ -68,10 +68,10 @@ class FinetuneSettings:
     batch_tokens: int = 4096
     window: int = 256
     full_share: float = 0.0
-    distil: float = 0.0
-    balance: float = 0.01
-    z: float = 0.001
-    budget: float = 0.1
+    distil: float = 1.0
+    balance: float = 0.001
+    z: float = 0.0001
+    budget: float = 0.02
     temperature: float = 0.5
     scope: BalanceScope = "layer"
     refit_every: int = 100

@@ -104,7 +104,7 @@ class AdaptiveRoutingLoss:
 
     Notes
     -----
-    Where gradients are averaged over processes (DDP, FSDP, Trainer), the sums over tokens are added up over the
+    Where gradients are averaged over processes (DDP; FSDP is not tested), the sums over tokens are added up over the
     default process group first: the gradient is that of one process with the whole batch, for tokens spread unevenly
     too. One all-reduce per call.
 
