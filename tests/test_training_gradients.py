@@ -169,7 +169,8 @@ def test_gradcheck_in_float64(skip, norm):
         function(hidden, *values)
         assert margin(seen) > 1e-3  # gradcheck steps by 1e-6
         assert seen[-1][0].dropped_TK.any()
-        assert torch.autograd.gradcheck(function, (hidden, *values))
+        # in full once, along random directions for the others: the same graph but for the weights' rule
+        assert torch.autograd.gradcheck(function, (hidden, *values), fast_mode=norm or skip == "zero")
 
 
 def test_the_loop_in_float64_is_the_plain_loop():

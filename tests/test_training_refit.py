@@ -321,7 +321,7 @@ def test_recalibrating_in_the_trainer(model, calibration, tmp_path):
         {"bf16": True},
         {"gradient_checkpointing": True},
         {"gradient_accumulation_steps": 2},
-        {"torch_compile": True, "torch_compile_backend": "eager"},
+        pytest.param({"torch_compile": True, "torch_compile_backend": "eager"}, marks=pytest.mark.slow),
     ],
     ids=lambda arguments: next(iter(arguments)),
 )
