@@ -20,7 +20,7 @@ from bh_routing.evaluation import Dataset, RoutingExperimentRunner, RoutingStrat
 from bh_routing.evaluation.notes import watch_counts
 from bh_routing.evaluation.paired import block_sums, pareto_front, perplexity_change, perplexity_interval
 from bh_routing.evaluation.results import ResultsFolder, ResultsWarning
-from bh_routing.evaluation.scoring import cut_text, encode_pair, score_continuations, score_text
+from bh_routing.evaluation.scoring import _guessed, cut_text, encode_pair, score_continuations, score_text
 from bh_routing.evaluation.summary import summarise
 
 
@@ -528,3 +528,15 @@ def test_the_verdict_against_top_k_at_about_the_same_number_of_experts(experts, 
     (row,) = [row for row in rows if row["record"]["policy"] == "mine"]
     assert row["verdict"] == word
     assert (row["against"] is None) == (word == "")
+
+
+def test_a_guess_is_the_first_largest_logit() -> None:
+    logits_SV = torch.tensor([[0.0, 2.0, 2.0], [0.0, 2.0, 2.0], [3.0, 1.0, 2.0], [1.0, 1.0, 1.0]])
+    targets_S = torch.tensor([1, 2, 1, 0])
+    expected_S = logits_SV.argmax(-1) == targets_S
+    assert expected_S.tolist() == [True, False, False, True]
+    assert torch.equal(_guessed(logits_SV, targets_S), expected_S)
+    logits_SV = torch.randn(500, 20, generator=torch.Generator().manual_seed(0)).bfloat16()  # ties
+    targets_S = logits_SV.float().topk(2).indices[:, 1]
+    assert 0 < int((logits_SV.argmax(-1) == targets_S).sum()) < 500
+    assert torch.equal(_guessed(logits_SV, targets_S), logits_SV.argmax(-1) == targets_S)

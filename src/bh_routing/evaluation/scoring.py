@@ -1,6 +1,6 @@
 """Forward passes and what they say: losses and guesses on text, log-likelihoods of continuations.
 
-Shape legend: N tokens of a text, B windows of a batch, S tokens of one, V vocabulary, C scored tokens.
+Shape legend: N tokens of a text, B windows of a batch, S tokens of one (or those scored), V vocabulary, C scored tokens.
 """
 
 from __future__ import annotations
@@ -122,14 +122,15 @@ def score_text(
         if ids_BS.device.type == "cuda":
             torch.cuda.synchronize(ids_BS.device)
         seconds += time.perf_counter() - start
-        logits_CV = logits_BSV[:, first - 1 : -1].flatten(0, 1).float()
-        targets_C = ids_BS[:, first:].flatten()
-        losses.append(torch.nn.functional.cross_entropy(logits_CV, targets_C, reduction="none").cpu())
-        hits.append((logits_CV.argmax(-1) == targets_C).cpu())
-        if reference_BSV is not None:
-            full_CV = reference_BSV[:, first - 1 : -1].flatten(0, 1).float().log_softmax(-1)
-            own_CV = logits_CV.log_softmax(-1)
-            divergences.append((full_CV.exp() * (full_CV - own_CV)).sum(-1).cpu())
+        # Window by window: a slice of one is a view, of all of them a copy as large as the logits.
+        for row, targets_S in enumerate(ids_BS[:, first:]):
+            logits_SV = logits_BSV[row, first - 1 : -1].float()
+            losses.append(torch.nn.functional.cross_entropy(logits_SV, targets_S, reduction="none").cpu())
+            hits.append(_guessed(logits_SV, targets_S).cpu())
+            if reference_BSV is not None:
+                full_SV = reference_BSV[row, first - 1 : -1].float().log_softmax(-1)
+                own_SV = logits_SV.log_softmax(-1)
+                divergences.append((full_SV.exp() * (full_SV - own_SV)).sum(-1).cpu())
         step(ids_BS.numel())
     return TextScores(
         losses_C=torch.cat(losses),
@@ -137,6 +138,13 @@ def score_text(
         kl_C=torch.cat(divergences) if divergences else None,
         seconds=seconds,
     )
+
+
+def _guessed(logits_SV: Tensor, targets_S: Tensor) -> Tensor:
+    """bool [S], whether the target is the first largest logit: argmax only where it is a largest one at all."""
+    hit_S = logits_SV.gather(-1, targets_S.unsqueeze(-1)).squeeze(-1) >= logits_SV.amax(-1)
+    hit_S[hit_S.clone()] = logits_SV[hit_S].argmax(-1) == targets_S[hit_S]
+    return hit_S
 
 
 def _logits(model: Any, ids_BS: Tensor) -> Tensor:
