@@ -14,6 +14,7 @@ from transformers.integrations.moe import use_experts_implementation
 
 from bh_routing import RoutingIntegration, TopKPolicy
 from bh_routing.errors import UnsupportedModelError
+from bh_routing.patching import expert_math
 from bh_routing.patching import experts as skip_aware
 from bh_routing.patching.adapters import ExpertIds
 from bh_routing.patching.apply import ImplementationPatch
@@ -130,7 +131,7 @@ def dirty_memory() -> Iterator[None]:
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("tokens", [1, 2, 17])
 @pytest.mark.parametrize("flavour", FLAVOURS)
-def test_values_and_gradients_are_those_of_the_definition(flavour, tokens, path):
+def test_values_and_gradients_are_those_of_the_definition(flavour, tokens, path, monkeypatch):
     experts = make_experts(**FLAVOURS[flavour])
     hidden_TH, experts_TK, weights_TK = routing(tokens)
     experts_TK[0, 0], weights_TK[0, 0] = E, 0.0  # at least one slot is empty ...
@@ -152,7 +153,8 @@ def test_values_and_gradients_are_those_of_the_definition(flavour, tokens, path)
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
     with torch.no_grad():
         assert torch.equal(PATHS[path](experts, hidden_TH, experts_TK, weights_TK), got)
-        experts.eval()  # on CPU the products are now another library's
+        experts.eval()
+        monkeypatch.setattr(expert_math, "LARGE", 1)  # on CPU the products are now another library's
         torch.testing.assert_close(
             PATHS[path](experts, hidden_TH, experts_TK, weights_TK), got, rtol=1e-5, atol=1e-5
         )
@@ -360,3 +362,26 @@ def test_experts_called_otherwise_keep_their_index(tiny_olmoe):
 
     reason = skip_aware.why_not_compact(Packed(), ExpertIds(empty=4), "mlp.experts")
     assert reason == "mlp.experts (Packed) is not called with hidden states, indices and weights"
+
+
+@pytest.mark.skipif(not expert_math._ONEDNN, reason="this torch was built without oneDNN")
+@pytest.mark.parametrize("rows", [1, 7])
+@pytest.mark.parametrize("bias", [False, True])
+def test_large_float32_products_are_onednns(rows, bias):
+    size = 512  # 2 ** 18 elements
+    weight_ENI, bias_EN = torch.randn(2, size, size), torch.randn(2, size)
+    x_PI = torch.randn(rows + 3, size)[1 : rows + 1]
+    expected = x_PI.double() @ weight_ENI[1].double().T + (bias_EN[1].double() if bias else 0.0)
+    called: list[str] = []
+
+    class Calls(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            called.append(str(function))
+            return function(*args, **(kwargs or {}))
+
+    weight_NI, bias_N = weight_ENI[1], bias_EN[1] if bias else None
+    with Calls():
+        got = expert_math._product(x_PI, weight_NI, bias_N, onednn=True)
+    assert called == ["mkldnn._linear_pointwise.default"]
+    # sums of 512 products of order 1 in float32
+    torch.testing.assert_close(got.double(), expected, rtol=1e-4, atol=1e-3)
