@@ -219,6 +219,12 @@ Greedily, 40 tokens after each prompt:
 
 {quotes}
 
+## Beside the weights
+
+- `calibration.safetensors`: the null distributions of its routers, for `bh-routing` (400,000 tokens of other books).
+- `vllm-lm-head.safetensors`, `model.safetensors.index.json`: for vLLM, whose OLMoE does not tie embeddings and reads every weight file of a
+  folder without an index (`scripts/nano_vllm_files.py` writes them). transformers looks at neither.
+
 ## Licence
 
 The training text is in the public domain (Project Gutenberg). The weights are part of this package and under its licence.
