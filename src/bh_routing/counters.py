@@ -22,6 +22,11 @@ from .routing import RoutingDecision, not_finite
 CALLS, TOKENS = 64, 512
 
 
+def recomputing() -> bool:
+    """Whether this forward is gradient checkpointing's repetition: within a backward pass autograd has a graph task."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
 class _Call(NamedTuple):
     """What is counted of one call; fields as in `RoutingDecision`."""
 

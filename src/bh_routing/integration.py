@@ -18,7 +18,7 @@ from .kernels import Backend, check_backend
 from .patching import PatchPlan, RoutingPatch, make_plan
 from .patching.apply import Skip
 from .policies import PValuePolicy, RoutingPolicy, TablePolicy
-from .procedures import check_alpha, get_procedure
+from .procedures import check_alpha, check_one_level, get_procedure
 from .routing import Clamp, WeightRule, check_clamp, check_k, check_temperature
 from .telemetry import Telemetry
 
@@ -421,11 +421,7 @@ class BHRoutingIntegration(RoutingIntegration):
         InvalidParameterError, BudgetError
             Unless exactly one of the two is given and can be served; nothing has changed then.
         """
-        if (alpha is None) == (experts_per_token is None):
-            raise InvalidParameterError(
-                f"expected exactly one of alpha and experts_per_token, got alpha={alpha!r} and "
-                f"experts_per_token={experts_per_token!r}."
-            )
+        check_one_level(alpha, experts_per_token)
         if self.calibration is None:
             if alpha is None:
                 raise InvalidParameterError(

@@ -36,6 +36,15 @@ def check_alpha(alpha: float) -> float:
     return float(alpha)
 
 
+def check_one_level(alpha: object, experts_per_token: object) -> None:
+    """Raise `InvalidParameterError` unless exactly one of a level and a budget is given."""
+    if (alpha is None) == (experts_per_token is None):
+        raise InvalidParameterError(
+            f"expected exactly one of alpha and experts_per_token, got alpha={alpha!r} and "
+            f"experts_per_token={experts_per_token!r}."
+        )
+
+
 @dataclass(frozen=True, kw_only=True)
 class Procedure:
     """A multiple-testing procedure: what it guarantees, and how it decides.

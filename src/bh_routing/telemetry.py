@@ -22,10 +22,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from .counters import LayerCounters, LayerSums, defined, figures, layer_figures, total_figures
+from .counters import LayerCounters, LayerSums, defined, figures, layer_figures, recomputing, total_figures
 from .errors import InvalidInputError, MissingDependencyError
 from .policies import RoutingContext
 from .routing import RoutingDecision
@@ -121,8 +120,7 @@ class Telemetry:
         logits_TE : Tensor, optional
             Only used to find tokens with non-finite logits where the decision does not tell them.
         """
-        # Within the backward pass autograd has a graph task: this forward is a recomputation, counted before.
-        if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
+        if recomputing():  # counted before
             return
         layer = self._layers.get(context.path)
         if layer is None:

@@ -41,6 +41,14 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 def add_routing_arguments(parser: argparse.ArgumentParser) -> None:
     """What BHRoutingIntegration takes."""
     group = parser.add_argument_group("routing")
+    add_choice_arguments(group)
+    group.add_argument(
+        "--temperature", type=float, default=1.0, metavar="T", help="divides the router logits (default 1)"
+    )
+
+
+def add_choice_arguments(group: argparse._ActionsContainer) -> None:
+    """What decides which experts run, here and in an engine: level or budget, calibration, limits, mode."""
     level = group.add_mutually_exclusive_group()
     level.add_argument("--alpha", type=float, metavar="A", help="level, 0 < A < 1 (default 0.05)")
     level.add_argument(
@@ -57,9 +65,6 @@ def add_routing_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--min-k", type=int, default=1, metavar="K", help="at least K experts (default 1)")
     group.add_argument(
         "--max-k", type=int, metavar="K", help="at most K experts (default: the model's own top-k)"
-    )
-    group.add_argument(
-        "--temperature", type=float, default=1.0, metavar="T", help="divides the router logits (default 1)"
     )
     group.add_argument(
         "--mode",

@@ -15,25 +15,7 @@ from . import common
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="olmoe-nano, a folder, or a hub id")
-    level = parser.add_mutually_exclusive_group()
-    level.add_argument("--alpha", type=float, metavar="A", help="level, 0 < A < 1 (default 0.05)")
-    level.add_argument(
-        "--experts", type=float, metavar="N", help="a budget instead: N experts per token on average"
-    )
-    parser.add_argument(
-        "--calibration",
-        metavar="FILE",
-        help="calibrated null, made by `bh-routing calibrate`; olmoe-nano comes with one, `none` turns it off",
-    )
-    parser.add_argument("--min-k", type=int, default=1, metavar="K", help="at least K experts (default 1)")
-    parser.add_argument(
-        "--max-k", type=int, metavar="K", help="at most K experts (default: the model's own top-k)"
-    )
-    parser.add_argument(
-        "--mode",
-        default="patch",
-        help="patch: BH routing decides; analyze: the model routes as always, BH is counted",
-    )
+    common.add_choice_arguments(parser)
     parser.add_argument(
         "--no-compensation", action="store_true", help="add nothing in place of dropped experts"
     )

@@ -117,9 +117,16 @@ class TablePolicy(CountPolicy):
             for name in ("thresholds_LE", "scale_LE", "offset_LE")
         )
 
-    def row_of(self, context: RoutingContext) -> tuple[Tensor, Tensor, Tensor]:
-        """Thresholds, scale and offset of a router, float32 [E] each: the buffers in use, on its device."""
-        return self._rows[context.path]
+    def thresholds_of(self, context: RoutingContext) -> Tensor:
+        """A router's thresholds by rank, float32 [E]: the buffer in use, on its device."""
+        return self._rows[context.path][0]
+
+    def statistic(self, logits_TE: Tensor, context: RoutingContext) -> Tensor:
+        """What is compared with the thresholds, [T, E], float32 at least; differentiable."""
+        _, scale_E, offset_E = self._rows[context.path]
+        table = self.table
+        base_TE = base_statistic(logits_TE, table.statistic, context.score, table.temperature)
+        return affine_statistic(base_TE, scale_E, offset_E)
 
     def set_table(self, table: DecisionTable) -> None:
         """Write another table's thresholds into the same buffers: no re-patching, no recompiling.
@@ -156,14 +163,11 @@ class TablePolicy(CountPolicy):
     def _decide_widened(
         self, logits_TE: Tensor, own_weights_TK: Tensor, own_experts_TK: Tensor, context: RoutingContext
     ) -> RoutingDecision:
-        table = self.table
-        thresholds_E, scale_E, offset_E = self._rows[context.path]
-        base_TE = base_statistic(logits_TE, table.statistic, context.score, table.temperature)
-        statistic_TE = affine_statistic(base_TE, scale_E, offset_E)
+        statistic_TE = self.statistic(logits_TE, context)
         kept = keep_by_table(
             statistic_TE,
-            thresholds_E,
-            rule=table.rule,
+            self.thresholds_of(context),
+            rule=self.table.rule,
             min_k=self.min_k,
             max_k=self.max_k,
             clamp=self.clamp,

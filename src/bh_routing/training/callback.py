@@ -15,12 +15,13 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from ..calibration import Calibration
+from ..counters import recomputing
 from ..errors import InvalidParameterError, InvalidTypeError
 from ..integration import BHRoutingIntegration
 from ..policies import RoutingContext
 from ..routing import RoutingDecision
 from ..running import gather
-from .loss import AdaptiveRoutingLoss, real_tokens, recomputing
+from .loss import AdaptiveRoutingLoss, real_tokens
 from .refitting import RecentChoices, recalibrate, refit
 
 logger = logging.getLogger(__name__)

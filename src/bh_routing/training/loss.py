@@ -12,11 +12,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..counters import recomputing
 from ..errors import InvalidParameterError, InvalidTypeError, PatchError
 from ..integration import RoutingIntegration
 from ..policies import RoutingContext, TablePolicy
 from ..routing import RoutingDecision, check_temperature, not_finite
-from ..statistic import affine_statistic, base_statistic
 from .functional import BalanceScope, balance_of, check_scope, expected_experts, router_sums, z_of
 
 logger = logging.getLogger(__name__)
@@ -52,11 +52,6 @@ class Tape:
             decision.counts_T,
             real_tokens(context, logits_TE),
         )
-
-
-def recomputing() -> bool:
-    """Whether this forward is gradient checkpointing's repetition within a backward pass."""
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
 def real_tokens(context: RoutingContext, logits_TE: Tensor) -> Tensor:
@@ -249,18 +244,15 @@ class AdaptiveRoutingLoss:
         """The relaxed count of every token, [T]."""
         policy = self.integrator.policy
         assert isinstance(policy, TablePolicy)
-        table = policy.table
-        thresholds_E, scale_E, offset_E = policy.row_of(context)
         logits_TE = torch.where(seen.real_T.unsqueeze(-1), seen.logits_TE, 0.0)
-        base_TE = base_statistic(logits_TE, table.statistic, context.score, table.temperature)
-        statistic_TC = affine_statistic(base_TE, scale_E, offset_E)
+        statistic_TC = policy.statistic(logits_TE, context)
         if policy.slots(context) <= context.top_k:  # the candidates are the router's own
             statistic_TC = statistic_TC.gather(-1, seen.own_experts_TK)
         return expected_experts(
             statistic_TC,
-            thresholds_E,
+            policy.thresholds_of(context),
             temperature=self.temperature,
-            rule=table.rule,
+            rule=policy.table.rule,
             min_k=policy.min_k,
             max_k=policy.max_k,
             clamp=policy.clamp,

@@ -17,12 +17,13 @@ from ..accumulate import LayerCounts, mix64
 from ..calibration import Calibration
 from ..calibration_file import fingerprint, stack_layers
 from ..calibration_parts import Reservoir
+from ..counters import recomputing
 from ..errors import CalibrationError
 from ..integration import BHRoutingIntegration
 from ..policies import RoutingContext
 from ..routing import RoutingDecision
 from ..running import gather
-from .loss import real_tokens, recomputing
+from .loss import real_tokens
 
 
 class Held(NamedTuple):

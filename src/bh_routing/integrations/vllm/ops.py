@@ -22,9 +22,7 @@ from vllm.utils.torch_utils import (
 )
 
 from .ragged import kept_only
-from .routing import LayerRouting
-
-ATTRIBUTE = "bh_routing"  # of a runner: its LayerRouting
+from .routing import ATTRIBUTE, LayerRouting
 
 library = Library("bh_routing", "FRAGMENT")
 

@@ -28,7 +28,7 @@ from .checks import (
     logger,
     read_facts,
 )
-from .routing import EngineRouting, LayerRouting
+from .routing import ATTRIBUTE, EngineRouting, LayerRouting
 from .settings import DIGEST_KEY, KEY, Settings, read_settings
 
 EXTENSION = "bh_routing.integrations.vllm.worker.WorkerExtension"
@@ -153,7 +153,7 @@ def attach(runner: Any, config: Any) -> None:
     if layer is None:
         logger.info("bh-routing: %s stays as it is: the calibration left it out", facts.name)
         return
-    setattr(runner, ops.ATTRIBUTE, layer)
+    setattr(runner, ATTRIBUTE, layer)
     runner.router._compute_routing = ops.RouteCall(runner.router._compute_routing, facts.name)
     if engine.compensates and settings.mode == "patch":
         runner.forward = ops.CompensatedForward(runner.forward, facts.name)
@@ -222,7 +222,7 @@ def runners_of(config: Any) -> dict[str, Any]:
 
 def layer_of(runner: Any) -> LayerRouting | None:
     """What was attached to a runner."""
-    return getattr(runner, "bh_routing", None)
+    return getattr(runner, ATTRIBUTE, None)
 
 
 def engine_of(config: Any) -> EngineRouting | None:

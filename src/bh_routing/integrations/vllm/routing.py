@@ -21,10 +21,13 @@ from ...calibration import Calibration
 from ...compensation import compensation
 from ...errors import CalibrationMismatchError, InvalidParameterError, UnsupportedModelError
 from ...policies import PValuePolicy, RoutingContext, RoutingPolicy, TablePolicy
+from ...procedures import check_one_level
 from ...routing import Convention, RoutingDecision
 from ...telemetry import Telemetry
 from .paths import match_layer
 from .settings import Settings
+
+ATTRIBUTE = "bh_routing"  # of a vLLM runner: its LayerRouting
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -278,11 +281,7 @@ class EngineRouting:
         InvalidParameterError, BudgetError
             Unless exactly one of the two is given and can be served; nothing has changed then.
         """
-        if (alpha is None) == (experts_per_token is None):
-            raise InvalidParameterError(
-                f"expected exactly one of alpha and experts_per_token, got alpha={alpha!r} and "
-                f"experts_per_token={experts_per_token!r}."
-            )
+        check_one_level(alpha, experts_per_token)
         if self.settings.top_k is not None:
             raise InvalidParameterError(
                 f"this engine was started with top_k={self.settings.top_k}, which has no level; start it with a "
