@@ -1,10 +1,10 @@
-"""How well calibrated routing does on a model: every configuration, the comparison, uniformity, speed.
+"""How well calibrated routing does on a model: every configuration, the comparison, uniformity, budgets, speed.
 
     python benchmarks/calibration.py --calibrate-on FILE --choose-and-report FILE --also FILE [--save CALIBRATION]
 
-The first half of the second text is for choosing: configurations are compared there, and every method's level or
-parameter is solved so that its mean number of experts there is the budget. The second half, and the third text,
-are for reporting. Losses are paired: a bootstrap over blocks of 512 tokens gives the intervals. Prints Markdown
+The first text is books joined by blank lines. The first half of the second text is for choosing: configurations are
+compared there, and every method's level or parameter is solved so that its mean number of experts there is the budget.
+The second half, and the third text, are for reporting. Losses are paired: a bootstrap over blocks of 512 tokens gives the intervals. Prints Markdown
 tables and writes everything to benchmarks/results/calibration.json.
 """
 
@@ -14,7 +14,6 @@ import argparse
 import json
 import math
 import platform
-import random
 import statistics
 import time
 import warnings
@@ -34,12 +33,18 @@ from bh_routing.collect import calibrate
 from bh_routing.errors import BHRoutingError
 from bh_routing.integration import RoutingIntegration
 from bh_routing.loading import load_model
+from bh_routing.nulls import Histogram
 from bh_routing.patching import make_plan, watch
 from bh_routing.policies import RoutingPolicy, TopKPolicy
 from bh_routing.stream import TextFile
+from bh_routing.strength import divergence
 
 BLOCK, RESAMPLES = 512, 2000
+P_BINS = 1 << 16
 BUDGETS = (4.0, 3.0, 2.0)
+STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
+DOCUMENT_TOKENS = (None, 100_000, 60_000, 30_000, 19_000)
+PARTS = ("documents", "choose", "report", "strength", "budgets", "uniformity", "speed")
 SAID: list[str] = []
 
 
@@ -67,16 +72,6 @@ class Text:
         starts = [i * (num // per_block) // blocks * per_block for i in range(blocks)]
         rows = [start + i for start in starts for i in range(per_block)]
         return replace(self, windows_BS=self.windows_BS[rows])
-
-
-def spread_pieces(tokenizer: Any, path: str, tokens: int) -> list[str]:
-    """Pieces of a text, about so many tokens in all, evenly over it, in random order."""
-    pieces = list(TextFile(path))
-    each = len(tokenizer(pieces[0], verbose=False)["input_ids"])
-    num = min(len(pieces), max(1, round(tokens / each)))
-    chosen = [pieces[i * len(pieces) // num] for i in range(num)]
-    random.Random(0).shuffle(chosen)
-    return chosen
 
 
 def read_windows(tokenizer: Any, path: str, window: int) -> Tensor:
@@ -310,8 +305,7 @@ def report(model: Any, calibration: Calibration, choosing: Text, reporting: list
                 change_, share = figures["change"], figures["share"]
                 say(
                     f"| {label} | {budget:g} | {measured.mean_experts:.2f} | {change_[0]:+.2%} "
-                    f"({change_[1]:+.2%} to {change_[2]:+.2%}) | {share[0]:.0%} ({share[1]:.0%} to {share[2]:.0%}) |",
-                    flush=True,
+                    f"({change_[1]:+.2%} to {change_[2]:+.2%}) | {share[0]:.0%} ({share[1]:.0%} to {share[2]:.0%}) |"
                 )
         result[text.name] = {"tokens": tokens, "perplexity": perplexity, "rows": rows}
     return result
@@ -319,7 +313,8 @@ def report(model: Any, calibration: Calibration, choosing: Text, reporting: list
 
 def budgets_held_out(model: Any, calibration: Calibration, texts: list[Text]) -> list[dict[str, Any]]:
     """What a budget, solved on the calibration text alone, comes to on other text."""
-    say("\n| budget | " + " | ".join(t.name for t in texts) + " |\n|---" * 1 + "|---" * len(texts) + "|")
+    names = (f"{t.name}, {t.windows_BS.numel():,} tokens" for t in texts)
+    say("\n| budget | " + " | ".join(names) + " |\n|---" + "|---" * len(texts) + "|")
     rows = []
     for budget in BUDGETS:
         policy = calibration.policy(experts_per_token=budget)
@@ -327,6 +322,104 @@ def budgets_held_out(model: Any, calibration: Calibration, texts: list[Text]) ->
         rows.append({"budget": budget} | {t.name: f for t, f in zip(texts, found, strict=True)})
         say(f"| {budget:g} | " + " | ".join(f"{f:.3f} ({f / budget - 1:+.1%})" for f in found) + " |")
     return rows
+
+
+def strengths(model: Any, calibration: Calibration, texts: list[Text]) -> list[dict[str, Any]]:
+    """Divergence from the model's own predictions, and change of perplexity, by strength of the compensation."""
+    say(
+        f"\nMeasured on the calibration text: {calibration.compensation_strength:.2f}. In each cell the divergence "
+    )
+    say("KL(own || routed) in millinats per token, and the change of perplexity.\n")
+    say("| text | budget | top-k | " + " | ".join(f"{s:g}" for s in STRENGTHS) + " |")
+    say("|---" * (len(STRENGTHS) + 3) + "|")
+    rows = []
+    for text in texts:
+        base = run(model, text, None)
+        for budget in BUDGETS:
+
+            def means_run(policy: RoutingPolicy, text=text) -> float:
+                return run(model, text, policy, calibration.mean_outputs()).mean_experts
+
+            policy, _ = at_mean(lambda b: calibration.policy(experts_per_token=b), budget, means_run)
+            cells = {"top-k": (TopKPolicy(int(budget)), None)} | {
+                f"{s:g}": (policy, calibration.mean_outputs(s)) for s in STRENGTHS
+            }
+            row: dict[str, Any] = {"text": text.name, "budget": budget}
+            for label, (one, means) in cells.items():
+                row[label] = (
+                    1000 * divergence_from_own(model, text, one, means),
+                    change(run(model, text, one, means), base),
+                )
+            rows.append(row)
+            shown = " | ".join(f"{row[label][0]:.1f}, {row[label][1]:+.2%}" for label in cells)
+            say(f"| {text.name} | {budget:g} | {shown} |")
+    return rows
+
+
+@torch.inference_mode()
+def divergence_from_own(
+    model: Any, text: Text, policy: RoutingPolicy, means: dict[str, Tensor] | None
+) -> float:
+    """Mean KL(own || routed) per token, nats."""
+    total = 0.0
+    integration = _raw(model, policy, means) if means else RoutingIntegration(model, policy)
+    for part in text.windows_BS.split(8):
+        own_BSV = model(input_ids=part, use_cache=False).logits
+        with integration:
+            routed_BSV = model(input_ids=part, use_cache=False).logits
+        total += divergence(own_BSV, routed_BSV, torch.ones_like(part, dtype=torch.bool))
+    return total / text.windows_BS.numel()
+
+
+def documents(
+    model: Any, tokenizer: Any, args: argparse.Namespace, choosing: Text
+) -> dict[str, list[dict[str, Any]]]:
+    """Calibrations of more or fewer tokens of each book, on the choosing half; and each book against the others.
+
+    Statistic logprob, null per layer, no outputs: how far the null is from held-out text of other authors.
+    """
+    say(
+        "\nStatistic logprob, null per layer: Kolmogorov-Smirnov distance of the choosing half's null p-values.\n"
+    )
+    say("| tokens of each book | in all | layer 0 | layer 1 | layer 2 | layer 3 | budget 4 there |")
+    say("|---|---|---|---|---|---|---|")
+    seen = routed(model, choosing)
+    settings = {"statistic": "logprob", "scope": "layer"}
+
+    def collect(texts: Any, most: int | None) -> Calibration:
+        return calibrate(
+            model, tokenizer, texts, document_tokens=most, window=args.window, outputs=False, model_id="books"
+        )
+
+    by_cap = []
+    for most in DOCUMENT_TOKENS:
+        calibration = collect(TextFile(args.calibrate_on, None), most)
+        values = [distance(null_counts(calibration, p, *choice, **settings)) for p, choice in seen.items()]
+        mean = run(model, choosing, calibration.policy(experts_per_token=4.0)).mean_experts
+        by_cap.append({"most": most, "tokens": calibration.tokens, "layers": values, "mean": mean})
+        shown = " | ".join(f"{v:.4f}" for v in values)
+        say(f"| {f'{most:,}' if most else 'all'} | {calibration.tokens:,} | {shown} | {mean:.3f} |")
+
+    books = [collect([text], args.document_tokens) for text in TextFile(args.calibrate_on, None)]
+    say(f"\nEach of the {len(books)} books against the others, the same distance, least to most: ")
+    against = []
+    for i, book in enumerate(books):
+        others = [b for j, b in enumerate(books) if j != i]
+        against.append(book_distances(book, others[0].merge(*others[1:])))
+    columns = list(zip(*against, strict=True))
+    say(", ".join(f"layer {i}: {min(c):.3f} to {max(c):.3f}" for i, c in enumerate(columns)) + ".")
+    return {"document_tokens": by_cap, "books": [{"layers": row} for row in against]}
+
+
+def book_distances(book: Calibration, others: Calibration) -> list[float]:
+    """Largest difference of the two distribution functions of passed-over log-scores, per layer."""
+    ours, theirs = (c.histograms["logprob"]["unselected"] for c in (book, others))
+    shares = []
+    for one, other in ((ours, theirs), (theirs, ours)):
+        aligned = one + Histogram(other.start, torch.zeros_like(other.counts_LEB))  # on the bins of both
+        counts_LB = aligned.counts_LEB.sum(1).double()
+        shares.append((counts_LB / counts_LB.sum(-1, keepdim=True)).cumsum(-1))
+    return (shares[0] - shares[1]).abs().amax(-1).tolist()
 
 
 def uniformity(model: Any, calibration: Calibration, texts: list[Text]) -> list[dict[str, Any]]:
@@ -346,23 +439,30 @@ def uniformity(model: Any, calibration: Calibration, texts: list[Text]) -> list[
             ("model, empirical", {"scope": "model"}),
             ("model, kde (Silverman)", {"scope": "model", "estimator": "kde"}),
         ):
-            nulls = []
-            for path, (logits_TE, own_TK) in seen.items():
-                p_TE = calibration.p_values(logits_TE, path, **settings)
-                passed = torch.ones_like(p_TE, dtype=torch.bool).scatter(-1, own_TK, False)
-                nulls.append(p_TE[passed].numpy())
-            values = [distance(p) for p in nulls]
-            pooled = distance(np.concatenate(nulls))
+            nulls = [null_counts(calibration, path, *choice, **settings) for path, choice in seen.items()]
+            values = [distance(counts_B) for counts_B in nulls]
+            pooled = distance(sum(nulls))
             rows.append({"null": label, "text": text.name, "layers": values, "pooled": pooled})
             say(f"| {label} | {text.name} | " + " | ".join(f"{v:.4f}" for v in values) + f" | {pooled:.4f} |")
     return rows
 
 
-def distance(p: np.ndarray) -> float:
-    """Largest distance between the empirical distribution function and the uniform one."""
-    p = np.sort(p)
-    ranks = np.arange(1, len(p) + 1) / len(p)
-    return float(max((ranks - p).max(), (p - ranks + 1 / len(p)).max()))
+def null_counts(
+    calibration: Calibration, path: str, logits_TE: Tensor, own_TK: Tensor, **settings: Any
+) -> np.ndarray:
+    """p-values of one layer's passed-over experts, counted in P_BINS equal bins."""
+    counts_B = np.zeros(P_BINS, dtype=np.int64)
+    for logits, own in zip(logits_TE.split(1 << 16), own_TK.split(1 << 16), strict=True):
+        p_TE = calibration.p_values(logits, path, **settings)
+        passed_TE = torch.ones_like(p_TE, dtype=torch.bool).scatter(-1, own, False)
+        counts_B += np.histogram(p_TE[passed_TE].numpy(), bins=P_BINS, range=(0.0, 1.0))[0]
+    return counts_B
+
+
+def distance(counts_B: np.ndarray) -> float:
+    """Kolmogorov-Smirnov distance between binned p-values and the uniform distribution, to within 1 / P_BINS."""
+    share_B = counts_B.cumsum() / counts_B.sum()
+    return float(np.abs(share_B - np.arange(1, len(counts_B) + 1) / len(counts_B)).max())
 
 
 @torch.inference_mode()
@@ -421,8 +521,7 @@ def speed(model: Any, label: str, windows_BS: Tensor, rounds: int = 7) -> dict[s
     }
     say(
         f"| {label} | {tokens:,} | {tokens / best['without head']:,.0f} | {tokens / best['calibration']:,.0f} | "
-        f"{row['speed against forwards without head']:.1%} | {row['speed against forwards with head']:.1%} |",
-        flush=True,
+        f"{row['speed against forwards without head']:.1%} | {row['speed against forwards with head']:.1%} |"
     )
     return row
 
@@ -459,12 +558,10 @@ def main() -> None:
     parser.add_argument("--calibration", metavar="FILE", help="use this calibration instead of making one")
     parser.add_argument("--save", metavar="FILE", help="write the calibration")
     parser.add_argument("--window", type=int, default=256)
-    parser.add_argument("--tokens", type=int, default=600_000, help="to calibrate on, about")
-    parser.add_argument("--sensitivity-tokens", type=int, default=120_000)
-    parser.add_argument("--reservoir", type=int, default=4096, help="tokens kept for budgets")
-    parser.add_argument("--choose-tokens", type=int, default=16_384)
-    parser.add_argument("--report-tokens", type=int, default=65_536)
-    parser.add_argument("--parts", nargs="+", default=["choose", "report", "uniformity", "speed"])
+    parser.add_argument("--document-tokens", type=int, default=30_000, help="to calibrate on, of each book")
+    parser.add_argument("--choose-tokens", type=int, default=32_768)
+    parser.add_argument("--report-tokens", type=int, default=131_072)
+    parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS)
     parser.add_argument("--write", metavar="PAGE", help="put the tables into this page's block `calibration`")
     parser.add_argument("--output", default=str(Path(__file__).parent / "results" / "calibration.json"))
     args = parser.parse_args()
@@ -487,11 +584,10 @@ def main() -> None:
         calibration = calibrate(
             model,
             tokenizer,
-            spread_pieces(tokenizer, args.calibrate_on, args.tokens),
+            TextFile(args.calibrate_on, None),
+            document_tokens=args.document_tokens,
             window=args.window,
-            reservoir=args.reservoir,
             sensitivity=True,
-            sensitivity_tokens=args.sensitivity_tokens,
             model_id=args.model,
         )
         result["calibration_seconds"] = time.perf_counter() - start
@@ -502,13 +598,17 @@ def main() -> None:
 
     windows = read_windows(tokenizer, args.choose_and_report, args.window)
     half = len(windows) // 2
-    choosing = Text("first half", windows[:half]).spread(args.choose_tokens)
-    reporting = [Text("second half", windows[half:]).spread(args.report_tokens)]
+    first = Text("first half", windows[:half])
+    whole = [Text("second half", windows[half:])]
     if args.also:
         name = Path(args.also).name.split(".")[0]
-        also = Text(name, read_windows(tokenizer, args.also, args.window))
-        reporting.append(also.spread(args.report_tokens // 2))
+        whole.append(Text(name, read_windows(tokenizer, args.also, args.window)))
+    choosing = first.spread(args.choose_tokens)
+    reporting = [text.spread(args.report_tokens) for text in whole]
 
+    if "documents" in args.parts:
+        say("\n### How much of each document")
+        result["documents"] = documents(model, tokenizer, args, first.spread(args.report_tokens))
     if "choose" in args.parts:
         say("\n### Configurations, on the choosing half\n")
         say("Perplexity change (share of top-k's) at the mean that came out.\n")
@@ -519,12 +619,16 @@ def main() -> None:
     if "report" in args.parts:
         say("\n### Comparison at the same mean number of experts")
         result["comparison"] = report(model, calibration, choosing, reporting)
+    if "strength" in args.parts:
+        say("\n### How strongly to compensate")
+        short = [text.spread(args.choose_tokens) for text in whole]
+        result["strength"] = strengths(model, calibration, short)
+    if "budgets" in args.parts:
         say("\n### Budgets solved on the calibration text, met elsewhere")
-        result["budgets"] = budgets_held_out(model, calibration, reporting)
+        result["budgets"] = budgets_held_out(model, calibration, whole)
     if "uniformity" in args.parts:
         say("\n### Held-out null p-values: Kolmogorov-Smirnov distance to uniform")
-        short = [t.spread(args.report_tokens // 2) for t in reporting]
-        result["uniformity"] = uniformity(model, calibration, short)
+        result["uniformity"] = uniformity(model, calibration, whole)
     if "speed" in args.parts:
         say("\n### Speed of calibration without outputs\n")
         say(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -10,6 +11,43 @@ from pathlib import Path
 import pytest
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+
+
+@pytest.mark.skipif(
+    not (BENCHMARKS / "calibration.py").exists(), reason="the benchmarks are not part of a wheel"
+)
+def test_the_calibration_benchmark_prints_its_tables(tmp_path):
+    """On a little text: every table but that of the configurations and that of the times."""
+    text = str(BENCHMARKS.parent / "src" / "bh_routing" / "data" / "sample.txt")
+    run = subprocess.run(
+        [
+            *(
+                sys.executable,
+                "benchmarks/calibration.py",
+                "--calibrate-on",
+                text,
+                "--choose-and-report",
+                text,
+            ),
+            *("--choose-tokens", "512", "--report-tokens", "512", "--document-tokens", "1024"),
+            *("--parts", "documents", "report", "strength", "budgets", "uniformity"),
+            *("--output", str(tmp_path / "result.json")),
+        ],
+        cwd=BENCHMARKS.parent,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+    assert run.returncode == 0, run.stderr
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert [row["tokens"] for row in result["documents"]["document_tokens"]] == [11073] * 5
+    assert len(result["documents"]["books"]) == 4
+    assert len(result["comparison"]["second half"]["rows"]) == 3 * 7
+    by_strength = [result["strength"][0][s][0] for s in ("0", "0.5", "1")]
+    assert by_strength[1] < min(by_strength[0], by_strength[2])
+    assert [row["budget"] for row in result["budgets"]] == [4.0, 3.0, 2.0]
+    assert all(0.0 < row["pooled"] < 0.1 for row in result["uniformity"])
 
 
 @pytest.mark.skipif(not (BENCHMARKS / "gpu.py").exists(), reason="the benchmarks are not part of a wheel")

@@ -457,6 +457,19 @@ def test_calibrate(calibrated):
     assert "saved to c.safetensors (" in calibrated.out
 
 
+def test_calibrate_on_equal_parts_of_books(run, loaded, tmp_path):
+    """The bundled text is four pieces joined by blank lines."""
+    from bh_routing.data import sample_text
+
+    (tmp_path / "text.txt").write_text(sample_text())
+    argv = ["--split-on-blank-lines", "--document-tokens", 600, "--window", 256, "--no-outputs"]
+    result = run(
+        "calibrate", "olmoe-nano", "--text", tmp_path / "text.txt", "-o", tmp_path / "c.safetensors", *argv
+    )
+    assert result.code == 0, result.err
+    assert "2,048 tokens of 4 documents" in " ".join(result.out.split())
+
+
 def test_inspect_calibration(run, calibrated):
     result = run("inspect", calibrated.path)
     assert (result.code, result.err) == (0, "")

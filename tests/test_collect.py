@@ -17,7 +17,7 @@ from bh_routing.collect import calibrate, default_window
 from bh_routing.errors import CalibrationError, InvalidParameterError, InvalidTypeError
 from bh_routing.patching import RoutingPatch, make_plan
 from bh_routing.policies import TopKPolicy
-from bh_routing.stream import TextFile
+from bh_routing.stream import TextFile, TextStream
 
 E, K, L, H = 16, 6, 2, 32
 PLAIN = {"outputs": False, "window": 32, "batch_tokens": 128, "reservoir": 64}
@@ -356,11 +356,43 @@ def test_text_files(tmp_path):
         assert "".join(pieces) == "".join(pieces) == text  # twice
         assert max(len(piece) for piece in pieces) < 5100
         assert all(piece.endswith("\n") for piece in pieces)
+    (tmp_path / "books.txt").write_text("one\ntwo\n\nthree\n \n\nfour")
+    books = TextFile(tmp_path / "books.txt", None)
+    assert [book.split() for book in books] == [["one", "two"], ["three"], [], ["four"]]
     with pytest.raises(CalibrationError, match="there is no text file"):
         TextFile(tmp_path / "none.txt")
     (tmp_path / "latin.txt").write_bytes("caf\xe9".encode("latin-1"))
     with pytest.raises(CalibrationError, match="cannot be read as UTF-8 text"):
         list(TextFile(tmp_path / "latin.txt"))
+
+
+@pytest.mark.parametrize(
+    ("length", "most", "expected"),
+    [
+        (320, None, range(0, 320, 32)),  # all
+        (320, 96, (0, 96, 192)),  # three windows of ten, evenly
+        (330, 330, range(0, 320, 32)),  # the eleventh, of 10 tokens, is one window too many
+        (320, 5, (0,)),  # one window at least
+        (20, 96, (0,)),
+    ],
+)
+def test_document_tokens_takes_windows_evenly(length, most, expected):
+    stream = TextStream([], None, window=32, batch_tokens=128, seed=0, document_tokens=most)
+    starts = stream._starts(length)
+    assert starts[: len(expected)] == list(expected)[: len(starts)]
+    assert len(starts) == (-(-length // 32) if most is None else max(1, min(-(-length // 32), most // 32)))
+
+
+def test_document_tokens_lets_no_document_outweigh_the_others(tiny_olmoe):
+    model, docs = tiny_olmoe(), documents(sizes=(640, 64, 64))
+    calibration = calibrate(model, None, docs, document_tokens=64, **PLAIN)
+    by_hand_docs = [docs[0][:32] + docs[0][320:352], docs[1], docs[2]]
+    assert calibration.tokens == 192
+    assert same_counts(calibration, calibrate(model, None, by_hand_docs, **PLAIN))
+    with pytest.raises(
+        InvalidParameterError, match="document_tokens must be an integer of at least 1, got 0"
+    ):
+        calibrate(model, None, docs, document_tokens=0, **PLAIN)
 
 
 # -- several processes -------------------------------------------------------------------------------------
@@ -407,6 +439,9 @@ def test_two_processes_write_what_one_writes(tmp_path):
     for name in ("hash_N", "logits_NLE", "experts_NLK"):
         assert torch.equal(getattr(one.reservoir, name), getattr(first.reservoir, name))
     torch.testing.assert_close(one.moments.mean_LEH, first.moments.mean_LEH, rtol=1e-6, atol=1e-7)
+    assert 0.0 < one.compensation_strength < 1.0
+    assert abs(one.compensation_strength - first.compensation_strength) <= 0.01  # sums in another order
+    assert first.compensation_strength == second.compensation_strength
     for size in ("sensitivity", "deviation"):
         a, b = one.table(0.1, size=size), first.table(0.1, size=size)
         torch.testing.assert_close(a.thresholds_LE, b.thresholds_LE, atol=1e-4, rtol=0)

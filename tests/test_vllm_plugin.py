@@ -70,7 +70,16 @@ def test_settings_survive_json():
         ({"alpha": 0.1, "top_k": 4}, InvalidParameterError, r"got alpha and top_k; give one\.$"),
         ({"experts_per_token": 4}, InvalidParameterError, r"^experts_per_token=4 needs a calibration: "),
         ({"compensation": True}, InvalidParameterError, r"^compensation=True needs a calibration: "),
-        ({"compensation": "no"}, InvalidTypeError, r"must be true or false, got 'no'\.$"),
+        (
+            {"compensation": "no"},
+            InvalidTypeError,
+            r"must be true, false or a strength from 0 to 1, got 'no'\.$",
+        ),
+        (
+            {"compensation": 1.5},
+            InvalidParameterError,
+            r"must be true, false or a strength from 0 to 1, got 1\.5\.$",
+        ),
         ({"ragged": 1}, InvalidTypeError, r"^bh_routing\.ragged must be true or false, got 1\.$"),
         ({"mode": "maybe"}, InvalidParameterError, r"^mode must be 'patch' or 'analyze', got 'maybe'\.$"),
         ({"min_k": 0}, InvalidParameterError, r"^min_k must be at least 1, got 0; "),

@@ -82,6 +82,8 @@ class Calibration:
         Of the documents, whatever their order.
     seed, window : int
         Seed of the reservoir's hash; the longest run of tokens in one forward.
+    compensation_strength : float
+        What the compensation is multiplied by, 0 to 1: measured (`bh_routing.strength`), 1 where it was not.
     left_out : tuple of str
         Paths of routers that no token of a text reaches (of a vision tower, for example): they are not
         calibrated, and an integration leaves them as they are.
@@ -102,6 +104,7 @@ class Calibration:
     text_digest: str = "0" * 32
     seed: int = 0
     window: int = 0
+    compensation_strength: float = 1.0
     left_out: tuple[str, ...] = ()
     library_version: str = ""
     _cache: dict[Any, Any] = field(default_factory=dict, repr=False)
@@ -118,16 +121,22 @@ class Calibration:
         """Router module paths, in order."""
         return tuple(layer.path for layer in self.layers)
 
-    def mean_outputs(self) -> dict[str, Tensor]:
-        """What compensates dropped experts, by router path; empty if it was not kept.
+    def mean_outputs(self, strength: float | None = None) -> dict[str, Tensor]:
+        """What compensates dropped experts, by router path; empty if it was not kept, or at strength 0.
 
-        float32 [E, H], the experts' mean outputs; after a second pass [2, E, H], fitted to what was dropped
-        (`Moments.compensation`, `bh_routing.compensation`).
+        float32 [E, H], the experts' mean outputs times the strength; after a second pass [2, E, H], fitted to what
+        was dropped (`Moments.compensation`, `bh_routing.compensation`).
+
+        Parameters
+        ----------
+        strength : float, optional
+            0 to 1. Default: ``compensation_strength``.
         """
+        strength = self.compensation_strength if strength is None else strength
         compensation_LEH = None if self.moments is None else self.moments.compensation()
-        if compensation_LEH is None:
+        if compensation_LEH is None or strength == 0.0:
             return {}
-        return {p: m.float() for p, m in zip(self.paths, compensation_LEH, strict=True)}
+        return {p: (strength * m).float() for p, m in zip(self.paths, compensation_LEH, strict=True)}
 
     def without_means(self) -> Calibration:
         """The same calibration without the mean outputs (no compensation, a smaller file)."""

@@ -89,7 +89,10 @@ def save(calibration: Calibration, path: str | os.PathLike[str]) -> None:
     header = json.dumps(
         {name: getattr(calibration, name) for name in _SCALARS}
         | {"layers": [asdict(layer) for layer in calibration.layers], "starts": starts}
-        | {"left_out": list(calibration.left_out)},
+        | {
+            "left_out": list(calibration.left_out),
+            "compensation_strength": calibration.compensation_strength,
+        },
         sort_keys=True,
     )
     metadata = {
@@ -107,7 +110,10 @@ def write_atomically(path: str | os.PathLike[str], write: Any) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        temporary.touch()
+        mode = temporary.stat().st_mode  # the user's own default; some writers make files for the user alone
         write(temporary)
+        temporary.chmod(mode)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -201,6 +207,7 @@ def _build(header: dict[str, Any], tensors: dict[str, Tensor]) -> Calibration:
         )
     return Calibration(
         **{name: header[name] for name in _SCALARS},
+        compensation_strength=header.get("compensation_strength", 1.0),
         left_out=tuple(header.get("left_out", ())),
         layers=layers,
         histograms=histograms,

@@ -20,7 +20,8 @@ MUST_AGREE = (
 
 
 def merge(first: Calibration, second: Calibration) -> Calibration:
-    """Add up counts and moments, and keep the tokens with the smallest hashes (`Calibration.merge`)."""
+    """Add up counts and moments, average the compensation's strength by tokens, and keep the tokens with the smallest
+    hashes (`Calibration.merge`)."""
     for name in MUST_AGREE:
         ours, theirs = getattr(first, name), getattr(second, name)
         if ours != theirs:
@@ -38,6 +39,10 @@ def merge(first: Calibration, second: Calibration) -> Calibration:
         moments = first.moments + second.moments
     if first.reservoir is not None and second.reservoir is not None:
         reservoir = (first.reservoir + second.reservoir).smallest(first.reservoir_size)
+    tokens = first.tokens + second.tokens
+    strength = (
+        first.tokens * first.compensation_strength + second.tokens * second.compensation_strength
+    ) / max(1, tokens)
     digest = (int(first.text_digest, 16) + int(second.text_digest, 16)) % 2**128
     return replace(
         first,
@@ -47,8 +52,9 @@ def merge(first: Calibration, second: Calibration) -> Calibration:
         },
         moments=moments,
         reservoir=reservoir,
-        tokens=first.tokens + second.tokens,
+        tokens=tokens,
         documents=first.documents + second.documents,
         text_digest=f"{digest:032x}",
+        compensation_strength=strength,
         _cache={},
     )

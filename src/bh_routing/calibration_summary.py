@@ -48,7 +48,9 @@ def describe(calibration: Calibration) -> str:
         holds.append("expert sizes")
         holds += ["mean outputs"] if moments.mean_LEH is not None else []
         holds += ["loss sensitivities"] if moments.sensitivity_LE is not None else []
-        holds += ["fitted compensation"] if moments.cross_LJH is not None else []
+        if moments.mean_LEH is not None:
+            form = "fitted compensation" if moments.cross_LJH is not None else "compensation by the means"
+            holds.append(f"{form} at strength {calibration.compensation_strength:.2f}")
     lines = [
         f"Calibration of {calibration.model_id}: {calibration.tokens:,} tokens of {calibration.documents:,} "
         f"documents, {calibration.num_layers} layers x {calibration.num_experts} experts; {', '.join(holds)}"

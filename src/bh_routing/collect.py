@@ -23,6 +23,7 @@ from .rehearsal import Rehearsal
 from .routing import check_temperature
 from .running import distributed, evaluating, forward, frozen, gather, pair_outputs, pieces, progress_bar
 from .stream import Batch, Document, TextStream
+from .strength import SpreadWindows, measure_strength
 
 if TYPE_CHECKING:
     from .patching import LayerPlan, PatchPlan
@@ -34,6 +35,7 @@ def calibrate(
     texts: Iterable[Document] | Callable[[], Iterable[Document]] | str,
     *,
     max_tokens: int | None = None,
+    document_tokens: int | None = None,
     window: int | None = None,
     batch_tokens: int = 4096,
     temperature: float = 1.0,
@@ -64,6 +66,9 @@ def calibrate(
         ``sensitivity`` it must be a sequence or a function that returns a fresh iterator.
     max_tokens : int, optional
         Stop after so many tokens.
+    document_tokens : int, optional
+        At most so many tokens of each document (one window at least), in windows that lie evenly over it. What is
+        exchangeable with the text in use is a document, not a token: so no long one outweighs the others.
     window : int, optional
         Longest run of tokens in one forward. Default: the model's context, at most 512.
     batch_tokens : int
@@ -78,7 +83,8 @@ def calibrate(
         the layer's output is their weighted sum). Without: ``logit`` and ``logprob`` only, at nearly the
         speed of a plain forward.
     means : bool
-        Keep the mean outputs, for the compensation.
+        Keep the mean outputs, for the compensation. Its strength is measured on a few thousand tokens
+        (`bh_routing.strength`).
     sensitivity : bool
         Collect the loss sensitivities in a second pass, forward and backward, with the experts dropped as the
         first pass's calibration drops them at a third of the router's own number. The same pass fits the
@@ -112,6 +118,7 @@ def calibrate(
     temperature = check_temperature(temperature)
     for name, value, least in (
         ("max_tokens", max_tokens, 1),
+        ("document_tokens", document_tokens, 1),
         ("window", window, 2),
         ("batch_tokens", batch_tokens, 1),
         ("reservoir", reservoir, 0),
@@ -148,7 +155,12 @@ def calibrate(
             "serves routers of one width only."
         )
     stream = TextStream(
-        texts, tokenizer, window=window or default_window(model), batch_tokens=batch_tokens, seed=seed
+        texts,
+        tokenizer,
+        window=window or default_window(model),
+        batch_tokens=batch_tokens,
+        seed=seed,
+        document_tokens=document_tokens,
     )
     if sensitivity and not stream.repeatable:
         raise InvalidTypeError(
@@ -160,11 +172,13 @@ def calibrate(
     if trim is None:
         trim = min(slots, max(1, (num_experts - 1) // 4))
     rank, world = distributed()
+    some = SpreadWindows(stream.window)
     collector = _Collector(plan, num_experts, slots, temperature, trim, reservoir, outputs)
     with evaluating(model), progress_bar("calibrating", progress if rank == 0 else False) as advance:
         stream.start(max_tokens, rank, world)
         for batch in stream:
             collector.run(model, batch)
+            some.add(batch)
             advance(batch.num_tokens)
         result = collector.result(
             model_id or getattr(getattr(model, "config", None), "name_or_path", "") or type(model).__name__,
@@ -190,7 +204,16 @@ def calibrate(
                 advance(batch.num_tokens)
             assert result.moments is not None
             result = replace(result, moments=sensed.result(result.moments), _cache={})
-    return result if means else result.without_means()
+    if not means:
+        return result.without_means()
+    if outputs:
+        with (
+            evaluating(model),
+            progress_bar("compensation", progress if rank == 0 else False) as advance,
+        ):
+            strength = measure_strength(model, plan, result, some.result(result.tokens), advance)
+        result = replace(result, compensation_strength=strength, _cache={})
+    return result
 
 
 def default_window(model: nn.Module) -> int:

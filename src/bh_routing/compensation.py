@@ -11,6 +11,9 @@ M_e alone, the mean output of expert e, is the simple form. The second term says
 dropped ones; it vanishes where nothing is dropped. M and N are fitted by least squares to what was dropped on the
 calibration text (`bh_routing.calibration_parts.Moments.compensation`). Either form is one product with a matrix of
 E or 2E rows: about 1/50 or 1/25 of an expert's cost at OLMoE's size.
+
+All of it is multiplied by one strength, which a calibration measures (`bh_routing.strength`): the squared error of a
+layer's output is least at 1, the model's predictions are nearest to its own at less.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .errors import InvalidParameterError, InvalidTypeError
 from .routing import RoutingDecision
 
 
@@ -52,3 +56,26 @@ def compensation(decision: RoutingDecision, means: Tensor) -> Tensor:
     if means.dim() == 2:
         return features_TJ[:, :num_experts].to(means.dtype) @ means
     return features_TJ.to(means.dtype) @ means.flatten(0, 1)
+
+
+def check_strength(compensation: bool | float | None) -> float | None:
+    """What a user says of the compensation, as a strength: None is the calibration's own, 0 none at all.
+
+    Raises
+    ------
+    InvalidParameterError, InvalidTypeError
+        Unless it is True, False, None or a number from 0 to 1.
+    """
+    if compensation is None or compensation is True:
+        return None
+    if compensation is False:
+        return 0.0
+    if not isinstance(compensation, (int, float)):
+        raise InvalidTypeError(
+            f"compensation must be true, false or a strength from 0 to 1, got {compensation!r}."
+        )
+    if not 0.0 <= compensation <= 1.0:
+        raise InvalidParameterError(
+            f"compensation must be true, false or a strength from 0 to 1, got {compensation!r}."
+        )
+    return float(compensation)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor, nn
 
+from .compensation import check_strength
 from .errors import InvalidParameterError, InvalidTypeError, PatchError
 from .kernels import Backend, check_backend
 from .patching import PatchPlan, RoutingPatch, make_plan
@@ -243,8 +244,9 @@ class BHRoutingIntegration(RoutingIntegration):
         See `bh_routing.benjamini_hochberg_routing`.
     statistic, null, scope, estimator, size, kernel, bandwidth : optional
         Which calibrated statistic and null (`Calibration.settings`); default: the recommended configuration.
-    compensation : bool, optional
-        Add the mean outputs of dropped experts back; default: where the calibration has them. With it, and
+    compensation : bool or float, optional
+        Add what the dropped experts would have added on average back; default: where the calibration has it, at the
+        strength that the calibration measured. A number from 0 to 1 is another strength. With compensation, and
         ``weights="model"``, kept experts keep their own weights in every family: nothing is renormalised,
         because the dropped weight is still used.
     skip : {"auto", "compact", "zero"}
@@ -300,7 +302,7 @@ class BHRoutingIntegration(RoutingIntegration):
         size: str | None = None,
         kernel: str | None = None,
         bandwidth: str | float | None = None,
-        compensation: bool | None = None,
+        compensation: bool | float | None = None,
         skip: Skip = "auto",
         backend: Backend = "auto",
         strict: bool = True,
@@ -319,6 +321,7 @@ class BHRoutingIntegration(RoutingIntegration):
         check_clamp(clamp)
         get_procedure(procedure)
         check_backend(backend)
+        self._strength = check_strength(compensation)
         self.min_k, self.clamp, self.procedure = min_k, clamp, procedure
         self.weights = weights
         chosen = {
@@ -361,10 +364,10 @@ class BHRoutingIntegration(RoutingIntegration):
 
             held = calibration if isinstance(calibration, Calibration) else Calibration.load(calibration)
             self.calibration = held
-            means = held.mean_outputs() if compensation is not False else {}
+            means = held.mean_outputs(self._strength)
             if compensation and not means:
                 raise InvalidParameterError(
-                    "compensation=True needs the experts' mean outputs, which this calibration does not hold; "
+                    f"compensation={compensation!r} needs the experts' mean outputs, which this calibration does not hold; "
                     "calibrate without --no-means, or pass compensation=False."
                 )
             self._choice["compensated"] = bool(means)
@@ -466,7 +469,7 @@ class BHRoutingIntegration(RoutingIntegration):
                 "expected an integration that was made with a calibration, got one without; make it with "
                 "calibration=..."
             )
-        means = calibration.mean_outputs() if self.means else {}
+        means = calibration.mean_outputs(self._strength) if self.means else {}
         if self.means.keys() != means.keys() or any(means[p].shape != m.shape for p, m in self.means.items()):
             raise InvalidParameterError(
                 "expected a calibration with mean outputs of the same form as the one in use (the compensation is on), "

@@ -57,6 +57,11 @@ class Rehearsal:
         self.batch = batch
         with torch.enable_grad(), watch(self.plan, self._on_choice, self._around):
             logits_BSV = forward(model, self.plan, batch, head=True)
+            if logits_BSV is None:
+                raise CalibrationError(
+                    f"sensitivity=True needs next-token logits, {type(model).__name__} gives none; load the model "
+                    "with its language-model head (AutoModelForCausalLM)."
+                )
             ids_BS = batch.input_ids.to(logits_BSV.device)
             targets_BS = ids_BS[:, 1:].masked_fill(~batch.mask[:, 1:].to(ids_BS.device), -100)
             loss = nn.functional.cross_entropy(
@@ -124,14 +129,19 @@ class Rehearsal:
         )
 
 
-def rehearsal_policy(calibration: Calibration, plan: PatchPlan) -> RoutingPolicy:
-    """BH by the first pass at a third of the router's own number of experts; top-k where that has no level."""
+def rehearsal_policy(
+    calibration: Calibration, plan: PatchPlan, size: str | None = "deviation"
+) -> RoutingPolicy:
+    """BH at a third of the router's own number of experts; top-k where that has no level.
+
+    The sizes are those of the first pass, unless another kind (None: the best that was collected) is asked for.
+    """
     tops = [layer.top_k for layer in calibration.layers]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", CalibrationWarning)
         try:
             return calibration.policy(
-                experts_per_token=max(1.0, sum(tops) / len(tops) / 3), size="deviation", scope="model"
+                experts_per_token=max(1.0, sum(tops) / len(tops) / 3), size=size, scope="model"
             )
         except (BudgetError, CalibrationError):
             return TopKPolicy(max(1, min(tops) // 3))

@@ -38,8 +38,11 @@ def pieces(hidden_TH: Tensor, index_TK: Tensor) -> Iterator[slice]:
         yield slice(begin, begin + step)
 
 
-def forward(model: nn.Module, plan: PatchPlan, batch: Batch, *, head: bool = False) -> Tensor:
-    """Run the model on a batch: without its head where that sees every router; returns logits with it."""
+def forward(model: nn.Module, plan: PatchPlan, batch: Batch, *, head: bool = False) -> Tensor | None:
+    """Run the model on a batch, without its head where that sees every router.
+
+    Returns the logits [B, S, V] with it, None from a model that has no head; without it the hidden states.
+    """
     runner: Any = model
     if not head:
         base = getattr(model, "base_model", None)
@@ -50,7 +53,7 @@ def forward(model: nn.Module, plan: PatchPlan, batch: Batch, *, head: bool = Fal
     device = next(model.parameters()).device
     mask = None if batch.mask.all() else batch.mask.long().to(device)
     output = runner(input_ids=batch.input_ids.to(device), attention_mask=mask, use_cache=False)
-    return output.logits if head else output[0]
+    return getattr(output, "logits", None) if head else output[0]
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from __future__ import annotations
 import bz2
 import gzip
 import lzma
+import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from .accumulate import document_key, token_hashes
 from .errors import CalibrationError, InvalidTypeError
 
 Document = str | Sequence[int] | Tensor
+PIECE = 1 << 16  # characters
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,11 +36,14 @@ class Batch:
         int64 and bool [B, S]; mask is False for padding.
     hashes : ndarray
         int64, one per token that is no padding, in order.
+    index : int
+        Which of the text's batches this is, over all processes.
     """
 
     input_ids: Tensor
     mask: Tensor
     hashes: np.ndarray
+    index: int = 0
 
     @property
     def num_tokens(self) -> int:
@@ -57,19 +62,19 @@ class Batch:
 
 
 class TextFile:
-    """A text file (plain, ``.xz``, ``.gz`` or ``.bz2``) as documents: pieces that end at a line's end.
+    """A text file (plain, ``.xz``, ``.gz`` or ``.bz2``) as documents, which end at a line's end.
 
-    May be iterated over several times; memory stays that of one piece.
+    May be iterated over several times; memory stays that of one document.
 
     Parameters
     ----------
     path : path
         UTF-8 text.
-    piece : int
-        Characters per piece, about.
+    piece : int or None
+        Characters per document, about. None: a document ends at a blank line, as where books are joined by one.
     """
 
-    def __init__(self, path: str | os.PathLike[str], piece: int = 1 << 16) -> None:
+    def __init__(self, path: str | os.PathLike[str], piece: int | None = PIECE) -> None:
         self.path, self.piece = Path(path), piece
         if not self.path.is_file():
             raise CalibrationError(f"there is no text file {self.path}.")
@@ -86,7 +91,7 @@ class TextFile:
                 for line in file:
                     lines.append(line)
                     held += len(line)
-                    if held >= self.piece:
+                    if not line.strip() if self.piece is None else held >= self.piece:
                         yield "".join(lines)
                         lines, held = [], 0
         except (UnicodeDecodeError, lzma.LZMAError, EOFError, gzip.BadGzipFile) as error:
@@ -110,8 +115,10 @@ class TextStream:
         window: int,
         batch_tokens: int,
         seed: int,
+        document_tokens: int | None = None,
     ) -> None:
         self.tokenizer, self.window, self.batch_tokens, self.seed = tokenizer, window, batch_tokens, seed
+        self.document_tokens = document_tokens
         if isinstance(texts, str):
             texts = [texts]
         self._texts = texts
@@ -130,9 +137,9 @@ class TextStream:
     def __iter__(self) -> Iterator[Batch]:
         for index, windows in enumerate(self._grouped()):
             if index % self.world == self.rank:
-                yield self._batch(windows)
+                yield self._batch(windows, index)
 
-    def _batch(self, windows: list[tuple[np.ndarray, int, int]]) -> Batch:
+    def _batch(self, windows: list[tuple[np.ndarray, int, int]], index: int) -> Batch:
         length = max(len(ids) for ids, _, _ in windows)
         input_ids = torch.zeros(len(windows), length, dtype=torch.int64)
         mask = torch.zeros(len(windows), length, dtype=torch.bool)
@@ -140,7 +147,7 @@ class TextStream:
             input_ids[row, : len(ids)] = torch.from_numpy(ids)
             mask[row, : len(ids)] = True
         hashes = [token_hashes(key, first, len(ids)) for ids, key, first in windows]
-        return Batch(input_ids, mask, np.concatenate(hashes))
+        return Batch(input_ids, mask, np.concatenate(hashes), index)
 
     def _grouped(self) -> Iterator[list[tuple[np.ndarray, int, int]]]:
         """Consecutive windows, as many as fit batch_tokens with their padding."""
@@ -168,13 +175,21 @@ class TextStream:
             digest, key = document_key(content, self.seed)
             self.documents += 1
             self.digest = (self.digest + digest) % 2**128
-            for first in range(0, len(ids), self.window):
+            for first in self._starts(len(ids)):
                 part = ids[first : first + self.window][:left]
                 if not len(part):
                     return
                 yield part, key, first
                 if left is not None:
                     left -= len(part)
+
+    def _starts(self, length: int) -> list[int]:
+        """Where a document's windows begin: all of them, or as many as document_tokens allows, evenly over it."""
+        num = math.ceil(length / self.window)
+        chosen = num
+        if self.document_tokens is not None:
+            chosen = min(num, max(1, self.document_tokens // self.window))
+        return [i * num // chosen * self.window for i in range(chosen)]
 
     def _tokenise(self, document: Document) -> tuple[np.ndarray, bytes]:
         if isinstance(document, str):

@@ -26,9 +26,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     source.add_argument(
         "--dataset", metavar="HUB_ID", help="a data set of the hub, streamed (needs the extra `datasets`)"
     )
+    parser.add_argument(
+        "--split-on-blank-lines",
+        action="store_true",
+        help="a blank line of FILE ends a document (books joined by one); else one is about 65,000 characters",
+    )
     parser.add_argument("-o", "--output", required=True, metavar="OUT.safetensors", help="the file to write")
     parser.add_argument(
         "--max-tokens", type=int, metavar="N", help="stop after N tokens (data set: default 1,000,000)"
+    )
+    parser.add_argument(
+        "--document-tokens",
+        type=int,
+        metavar="N",
+        help="at most N tokens of each document, evenly over it: no long one outweighs the others",
     )
     parser.add_argument(
         "--sensitivity", action="store_true", help="also loss sensitivities: a second pass, with backward"
@@ -62,7 +73,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     _check_output(Path(args.output))
-    texts = _files(args.text) if args.text else _dataset(args)
+    texts = _files(args.text, args.split_on_blank_lines) if args.text else _dataset(args)
     from ..loading import check_device, check_dtype
     from ..routing import check_temperature
 
@@ -81,6 +92,7 @@ def run(args: argparse.Namespace) -> None:
             tokenizer,
             texts,
             max_tokens=args.max_tokens or (DATASET_TOKENS if args.dataset else None),
+            document_tokens=args.document_tokens,
             window=args.window,
             batch_tokens=args.batch_tokens,
             temperature=args.temperature,
@@ -152,10 +164,10 @@ def _check_output(path: Path) -> None:
         raise InvalidParameterError(f"output must be a file that can be written, got {str(path)!r}.")
 
 
-def _files(paths: list[str]) -> Callable[[], Iterator[str]]:
-    from ..stream import TextFile
+def _files(paths: list[str], split_on_blank_lines: bool) -> Callable[[], Iterator[str]]:
+    from ..stream import PIECE, TextFile
 
-    files = [TextFile(path) for path in paths]
+    files = [TextFile(path, None if split_on_blank_lines else PIECE) for path in paths]
 
     def documents() -> Iterator[str]:
         for file in files:

@@ -6,6 +6,7 @@ calibration text, so that all can be compared at the same mean number of experts
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 from .. import baselines
 from ..baselines import allocate, solve
 from ..baselines.tokenwise import whole_budget
+from ..compensation import check_strength
 from ..errors import BudgetError, InvalidParameterError
 from ..integration import BHRoutingIntegration, RoutingIntegration
 from ..policies import PValuePolicy, RoutingPolicy, TopKPolicy
@@ -48,12 +50,12 @@ class Entry:
 # --------------------------------------------------------------------------------------------- converters
 
 
-def _boolean(text: str) -> bool:
-    if text.lower() in ("true", "yes", "1"):
-        return True
-    if text.lower() in ("false", "no", "0"):
-        return False
-    raise ValueError("expected true or false")
+def _strength(text: str) -> bool | float:
+    words = {"true": True, "yes": True, "false": False, "no": False}
+    try:
+        return words[text.lower()] if text.lower() in words else float(text)
+    except ValueError:
+        raise ValueError("expected true, false or a strength from 0 to 1") from None
 
 
 def _integers(text: str) -> list[int]:
@@ -74,7 +76,7 @@ def _number_or_name(text: str) -> float | str:
 _BUDGET = {"experts": (float, "budget: mean number of experts per token")}
 _WEIGHTS = {"weights": (str, "model, preserve or sum")}
 _COMPENSATION = {
-    "compensation": (_boolean, "add the mean outputs of dropped experts back (needs a calibration)")
+    "compensation": (_strength, "add back what dropped experts add on average: true, false or 0 to 1")
 }
 _COMMON: dict[str, tuple[Converter, str]] = _BUDGET | _WEIGHTS | _COMPENSATION  # type: ignore[operator]
 SOLVED = ("alpha", "k", "p", "t", "q", "scale", "thresholds")  # what a budget takes the place of
@@ -83,13 +85,16 @@ SOLVED = ("alpha", "k", "p", "t", "q", "scale", "thresholds")  # what a budget t
 # ----------------------------------------------------------------------------------------------- builders
 
 
-def _integrate(bench: Workbench, policy: RoutingPolicy, compensation: bool = False) -> RoutingIntegration:
-    if not compensation:
+def _integrate(
+    bench: Workbench, policy: RoutingPolicy, compensation: bool | float = False
+) -> RoutingIntegration:
+    strength = check_strength(compensation)
+    if strength == 0.0:
         return RoutingIntegration(bench.model, policy, collect_stats=bench.collect_stats)
-    means = {} if bench.calibration is None else bench.calibration.mean_outputs()
+    means = {} if bench.calibration is None else bench.calibration.mean_outputs(strength)
     if not means:
         raise InvalidParameterError(
-            "compensation=true needs the experts' mean outputs: give a calibration that holds them."
+            f"compensation={json.dumps(compensation)} needs the experts' mean outputs: give a calibration that holds them."
         )
     return CompensatedIntegration(bench.model, policy, means=means, collect_stats=bench.collect_stats)
 
@@ -243,7 +248,7 @@ _CALIBRATED: dict[str, tuple[Converter, str]] = _LEVEL | {
     "estimator": (str, "empirical, kde or normal"),
     "kernel": (str, "of the kde"),
     "bandwidth": (_number_or_name, "of the kde"),
-    "compensation": (_boolean, "add the mean outputs of dropped experts back"),
+    "compensation": (_strength, "add back what dropped experts add on average: true, false or 0 to 1"),
     "pvalues": (str, "robust, softmax or batch: without the calibration"),
 }
 

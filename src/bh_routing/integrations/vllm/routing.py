@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ...calibration import Calibration
-from ...compensation import compensation
+from ...compensation import check_strength, compensation
 from ...errors import CalibrationMismatchError, InvalidParameterError, UnsupportedModelError
 from ...policies import PValuePolicy, RoutingContext, RoutingPolicy, TablePolicy
 from ...procedures import check_one_level
@@ -260,7 +260,7 @@ class EngineRouting:
             self.telemetry = Telemetry(contexts, [context.top_k for context in contexts])
         if self.compensates and self.settings.mode == "patch":
             assert self.calibration is not None
-            means = self.calibration.mean_outputs()
+            means = self.calibration.mean_outputs(check_strength(self.settings.compensation))
             for layer in self.layers:
                 layer.means = means[layer.context.path].to(device)
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ... import __version__
+from ...compensation import check_strength
 from ...errors import InvalidParameterError, InvalidTypeError
 
 if TYPE_CHECKING:
@@ -59,7 +60,7 @@ class Settings:
     size: str | None = None
     kernel: str | None = None
     bandwidth: str | float | None = None
-    compensation: bool | None = None
+    compensation: bool | float | None = None
     ragged: bool = True
     strict: bool = True
 
@@ -69,8 +70,7 @@ class Settings:
         for name in ("collect_stats", "ragged", "strict"):
             if not isinstance(getattr(self, name), bool):
                 raise InvalidTypeError(f"{KEY}.{name} must be true or false, got {getattr(self, name)!r}.")
-        if self.compensation is not None and not isinstance(self.compensation, bool):
-            raise InvalidTypeError(f"{KEY}.compensation must be true or false, got {self.compensation!r}.")
+        check_strength(self.compensation)
         if self.mode not in ("patch", "analyze"):
             raise InvalidParameterError(f"mode must be 'patch' or 'analyze', got {self.mode!r}.")
         check_k(self.min_k, self.max_k)
@@ -188,10 +188,11 @@ class Settings:
         known = known and calibration.moments.mean_LEH is not None  # type: ignore[union-attr]
         if self.compensation and not known:
             raise InvalidParameterError(
-                "compensation=true needs the experts' mean outputs, which this calibration does not hold; "
+                f"compensation={json.dumps(self.compensation)} needs the experts' mean outputs, which this "
+                "calibration does not hold; "
                 'calibrate without --no-means, or configure "compensation": false.'
             )
-        return known and self.compensation is not False
+        return known and check_strength(self.compensation) != 0.0
 
 
 def _parse(text: str) -> Any:
