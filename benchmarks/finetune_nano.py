@@ -52,12 +52,14 @@ def valid_ids(tokenizer: Any, data: Path, half: int, tokens: int) -> torch.Tenso
 
 
 def make_calibration(model: Any, tokenizer: Any, data: Path, tokens: int) -> Calibration:
-    text = TextFile(data / "books-calibration.txt.xz")
+    """On so many tokens, about: the same number of each book."""
+    books = TextFile(data / "books-calibration.txt.xz", None)
     return calibrate(
         model,
         tokenizer,
-        lambda: iter(text),
-        max_tokens=tokens,
+        books,
+        document_tokens=tokens // sum(1 for _ in books),
+        window=WINDOW,
         sensitivity=True,
         progress=False,
         model_id="nano",

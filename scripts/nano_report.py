@@ -221,7 +221,7 @@ Greedily, 40 tokens after each prompt:
 
 ## Beside the weights
 
-- `calibration.safetensors`: the null distributions of its routers, for `bh-routing` (400,000 tokens of other books).
+- `calibration.safetensors`: the null distributions of its routers, for `bh-routing` (289,000 tokens, equal parts of other books).
 - `vllm-lm-head.safetensors`, `model.safetensors.index.json`: for vLLM, whose OLMoE does not tie embeddings and reads every weight file of a
   folder without an index (`scripts/nano_vllm_files.py` writes them). transformers looks at neither.
 
