@@ -23,6 +23,7 @@ from .errors import InvalidInputError, InvalidParameterError
 from .integration import BHRoutingIntegration, RoutingIntegration
 from .patching import PatchPlan, make_plan, watch
 from .patching.apply import RouterPatch
+from .patching.forward import CACHES
 from .policies import TablePolicy
 from .statistic import DecisionTable, base_statistic
 
@@ -224,12 +225,13 @@ def _time(
             seconds.append(_now(input_ids) - start)
         return seconds
     output = model(input_ids=input_ids[:, :CONTEXT], use_cache=True)
+    cache = next(name for name in CACHES if name in output)
     with _installed(instruments):
         for step in range(first, first + steps):
             column = step % input_ids.shape[1]
             token = input_ids[:, column : column + 1]
             start = _now(input_ids)
-            output = model(input_ids=token, past_key_values=output.past_key_values, use_cache=True)
+            output = model(input_ids=token, use_cache=True, **{cache: output[cache]})
             output.logits[:, -1].argmax(-1)
             seconds.append(_now(input_ids) - start)
     return seconds

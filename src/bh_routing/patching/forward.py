@@ -48,6 +48,9 @@ class ForwardInfo:
         return "decode" if self.shape is not None and self.shape[1] == 1 else "prefill"
 
 
+CACHES = ("cache", "past_key_values")  # a forward's cache since transformers 5.24, and before
+
+
 class _Before:
     """Forward pre-hook (with keyword arguments) that reads the call; changes nothing."""
 
@@ -56,7 +59,7 @@ class _Before:
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         call = dict(zip(self.names, args, strict=False)) | kwargs
-        if not self.causal and call.get("past_key_values") is not None:
+        if not self.causal and any(call.get(name) is not None for name in CACHES):
             raise PatchError(
                 "the routing policy looks at a whole sequence, which generation with a cache does not have: "
                 "expected a forward without past_key_values; use a causal policy to generate."
