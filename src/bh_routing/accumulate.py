@@ -18,7 +18,7 @@ from .errors import CalibrationError
 from .nulls import FIRST_BIN, LAST_BIN, Histogram, bin_index
 from .statistic import base_statistic
 
-CHUNK = 512  # tokens counted at once, so that what is in between stays in the cache
+CHUNK = 1024  # tokens counted at once, so that what is in between stays in the cache
 GROWTH = 64  # a range of bins grows by whole units of the statistic
 # Bits of a logit's class within its token: 1 = inside the trimmed range, 2 = selected by the router.
 IN_TRIMMED, SELECTED = 1, 2
@@ -109,7 +109,7 @@ def trimmed_range(logits_TE: Tensor, trim: int) -> tuple[Tensor, Tensor]:
         edge_T1 = logits_TE[:, :1]
         return torch.full_like(edge_T1, float("inf")), torch.full_like(edge_T1, float("-inf"))
     if logits_TE.device.type == "cpu":  # numpy's selection is ten times as fast as torch's
-        x = logits_TE.numpy()
+        x = logits_TE.numpy()  # two selections: both at once take numpy three times as long
         low = np.partition(x, trim, axis=-1)[:, trim : trim + 1]
         high = np.partition(x, num - 1 - trim, axis=-1)[:, num - 1 - trim : num - trim]
         return torch.from_numpy(low), torch.from_numpy(high)
