@@ -4,8 +4,8 @@
 
 The first text is books joined by blank lines. The first half of the second text is for choosing: configurations are
 compared there, and every method's level or parameter is solved so that its mean number of experts there is the budget.
-The second half, and the third text, are for reporting. Losses are paired: a bootstrap over blocks of 512 tokens gives the intervals. Prints Markdown
-tables and writes everything to benchmarks/results/calibration.json.
+The second half, and the third text, are for reporting. Losses are paired: a bootstrap over blocks of 512 tokens gives
+the intervals. Prints Markdown tables and writes everything to benchmarks/results/calibration.json.
 """
 
 from __future__ import annotations
@@ -105,9 +105,7 @@ class Run:
 def run(model: Any, text: Text, policy: RoutingPolicy | None, means: dict[str, Tensor] | None = None) -> Run:
     if policy is None:
         return Run(losses(model, text.windows_BS), math.nan, [])
-    integration = RoutingIntegration(model, policy, means=means)
-    if means and policy.weights == "model":
-        integration = _raw(model, policy, means)
+    integration = integrate(model, policy, means)
     with integration:
         measured = losses(model, text.windows_BS)
     total = integration.telemetry.to_dict()
@@ -119,9 +117,10 @@ class _RawIntegration(RoutingIntegration):
         return super()._make_plan().with_convention("raw")
 
 
-def _raw(model: Any, policy: RoutingPolicy, means: dict[str, Tensor]) -> RoutingIntegration:
+def integrate(model: Any, policy: RoutingPolicy, means: dict[str, Tensor] | None) -> RoutingIntegration:
     """With compensation the kept experts keep their own weights, as in `BHRoutingIntegration`."""
-    return _RawIntegration(model, policy, means=means)
+    kind = _RawIntegration if means and policy.weights == "model" else RoutingIntegration
+    return kind(model, policy, means=means)
 
 
 def change(run: Run, base: Run) -> float:
@@ -332,18 +331,19 @@ def strengths(model: Any, calibration: Calibration, texts: list[Text]) -> list[d
     say("KL(own || routed) in millinats per token, and the change of perplexity.\n")
     say("| text | budget | top-k | " + " | ".join(f"{s:g}" for s in STRENGTHS) + " |")
     say("|---" * (len(STRENGTHS) + 3) + "|")
+    own_means = calibration.mean_outputs()
+    by_strength = {f"{s:g}": calibration.mean_outputs(s) for s in STRENGTHS}
     rows = []
     for text in texts:
         base = run(model, text, None)
         for budget in BUDGETS:
-
-            def means_run(policy: RoutingPolicy, text=text) -> float:
-                return run(model, text, policy, calibration.mean_outputs()).mean_experts
-
-            policy, _ = at_mean(lambda b: calibration.policy(experts_per_token=b), budget, means_run)
-            cells = {"top-k": (TopKPolicy(int(budget)), None)} | {
-                f"{s:g}": (policy, calibration.mean_outputs(s)) for s in STRENGTHS
-            }
+            policy, _ = at_mean(
+                lambda b: calibration.policy(experts_per_token=b),
+                budget,
+                lambda p, text=text: run(model, text, p, own_means).mean_experts,
+            )
+            cells: dict[str, Any] = {"top-k": (TopKPolicy(int(budget)), None)}
+            cells |= {label: (policy, means) for label, means in by_strength.items()}
             row: dict[str, Any] = {"text": text.name, "budget": budget}
             for label, (one, means) in cells.items():
                 row[label] = (
@@ -362,7 +362,7 @@ def divergence_from_own(
 ) -> float:
     """Mean KL(own || routed) per token, nats."""
     total = 0.0
-    integration = _raw(model, policy, means) if means else RoutingIntegration(model, policy)
+    integration = integrate(model, policy, means)
     for part in text.windows_BS.split(8):
         own_BSV = model(input_ids=part, use_cache=False).logits
         with integration:
@@ -381,9 +381,10 @@ def documents(
     say(
         "\nStatistic logprob, null per layer: Kolmogorov-Smirnov distance of the choosing half's null p-values.\n"
     )
-    say("| tokens of each book | in all | layer 0 | layer 1 | layer 2 | layer 3 | budget 4 there |")
-    say("|---|---|---|---|---|---|---|")
     seen = routed(model, choosing)
+    layers = " | ".join(f"layer {i}" for i in range(len(seen)))
+    say(f"| tokens of each book | in all | {layers} | budget 4 there |")
+    say("|---" * (len(seen) + 3) + "|")
     settings = {"statistic": "logprob", "scope": "layer"}
 
     def collect(texts: Any, most: int | None) -> Calibration:

@@ -157,6 +157,21 @@ def test_a_model_without_a_head_keeps_the_fit_and_has_no_sensitivities(tiny_olmo
         calibrate(body, None, documents(8), window=128, sensitivity=True)
 
 
+def test_without_a_head_every_process_still_reaches_the_sum(tiny_olmoe, monkeypatch):
+    """A process that holds no window waits there for those that do."""
+    model, docs = tiny_olmoe(), documents(8)
+    calibration, plan = calibrate(model, None, docs, window=128), make_plan(model.model)
+    batches = list(TextStream(docs, None, window=128, batch_tokens=512, seed=0))
+    reached: list[list[float]] = []
+    monkeypatch.setattr(strength, "gather", lambda sums: reached.append(sums) or [sums])
+    paths = {old.path: new.path for old, new in zip(calibration.layers, plan.layers, strict=True)}
+    layers = tuple(replace(layer, path=paths[layer.path]) for layer in calibration.layers)
+    body = replace(calibration, layers=layers, _cache={})
+    for share in (batches, []):
+        assert measure_strength(model.model, plan, body, share, lambda tokens: None) == 1.0
+    assert len(reached) == 2
+
+
 # -- who follows it ----------------------------------------------------------------------------------------------
 
 

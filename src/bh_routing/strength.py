@@ -90,7 +90,8 @@ def measure_strength(
         with torch.inference_mode():
             own_BSV = forward(model, plan, batch, head=True)
             if own_BSV is None:
-                return 1.0
+                sums = [math.nan] * len(STRENGTHS)  # no early return: every process must reach the sum
+                break
             try:
                 patch.apply()
                 for i, strength in enumerate(STRENGTHS):
