@@ -180,10 +180,12 @@ def _mark(mark: str, x: float, y: float, colour: str, label: str) -> str:
 
 
 def _frame(width: int, height: int, title: str, body: str) -> str:
+    # A bold letter is about 0.6 of its size wide: a long title gets smaller letters rather than no end.
+    size = min(14.0, round((width - 24) / (0.6 * max(1, len(title))), 1))
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" '
         f'role="img" font-family="system-ui, sans-serif" font-size="12">'
         "<style>.grid{stroke:#e4e4e4}.axis{stroke:#444}.front{fill:none;stroke:#888;stroke-dasharray:5 4}</style>"
         f'<rect width="{width}" height="{height}" fill="#fff"/>'
-        f'<text x="12" y="20" font-size="14" font-weight="600">{escape(title)}</text>{body}</svg>'
+        f'<text x="12" y="20" font-size="{size:g}" font-weight="600">{escape(title)}</text>{body}</svg>'
     )
