@@ -20,9 +20,9 @@ if not torch.cuda.is_available():
     )  # before Triton is imported: kernels run in its interpreter
 
 # Where Triton does not exist (not Linux), the module that needs it on import has no examples to run.
-collect_ignore = [] if find_spec("triton") else ["src/bh_routing/kernels/triton_decide.py"]
+collect_ignore = [] if find_spec("triton") else ["src/bh_routing/decision/select_triton.py"]
 # The same for vLLM, which has an environment of its own (make test-vllm).
-collect_ignore += [] if find_spec("vllm") else ["src/bh_routing/integrations/vllm/ops.py"]
+collect_ignore += [] if find_spec("vllm") else ["src/bh_routing/engines/vllm/ops.py"]
 
 NANO = Path(__file__).parent / "src" / "bh_routing" / "models" / "olmoe-nano"
 

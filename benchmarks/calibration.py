@@ -27,17 +27,17 @@ import torch
 from pages import write_block
 from torch import Tensor
 
-from bh_routing.baselines import MinPPolicy, ThresholdPolicy, TopPPolicy
-from bh_routing.calibration import Calibration, CalibrationWarning
-from bh_routing.collect import calibrate
-from bh_routing.errors import BHRoutingError
+from bh_routing.calibration.calibration import Calibration
+from bh_routing.calibration.passes import calibrate
+from bh_routing.calibration.strength import divergence
+from bh_routing.cli.loading import load_model
+from bh_routing.errors import BHRoutingError, CalibrationWarning
+from bh_routing.evaluation.baselines import MinPPolicy, ThresholdPolicy, TopPPolicy
 from bh_routing.integration import RoutingIntegration
-from bh_routing.loading import load_model
-from bh_routing.nulls import Histogram
 from bh_routing.patching import make_plan, watch
 from bh_routing.policies import RoutingPolicy, TopKPolicy
-from bh_routing.stream import TextFile
-from bh_routing.strength import divergence
+from bh_routing.stats.histogram import Histogram
+from bh_routing.text import TextFile
 
 BLOCK, RESAMPLES = 512, 2000
 P_BINS = 1 << 16
@@ -252,7 +252,7 @@ def methods(
     model: Any, calibration: Calibration
 ) -> dict[str, tuple[Callable[[float], RoutingPolicy], dict[str, Tensor] | None]]:
     """What is compared: from a budget to a policy, and the compensation it runs with."""
-    from bh_routing.record import RoutingLog
+    from bh_routing.evaluation.routing_log import RoutingLog
 
     log = RoutingLog.from_calibration(calibration)
     means = calibration.mean_outputs()

@@ -20,10 +20,9 @@ from pages import markdown_table, write_block
 from torch import Tensor
 
 from bh_routing import DecisionTable, RoutingContext, TablePolicy, Telemetry
-from bh_routing.bench import threshold_for
-from bh_routing.kernels.decide import decide_by_table, keep_by_table
-from bh_routing.routing import not_finite
-from bh_routing.statistic import affine_statistic, base_statistic
+from bh_routing.decision.select import decide_by_table, keep_by_table, not_finite
+from bh_routing.evaluation.bench import threshold_for
+from bh_routing.stats.statistic import affine_statistic, base_statistic
 
 EXPERTS, TOP_K = 64, 8
 
@@ -188,8 +187,8 @@ def cold(s: Setting) -> str:
 
 def repeats(s: Setting) -> str:
     """How often a decision repeats: logits of a layer are never the same for two tokens of a text."""
+    from bh_routing.cli.loading import load_model
     from bh_routing.data import sample_text
-    from bh_routing.loading import load_model
     from bh_routing.patching import make_plan, watch
 
     model, tokenizer = load_model("olmoe-nano", device="cpu", dtype="bfloat16")

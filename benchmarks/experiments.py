@@ -21,13 +21,13 @@ from pages import markdown_table, write_block
 
 from bh_routing import Calibration
 from bh_routing.cli.common import make_progress
+from bh_routing.cli.loading import default_calibration, load_model
 from bh_routing.evaluation import Dataset, RoutingExperimentRunner, summarise
 from bh_routing.evaluation.report import make_report
 from bh_routing.evaluation.report_plots import plots
 from bh_routing.evaluation.results import ResultsFolder
 from bh_routing.evaluation.scoring import cut_text, score_text
-from bh_routing.loading import default_calibration, load_model
-from bh_routing.stream import TextFile
+from bh_routing.text import TextFile
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 from olmoe_1b_7b import policies

@@ -23,12 +23,12 @@ from machine import describe_machine
 from pages import markdown_table, write_block
 
 from bh_routing import BHRoutingIntegration, Calibration, calibrate
+from bh_routing.cli.loading import load_model
 from bh_routing.evaluation import perplexity_change
 from bh_routing.evaluation.paired import block_sums, perplexity_interval
 from bh_routing.evaluation.scoring import cut_text, score_text
-from bh_routing.loading import load_model
 from bh_routing.models import bundled_calibration
-from bh_routing.stream import TextFile
+from bh_routing.text import TextFile
 from bh_routing.training.loop import FinetuneSettings, finetune, text_windows
 
 WINDOW = 256

@@ -30,9 +30,9 @@ from torch import Tensor
 from transformers import OlmoeConfig, OlmoeForCausalLM
 
 from bh_routing import DecisionTable, RoutingIntegration, TablePolicy, TopKPolicy
-from bh_routing.bench import threshold_variants
-from bh_routing.kernels import triton_decide
-from bh_routing.kernels.decide import decide_by_table
+from bh_routing.decision import select_triton as triton_decide
+from bh_routing.decision.select import decide_by_table
+from bh_routing.evaluation.bench import threshold_variants
 from bh_routing.patching.expert_math import grouped_forward
 
 TOP_K = 8

@@ -31,8 +31,8 @@ from transformers import OlmoeConfig
 from transformers.models.olmoe.modeling_olmoe import OlmoeSparseMoeBlock
 
 from bh_routing import DecisionTable, RoutingIntegration, TablePolicy
-from bh_routing.bench import router_patches, threshold_for
-from bh_routing.statistic import base_statistic
+from bh_routing.evaluation.bench import router_patches, threshold_for
+from bh_routing.stats.statistic import base_statistic
 
 HIDDEN, INTERMEDIATE, EXPERTS, TOP_K = 2048, 1024, 64, 8
 EXPERT_WEIGHTS = 3 * HIDDEN * INTERMEDIATE

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from bh_routing.data import sample_text
 from bh_routing.evaluation import cut_windows
-from bh_routing.stream import TextFile
+from bh_routing.text import TextFile
 
 WINDOW = 256  # tokens
 

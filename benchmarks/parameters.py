@@ -19,10 +19,10 @@ from pages import WINDOW, markdown_table, text_name, text_windows, write_block
 from torch import Tensor
 
 from bh_routing import BHRoutingIntegration, Calibration, RoutingIntegration, calibrate
+from bh_routing.cli.loading import default_calibration, load_model
 from bh_routing.data import sample_text
 from bh_routing.evaluation import Measured, compare
-from bh_routing.loading import default_calibration, load_model
-from bh_routing.stream import TextFile
+from bh_routing.text import TextFile
 
 Rows = dict[str, RoutingIntegration | None]
 

@@ -32,10 +32,10 @@ from vllm import _custom_ops
 from vllm.platforms import current_platform
 
 from bh_routing import DecisionTable, TablePolicy
-from bh_routing.bench import threshold_for
-from bh_routing.integrations.vllm.ragged import kept_only
-from bh_routing.integrations.vllm.routing import EngineRouting, LayerFacts, LayerRouting
-from bh_routing.integrations.vllm.settings import Settings
+from bh_routing.engines.vllm.ragged import kept_only
+from bh_routing.engines.vllm.routing import EngineRouting, LayerFacts, LayerRouting
+from bh_routing.engines.vllm.settings import Settings
+from bh_routing.evaluation.bench import threshold_for
 
 HIDDEN, INTERMEDIATE, EXPERTS, TOP_K = 2048, 1024, 64, 8
 MEAN = 4.0

@@ -2,7 +2,7 @@
 
     python benchmarks/whole_model.py [--layers 16] [--rounds N] [--write docs/performance.md]
 
-Greedy decoding with a cache, and a prefill, by `bh_routing.bench`: the stock model and ours take turns in one run. A
+Greedy decoding with a cache, and a prefill, by `bh_routing.evaluation.bench`: the stock model and ours take turns in one run. A
 threshold per layer on the log score drives the counts; the realised mean is printed and must lie within 0.1 of 4.0.
 """
 
@@ -17,7 +17,7 @@ from machine import describe_machine
 from pages import markdown_table, write_block
 from transformers import OlmoeConfig, OlmoeForCausalLM
 
-from bh_routing.bench import measure, threshold_variants
+from bh_routing.evaluation.bench import measure, threshold_variants
 
 BUDGET = 4.0
 

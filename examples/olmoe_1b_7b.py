@@ -13,13 +13,13 @@ import argparse
 from pathlib import Path
 
 from bh_routing import Calibration, calibrate
+from bh_routing.calibration.passes import default_window
 from bh_routing.cli.common import make_progress
 from bh_routing.cli.evaluate import show
-from bh_routing.collect import default_window
+from bh_routing.cli.loading import load_model
 from bh_routing.evaluation import Dataset, RoutingExperimentRunner
 from bh_routing.evaluation.notes import to_frame
-from bh_routing.loading import load_model
-from bh_routing.stream import TextFile
+from bh_routing.text import TextFile
 
 # Each at every budget of experts per token.
 AT_BUDGETS = (

@@ -3,7 +3,7 @@
     python scripts/families_table.py build/families-*.json
 
 reads what ``pytest tests/conformance --families-record FILE`` wrote, one file per transformers version, puts it
-into src/bh_routing/families.json (other versions in there stay) and renders docs/families.md.
+into src/bh_routing/models/families.json (other versions in there stay) and renders docs/families.md.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from bh_routing.families import RECORD, Family, families, row, version_key
+from bh_routing.models.families import RECORD, Family, families, row, version_key
 from bh_routing.patching.discovery import REFUSED
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -1,9 +1,9 @@
 """The import name that existing notebooks use for the experiments; everything is in `bh_routing.evaluation`."""
 
+from bh_routing.cli.loading import load_model
 from bh_routing.evaluation.datasets import Dataset, load_dataset
 from bh_routing.evaluation.runner import RoutingExperimentRunner
 from bh_routing.evaluation.strategy import RoutingStrategy, StrategyPolicy
-from bh_routing.loading import load_model
 
 __all__ = [
     "Dataset",

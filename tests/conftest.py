@@ -8,10 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from bh_routing.accumulate import LayerCounts, LayerMoments, ReservoirSampler, join_moments
-from bh_routing.calibration import Calibration
-from bh_routing.calibration_file import stack_layers
-from bh_routing.calibration_parts import LayerRecord
+from bh_routing.calibration.accumulate import LayerCounts, LayerMoments, ReservoirSampler, join_moments
+from bh_routing.calibration.calibration import Calibration
+from bh_routing.calibration.data import LayerRecord, stack_layers
 from calibration_cases import random_logits
 
 

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from bh_routing import RoutingIntegration, TopKPolicy
-from bh_routing.baselines import (
+from bh_routing.errors import BudgetError, InvalidInputError, InvalidParameterError
+from bh_routing.evaluation.baselines import (
     BASELINES,
     AdaptivePolicy,
     AllocatedPolicy,
@@ -28,10 +29,9 @@ from bh_routing.baselines import (
     mean_experts,
     solve,
 )
-from bh_routing.errors import BudgetError, InvalidInputError, InvalidParameterError
 from bh_routing.evaluation.profile import lexi_costs, loss_costs
+from bh_routing.evaluation.routing_log import RoutingLog, record
 from bh_routing.policies import POLICIES, RoutingContext
-from bh_routing.record import RoutingLog, record
 
 # Five experts, four slots; the probabilities of token 0 are 0.5, 0.2, 0.15, 0.1 (and 0.05 for the expert passed over).
 PROBABILITIES = torch.tensor([[0.2, 0.5, 0.1, 0.15, 0.05], [0.24, 0.22, 0.2, 0.18, 0.16]])

@@ -8,15 +8,15 @@ import pytest
 import torch
 
 from bh_routing import is_patched
-from bh_routing.bench import CONTEXT, measure, paired_ratio, threshold_for, threshold_variants
 from bh_routing.cli import main
 from bh_routing.errors import InvalidInputError, InvalidParameterError
+from bh_routing.evaluation.bench import CONTEXT, measure, paired_ratio, threshold_for, threshold_variants
 
 
 @pytest.fixture
 def loaded(monkeypatch, nano_model, nano_tokenizer):
     """The embedded model, loaded once for all tests."""
-    monkeypatch.setattr("bh_routing.loading.load_model", lambda *_, **__: (nano_model, nano_tokenizer))
+    monkeypatch.setattr("bh_routing.cli.loading.load_model", lambda *_, **__: (nano_model, nano_tokenizer))
     return nano_model
 
 

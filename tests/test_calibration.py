@@ -7,18 +7,19 @@ import warnings
 import pytest
 import torch
 
-from bh_routing.calibration import CalibrationWarning
 from bh_routing.errors import (
     BudgetError,
     CalibrationError,
     CalibrationMismatchError,
+    CalibrationWarning,
     InvalidParameterError,
     InvalidTypeError,
 )
-from bh_routing.nulls import ESTIMATORS, KERNELS
 from bh_routing.policies import PValuePolicy, RoutingContext, TablePolicy
-from bh_routing.procedures import PROCEDURES
-from bh_routing.statistic import STATISTICS
+from bh_routing.stats.kde import KERNELS
+from bh_routing.stats.nulls import ESTIMATORS
+from bh_routing.stats.procedures import PROCEDURES
+from bh_routing.stats.statistic import STATISTICS
 from calibration_cases import random_logits
 
 E, K, T = 16, 4, 600

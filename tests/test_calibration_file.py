@@ -11,10 +11,11 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from bh_routing.calibration import Calibration, CalibrationWarning
-from bh_routing.calibration_file import fingerprint, write_atomically
-from bh_routing.collect import calibrate
-from bh_routing.errors import CalibrationFileError, CalibrationMismatchError
+from bh_routing._files import write_atomically
+from bh_routing.calibration.calibration import Calibration
+from bh_routing.calibration.fingerprint import fingerprint
+from bh_routing.calibration.passes import calibrate
+from bh_routing.errors import CalibrationFileError, CalibrationMismatchError, CalibrationWarning
 from bh_routing.patching import make_plan
 
 

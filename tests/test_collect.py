@@ -11,13 +11,13 @@ import pytest
 import torch
 
 import bh_routing
-from bh_routing.accumulate import LayerCounts, ReservoirSampler, trimmed_range
-from bh_routing.calibration import Calibration
-from bh_routing.collect import calibrate, default_window
+from bh_routing.calibration.accumulate import LayerCounts, ReservoirSampler, trimmed_range
+from bh_routing.calibration.calibration import Calibration
+from bh_routing.calibration.passes import calibrate, default_window
 from bh_routing.errors import CalibrationError, InvalidParameterError, InvalidTypeError
 from bh_routing.patching import RoutingPatch, make_plan
 from bh_routing.policies import TopKPolicy
-from bh_routing.stream import TextFile, TextStream
+from bh_routing.text import TextFile, TextStream
 
 E, K, L, H = 16, 6, 2, 32
 PLAIN = {"outputs": False, "window": 32, "batch_tokens": 128, "reservoir": 64}
@@ -401,8 +401,8 @@ WORKER = """
 import sys
 from pathlib import Path
 import torch
-from bh_routing.collect import calibrate, distributed
-from bh_routing.stream import TextFile
+from bh_routing.calibration.passes import calibrate, distributed
+from bh_routing.text import TextFile
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 torch.set_num_threads(1)

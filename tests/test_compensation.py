@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from bh_routing import RoutingIntegration, TopKPolicy
-from bh_routing.calibration_parts import Moments
-from bh_routing.collect import calibrate
-from bh_routing.compensation import compensation, lost_and_kept
-from bh_routing.routing import RoutingDecision
+from bh_routing.calibration.data import Moments
+from bh_routing.calibration.passes import calibrate
+from bh_routing.decision.compensation import compensation, lost_and_kept
+from bh_routing.decision.types import RoutingDecision
 
 E, K, H = 6, 3, 5
 

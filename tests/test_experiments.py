@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from bh_routing import RoutingIntegration, TopKPolicy, is_patched
+from bh_routing.calibration.passes import calibrate
 from bh_routing.cli import main
-from bh_routing.collect import calibrate
 from bh_routing.errors import DatasetError, InvalidInputError, InvalidParameterError, RecordError
 from bh_routing.evaluation import Dataset, RoutingExperimentRunner, RoutingStrategy, load_dataset
 from bh_routing.evaluation.notes import watch_counts
@@ -452,7 +452,7 @@ def test_evaluate_and_record_from_the_command_line(
 
     log = tmp_path / "log.safetensors"
     assert main(["record", "olmoe-nano", "--text", str(text), "-o", str(log), "--max-tokens", "100"]) == 0
-    from bh_routing.record import RoutingLog
+    from bh_routing.evaluation.routing_log import RoutingLog
 
     held = RoutingLog.load(log)
     assert 50 <= held.num <= 100

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from bh_routing.cli import main
-from bh_routing.families import (
+from bh_routing.models.families import (
     COLUMNS,
     Family,
     families,

@@ -11,8 +11,8 @@ import scipy.stats
 import torch
 from statsmodels.stats.multitest import multipletests
 
-from bh_routing.procedures import get_procedure
-from bh_routing.routing import benjamini_hochberg_routing
+from bh_routing.decision.functional import benjamini_hochberg_routing
+from bh_routing.stats.procedures import get_procedure
 
 TOKENS, ALPHA, SHIFT = 2000, 0.1, 2.5
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from bh_routing import BHRoutingIntegration, RoutingIntegration
-from bh_routing.calibration import Calibration
-from bh_routing.collect import calibrate
+from bh_routing.calibration.calibration import Calibration
+from bh_routing.calibration.passes import calibrate
 from bh_routing.errors import BudgetError, CalibrationMismatchError, InvalidParameterError
 from bh_routing.policies import PValuePolicy
 

@@ -16,11 +16,12 @@ import torch
 from torch import Tensor
 
 from bh_routing import BHRoutingIntegration, DecisionTable, RoutingContext, TablePolicy
+from bh_routing.decision.backend import decision_function
+from bh_routing.decision.select import decide_by_table
+from bh_routing.decision.select_one_token import HostRow, decide_one_token
+from bh_routing.decision.types import RoutingDecision
 from bh_routing.errors import InvalidInputError, InvalidParameterError, MissingDependencyError
-from bh_routing.kernels import decision_function
-from bh_routing.kernels.decide import HostRow, decide_by_table, decide_one_token
-from bh_routing.routing import RoutingDecision
-from bh_routing.statistic import affine_statistic, base_statistic
+from bh_routing.stats.statistic import affine_statistic, base_statistic
 
 INF = float("inf")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -31,7 +32,7 @@ EXACT = ("experts_TK", "counts_T", "dropped_TK", "fallback_T")
 def fused() -> Any:
     """The module of the fused kernel."""
     pytest.importorskip("triton", reason="Triton is not installed; pip install 'bh-routing[triton]'")
-    from bh_routing.kernels import triton_decide
+    from bh_routing.decision import select_triton as triton_decide
 
     return triton_decide
 
@@ -426,11 +427,11 @@ def test_where_the_fused_one_cannot_run_it_is_refused(fused, monkeypatch):
 
 
 def test_without_triton_auto_is_plain_and_asking_for_it_says_what_to_install(monkeypatch):
-    monkeypatch.setitem(sys.modules, "bh_routing.kernels.triton_decide", None)
-    monkeypatch.delattr("bh_routing.kernels.triton_decide", raising=False)
+    monkeypatch.setitem(sys.modules, "bh_routing.decision.select_triton", None)
+    monkeypatch.delattr("bh_routing.decision.select_triton", raising=False)
     with pytest.raises(MissingDependencyError, match=r"pip install 'bh-routing\[triton\]'"):
         chosen("triton", "cuda")
-    monkeypatch.setattr("bh_routing.kernels.find_spec", lambda name: None)
+    monkeypatch.setattr("bh_routing.decision.backend.find_spec", lambda name: None)
     assert chosen("auto", "cuda") is decide_by_table
 
 

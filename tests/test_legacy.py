@@ -11,9 +11,9 @@ import pytest
 import scipy.stats
 import torch
 
-from bh_routing.calibration import Calibration
+from bh_routing.calibration.calibration import Calibration
+from bh_routing.calibration.kde_pickles import from_kde_pickles, read_arrays
 from bh_routing.errors import CalibrationError, CalibrationFileError, CalibrationMismatchError
-from bh_routing.legacy import from_kde_pickles, read_arrays
 from bh_routing.policies import RoutingContext, TablePolicy
 
 LAYERS, E = 3, 64

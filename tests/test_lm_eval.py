@@ -14,7 +14,7 @@ from bh_routing import is_patched
 from bh_routing.cli import main
 from bh_routing.errors import InvalidParameterError, MissingDependencyError
 from bh_routing.evaluation import Dataset, RoutingExperimentRunner
-from bh_routing.integrations.lm_eval import evaluate, register
+from bh_routing.evaluation.lm_eval import evaluate, register
 
 ROOT = Path(__file__).parent.parent
 TASKS = ROOT / "examples" / "lm_eval_tasks"

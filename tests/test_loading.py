@@ -8,8 +8,8 @@ import shutil
 import pytest
 import torch
 
+from bh_routing.cli.loading import default_calibration, load_model, resolve
 from bh_routing.errors import InvalidParameterError, ModelLoadError
-from bh_routing.loading import default_calibration, load_model, resolve
 from bh_routing.models import bundled_calibration, bundled_path
 
 

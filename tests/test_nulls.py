@@ -9,23 +9,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from bh_routing.decision.table import smallest_passing
 from bh_routing.errors import CalibrationError, InvalidParameterError
-from bh_routing.nulls import (
-    BINS_PER_UNIT,
-    ESTIMATORS,
-    KERNELS,
-    GridNull,
-    Histogram,
-    PooledCounts,
-    bin_index,
-    empirical_null,
-    fit_null,
-    isj_bandwidth,
-    kde_null,
-    pool_counts,
-    silverman_bandwidth,
-    smallest_passing,
-)
+from bh_routing.stats.histogram import BINS_PER_UNIT, Histogram, PooledCounts, bin_index, pool_counts
+from bh_routing.stats.kde import KERNELS, isj_bandwidth, kde_null, silverman_bandwidth
+from bh_routing.stats.nulls import ESTIMATORS, GridNull, empirical_null, fit_null
 
 N = 20_000
 

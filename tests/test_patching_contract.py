@@ -9,7 +9,13 @@ from torch import Tensor, nn
 from bh_routing import RoutingIntegration
 from bh_routing.errors import UnsupportedModelError
 from bh_routing.patching import make_plan
-from bh_routing.patching.adapters import RouterCall, expert_ids, flat_experts, router_call, with_logits_again
+from bh_routing.patching.adapters import (
+    RouterCall,
+    expert_ids,
+    flat_experts,
+    router_call,
+    with_logits_again,
+)
 from bh_routing.patching.contract import Reading, match_outputs, probe, read_convention
 from bh_routing.policies import TopKPolicy
 

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 
+from bh_routing.calibration.kde_pickles import from_kde_pickles
+from bh_routing.calibration.plots import plot_calibration, without_kept_tokens
 from bh_routing.errors import InvalidParameterError
-from bh_routing.legacy import from_kde_pickles
-from bh_routing.plots import plot_calibration, without_kept_tokens
 
 
 @pytest.mark.parametrize("name", ["a.png", "a.svg", "a.PDF"])
@@ -69,5 +69,5 @@ def test_other_formats_are_refused(synthetic_calibration, tmp_path):
 
 
 def test_matplotlib_is_imported_only_to_draw():
-    code = "import sys, bh_routing.plots; sys.exit('matplotlib' in sys.modules)"
+    code = "import sys, bh_routing.calibration.plots; sys.exit('matplotlib' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

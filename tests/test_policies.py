@@ -5,12 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
+from bh_routing.decision.functional import benjamini_hochberg_routing
+from bh_routing.decision.select import keep_by_p_values, keep_by_table
+from bh_routing.decision.table import DecisionTable
+from bh_routing.decision.weights import apply_weight_rule
 from bh_routing.errors import CalibrationMismatchError, InvalidParameterError
-from bh_routing.kernels.decide import keep_by_p_values, keep_by_table
 from bh_routing.policies import PValuePolicy, RoutingContext, TablePolicy, TopKPolicy
-from bh_routing.procedures import PROCEDURES
-from bh_routing.routing import apply_weight_rule, benjamini_hochberg_routing
-from bh_routing.statistic import DecisionTable
+from bh_routing.stats.procedures import PROCEDURES
 
 E, K, T = 16, 6, 200
 

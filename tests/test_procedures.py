@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from statsmodels.stats.multitest import fdrcorrection_twostage, multipletests
 
 from bh_routing.errors import InvalidParameterError
-from bh_routing.procedures import PROCEDURES, get_procedure
+from bh_routing.stats.procedures import PROCEDURES, get_procedure
 
 STATSMODELS = {
     "bh": "fdr_bh",

@@ -11,8 +11,8 @@ from xml.etree import ElementTree
 
 import pytest
 
+from bh_routing.calibration.passes import calibrate
 from bh_routing.cli import main
-from bh_routing.collect import calibrate
 from bh_routing.errors import RecordError
 from bh_routing.evaluation.report import make_report
 from bh_routing.evaluation.report_plots import plots

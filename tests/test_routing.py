@@ -14,7 +14,7 @@ from hypothesis.extra import numpy as hnp
 
 from bh_routing import benjamini_hochberg_routing, compute_routing_statistics, topk_routing
 from bh_routing.errors import InvalidInputError, InvalidParameterError, InvalidTypeError
-from bh_routing.pvalues import robust_p_values, robust_z, softmax_p_values
+from bh_routing.stats.pvalues import robust_p_values, robust_z, softmax_p_values
 
 finite = {"allow_nan": False, "allow_infinity": False}
 ALPHAS = st.floats(0.001, 0.999)

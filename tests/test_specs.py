@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from bh_routing.collect import calibrate
+from bh_routing.calibration.passes import calibrate
 from bh_routing.errors import BudgetError, InvalidParameterError, UnknownPolicyError
 from bh_routing.evaluation.entries import ENTRIES, INSPIRED
 from bh_routing.evaluation.specs import make_routing, parse_policy
@@ -83,7 +83,7 @@ GIVEN = {
 
 
 @pytest.mark.parametrize("name", sorted(ENTRIES))
-@pytest.mark.filterwarnings("ignore::bh_routing.calibration.CalibrationWarning")
+@pytest.mark.filterwarnings("ignore::bh_routing.errors.CalibrationWarning")
 def test_every_policy_routes(name: str, bench: Workbench, token_ids: torch.Tensor) -> None:
     with make_routing(f"{name}:{GIVEN.get(name, '')}", bench) as routing, torch.no_grad():
         assert torch.isfinite(bench.model(token_ids).logits).all()

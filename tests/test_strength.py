@@ -8,16 +8,17 @@ from itertools import pairwise
 import pytest
 import torch
 
-from bh_routing import BHRoutingIntegration, RoutingIntegration, TopKPolicy, strength
-from bh_routing.calibration import Calibration
-from bh_routing.collect import calibrate
-from bh_routing.compensation import check_strength
+from bh_routing import BHRoutingIntegration, RoutingIntegration, TopKPolicy
+from bh_routing.calibration import strength
+from bh_routing.calibration.calibration import Calibration
+from bh_routing.calibration.passes import calibrate
+from bh_routing.calibration.strength import SpreadWindows, divergence, measure_strength, vertex
 from bh_routing.data import sample_text
+from bh_routing.decision.compensation import check_strength
 from bh_routing.errors import CalibrationError, InvalidParameterError, InvalidTypeError
 from bh_routing.evaluation.specs import parse_policy
 from bh_routing.patching import is_patched, make_plan
-from bh_routing.stream import TextStream
-from bh_routing.strength import SpreadWindows, divergence, measure_strength, vertex
+from bh_routing.text import TextStream
 
 
 def documents(num: int = 40, length: int = 128) -> list[list[int]]:

@@ -19,11 +19,11 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from bh_routing.counters import CALLS, TOKENS
+from bh_routing.decision.types import RoutingDecision
 from bh_routing.errors import InvalidInputError, MissingDependencyError
 from bh_routing.policies import PValuePolicy, RoutingContext, TopKPolicy
-from bh_routing.routing import RoutingDecision
-from bh_routing.telemetry import Telemetry
+from bh_routing.telemetry.counters import CALLS, TOKENS
+from bh_routing.telemetry.figures import Telemetry
 
 E, K = 16, 4
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from bh_routing import BHRoutingIntegration, is_patched
+from bh_routing.calibration.passes import calibrate
 from bh_routing.cli import main
-from bh_routing.collect import calibrate
 from bh_routing.data import sample_text
 from bh_routing.errors import InvalidInputError, InvalidParameterError
 from bh_routing.training import FinetuneSettings, finetune
@@ -49,7 +49,7 @@ def loaded(monkeypatch, tiny_olmoe, nano_tokenizer):
         made.append(tiny_olmoe(vocab_size=4096))
         return made[-1], nano_tokenizer
 
-    monkeypatch.setattr("bh_routing.loading.load_model", load)
+    monkeypatch.setattr("bh_routing.cli.loading.load_model", load)
     return made
 
 
@@ -128,7 +128,7 @@ def test_texts_of_their_own(run, text, loaded, tmp_path):
 
 
 def test_nothing_is_left_behind_when_writing_fails(run, text, loaded, tmp_path, monkeypatch):
-    from bh_routing.calibration import Calibration
+    from bh_routing.calibration.calibration import Calibration
 
     def fail(self, path):
         raise OSError(28, "No space left on device", str(path))
@@ -158,7 +158,7 @@ def test_what_is_wrong_is_said_before_a_model_is_loaded(run, text, tmp_path, mon
     def refuse(*_args, **_options):
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr("bh_routing.loading.load_model", refuse)
+    monkeypatch.setattr("bh_routing.cli.loading.load_model", refuse)
     given = ["--text", text, "--experts", 3, "--steps", 1, "-o", tmp_path / "out"]
     done = run("olmoe-nano", *given, *options)
     assert done.code == 2

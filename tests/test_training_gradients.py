@@ -188,7 +188,7 @@ def test_the_loop_in_float64_is_the_plain_loop():
 
 @pytest.mark.parametrize("norm", [False, True])
 def test_gradients_through_the_fused_kernel_are_the_references(norm, monkeypatch):
-    fused = pytest.importorskip("bh_routing.kernels.triton_decide", exc_type=ImportError)
+    fused = pytest.importorskip("bh_routing.decision.select_triton", exc_type=ImportError)
     if not fused.runs_on(torch.device("cpu")):
         monkeypatch.setattr(fused, "runs_on", lambda device: True)
     found = []
@@ -197,7 +197,7 @@ def test_gradients_through_the_fused_kernel_are_the_references(norm, monkeypatch
         policy = TablePolicy(TABLE, backend=backend)
         with RoutingIntegration(model, policy, collect_stats=False) as integrator:
             function = policy._functions[integrator.plan.contexts[0].path]
-            assert function.__module__.endswith("triton_decide" if backend == "triton" else "kernels.decide")
+            assert function.__module__.endswith("select_triton" if backend == "triton" else "decision.select")
             found.append(gradients(model, model, torch.float32))
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)

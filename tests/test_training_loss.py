@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from transformers.models.olmoe.modeling_olmoe import load_balancing_loss_func
 
 from bh_routing import BHRoutingIntegration, RoutingIntegration, TopKPolicy
-from bh_routing.collect import calibrate
+from bh_routing.calibration.passes import calibrate
+from bh_routing.decision.select import keep_by_table
 from bh_routing.errors import InvalidInputError, InvalidParameterError, InvalidTypeError, PatchError
-from bh_routing.kernels.decide import keep_by_table
 from bh_routing.training import AdaptiveRoutingLoss, expected_experts, load_balancing_loss, router_z_loss
 
 DOCUMENTS = torch.randint(3, 256, (120, 64), generator=torch.Generator().manual_seed(1)).tolist()

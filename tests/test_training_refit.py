@@ -14,7 +14,7 @@ import torch
 from torch.utils.data import Dataset
 
 from bh_routing import BHRoutingIntegration, Calibration, is_patched
-from bh_routing.collect import calibrate
+from bh_routing.calibration.passes import calibrate
 from bh_routing.errors import (
     CalibrationError,
     CalibrationMismatchError,
@@ -42,7 +42,7 @@ def adaptive(model, calibration, experts=3.0, **options):
 
 
 OTHER_ROUTERS = pytest.mark.filterwarnings(
-    "ignore:the router weights of layer:bh_routing.calibration.CalibrationWarning"
+    "ignore:the router weights of layer:bh_routing.errors.CalibrationWarning"
 )
 
 

@@ -13,9 +13,14 @@ import pytest
 import torch
 
 from bh_routing import BHRoutingIntegration
-from bh_routing.calibration_parts import LayerRecord
+from bh_routing.calibration.data import LayerRecord
 from bh_routing.cli import main
 from bh_routing.cli import serve as serve_command
+from bh_routing.engines.vllm import checks, plugin, serving
+from bh_routing.engines.vllm.paths import match_layer
+from bh_routing.engines.vllm.ragged import kept_only
+from bh_routing.engines.vllm.routing import EngineRouting, LayerFacts, filled
+from bh_routing.engines.vllm.settings import Settings, read_settings
 from bh_routing.errors import (
     BHRoutingError,
     CalibrationMismatchError,
@@ -25,11 +30,6 @@ from bh_routing.errors import (
     ServerError,
     UnsupportedModelError,
 )
-from bh_routing.integrations.vllm import checks, plugin, serving
-from bh_routing.integrations.vllm.paths import match_layer
-from bh_routing.integrations.vllm.ragged import kept_only
-from bh_routing.integrations.vllm.routing import EngineRouting, LayerFacts, filled
-from bh_routing.integrations.vllm.settings import Settings, read_settings
 from bh_routing.models import bundled_calibration, bundled_path
 from bh_routing.policies import RoutingContext, TopKPolicy
 
@@ -424,12 +424,12 @@ def test_entry_point_leads_to_the_plugin():
     found = {e.name: e.value for e in metadata.entry_points(group="vllm.general_plugins")}
     if "bh_routing" not in found:
         pytest.skip("the package was installed before it had the entry point; install it again")
-    assert found["bh_routing"] == "bh_routing.integrations.vllm.plugin:register"
+    assert found["bh_routing"] == "bh_routing.engines.vllm.plugin:register"
 
 
 def test_importing_the_plugin_imports_no_vllm():
     code = (
-        "import sys, bh_routing.integrations.vllm.plugin; assert 'vllm' not in sys.modules; "
+        "import sys, bh_routing.engines.vllm.plugin; assert 'vllm' not in sys.modules; "
         "assert 'transformers' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

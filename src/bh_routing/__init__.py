@@ -5,30 +5,26 @@ The names below are loaded when they are first used, so that `bh-routing --help`
 
 from typing import TYPE_CHECKING
 
-from .lazy import lazy_names
+from ._lazy import lazy_names
 
 if TYPE_CHECKING:
-    from .calibration import Calibration
-    from .collect import calibrate
+    from .calibration.calibration import Calibration
+    from .calibration.passes import calibrate
+    from .decision.functional import benjamini_hochberg_routing, compute_routing_statistics, topk_routing
+    from .decision.table import DecisionTable
+    from .decision.types import RoutingDecision
     from .errors import BHRoutingError, NoRoutersError
     from .integration import BHRoutingIntegration, RoutingIntegration
     from .patching import is_patched, make_plan, unpatch
     from .policies import PValuePolicy, RoutingContext, RoutingPolicy, TablePolicy, TopKPolicy
-    from .procedures import PROCEDURES, Procedure
-    from .routing import (
-        RoutingDecision,
-        benjamini_hochberg_routing,
-        compute_routing_statistics,
-        topk_routing,
-    )
-    from .statistic import DecisionTable
-    from .telemetry import Telemetry
+    from .stats.procedures import PROCEDURES, Procedure
+    from .telemetry.figures import Telemetry
 
 __version__ = "0.1.0"
 
 _MODULE_OF = {
-    "Calibration": "calibration",
-    "calibrate": "collect",
+    "Calibration": "calibration.calibration",
+    "calibrate": "calibration.passes",
     "BHRoutingError": "errors",
     "NoRoutersError": "errors",
     "BHRoutingIntegration": "integration",
@@ -41,14 +37,14 @@ _MODULE_OF = {
     "RoutingPolicy": "policies",
     "TablePolicy": "policies",
     "TopKPolicy": "policies",
-    "PROCEDURES": "procedures",
-    "Procedure": "procedures",
-    "RoutingDecision": "routing",
-    "benjamini_hochberg_routing": "routing",
-    "compute_routing_statistics": "routing",
-    "topk_routing": "routing",
-    "DecisionTable": "statistic",
-    "Telemetry": "telemetry",
+    "PROCEDURES": "stats.procedures",
+    "Procedure": "stats.procedures",
+    "RoutingDecision": "decision.types",
+    "benjamini_hochberg_routing": "decision.functional",
+    "compute_routing_statistics": "decision.functional",
+    "topk_routing": "decision.functional",
+    "DecisionTable": "decision.table",
+    "Telemetry": "telemetry.figures",
 }
 
 __all__ = [

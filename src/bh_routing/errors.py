@@ -72,3 +72,7 @@ class DatasetError(BHRoutingError, ValueError):
 
 class ServerError(BHRoutingError, RuntimeError):
     """A server did not start, or does not route as it was asked to; the message says what it said."""
+
+
+class CalibrationWarning(UserWarning):
+    """A calibration does less than what was asked for, and the warning says what."""

@@ -13,18 +13,18 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor, nn
 
-from .compensation import check_strength
+from .decision.backend import Backend, check_backend
+from .decision.compensation import check_strength
+from .decision.types import Clamp, WeightRule, check_clamp, check_k, check_temperature
 from .errors import InvalidParameterError, InvalidTypeError, PatchError
-from .kernels import Backend, check_backend
 from .patching import PatchPlan, RoutingPatch, make_plan
 from .patching.apply import Skip
 from .policies import PValuePolicy, RoutingPolicy, TablePolicy
-from .procedures import check_alpha, check_one_level, get_procedure
-from .routing import Clamp, WeightRule, check_clamp, check_k, check_temperature
-from .telemetry import Telemetry
+from .stats.procedures import check_alpha, check_one_level, get_procedure
+from .telemetry.figures import Telemetry
 
 if TYPE_CHECKING:
-    from .calibration import Calibration
+    from .calibration.calibration import Calibration
 
 logger = logging.getLogger(__name__)
 
@@ -112,7 +112,7 @@ class RoutingIntegration:
 
     @property
     def telemetry(self) -> Telemetry:
-        """What was counted (see `bh_routing.telemetry.Telemetry`).
+        """What was counted (see `bh_routing.telemetry.figures.Telemetry`).
 
         Raises
         ------
@@ -360,7 +360,7 @@ class BHRoutingIntegration(RoutingIntegration):
                 )
             means: Mapping[str, Tensor] = {}
         else:
-            from .calibration import Calibration
+            from .calibration.calibration import Calibration
 
             held = calibration if isinstance(calibration, Calibration) else Calibration.load(calibration)
             self.calibration = held

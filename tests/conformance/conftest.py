@@ -26,7 +26,7 @@ class Record:
     """Collects outcomes and properties per family and writes them at the end."""
 
     def __init__(self, path: Path) -> None:
-        from bh_routing.families import scan
+        from bh_routing.models.families import scan
 
         self.path, self.found = path, scan()
         self.families: dict[str, dict[str, Any]] = {}
@@ -48,7 +48,7 @@ class Record:
             held["skipped"][label] = report.longrepr[2].removeprefix("Skipped: ")
 
     def pytest_sessionfinish(self) -> None:
-        from bh_routing.families import installed_version
+        from bh_routing.models.families import installed_version
 
         self.path.parent.mkdir(parents=True, exist_ok=True)
         text = json.dumps({"transformers": installed_version(), "families": self.families}, indent=1)

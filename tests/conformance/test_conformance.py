@@ -19,18 +19,17 @@ from tiny_models import build
 from torch import Tensor, nn
 
 from bh_routing import BHRoutingIntegration, RoutingIntegration
-from bh_routing.calibration import CalibrationWarning
-from bh_routing.collect import calibrate
-from bh_routing.errors import InvalidParameterError, UnsupportedModelError
-from bh_routing.families import installed_version, scan, version_key
-from bh_routing.kernels.decide import Kept
+from bh_routing.calibration.passes import calibrate
+from bh_routing.decision.select import Kept
+from bh_routing.decision.table import DecisionTable
+from bh_routing.decision.types import RoutingDecision
+from bh_routing.errors import CalibrationWarning, InvalidParameterError, UnsupportedModelError
+from bh_routing.models.families import installed_version, scan, version_key
 from bh_routing.patching import PatchPlan, make_plan
 from bh_routing.patching import experts as skip_aware
 from bh_routing.patching.expert_math import grouped_forward
 from bh_routing.patching.experts import uses_registry
 from bh_routing.policies import RoutingContext, RoutingPolicy, TablePolicy, TopKPolicy
-from bh_routing.routing import RoutingDecision
-from bh_routing.statistic import DecisionTable
 
 FOUND = sorted(scan())
 VERSION = version_key(installed_version())

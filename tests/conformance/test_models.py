@@ -15,7 +15,7 @@ from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
 
 from bh_routing import BHRoutingIntegration, RoutingIntegration
 from bh_routing.errors import NoRoutersError, UnsupportedModelError
-from bh_routing.families import scan
+from bh_routing.models.families import scan
 from bh_routing.patching import make_plan
 from bh_routing.patching.apply import skip_mode
 from bh_routing.policies import TopKPolicy

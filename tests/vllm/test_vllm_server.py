@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 
-from bh_routing.calibration import Calibration
+from bh_routing.calibration.calibration import Calibration
 from bh_routing.models import bundled_calibration, bundled_path
 
 CALIBRATION = str(bundled_calibration("olmoe-nano"))

@@ -45,7 +45,7 @@ def run(args: argparse.Namespace) -> None:
     for name, values in (("rounds", [args.rounds]), ("tokens", args.tokens or [1])):
         if min(values) < 1:
             raise InvalidParameterError(f"{name} must be at least 1, got {min(values)}.")
-    from ..loading import check_device, check_dtype
+    from .loading import check_device, check_dtype
 
     check_device(args.device)
     check_dtype(args.dtype)
@@ -53,10 +53,10 @@ def run(args: argparse.Namespace) -> None:
 
     import torch
 
-    from .. import bench
     from ..data import sample_text
-    from ..loading import load_model
+    from ..evaluation import bench
     from ..patching import make_plan
+    from .loading import load_model
 
     model, tokenizer = load_model(args.model, device=args.device, dtype=args.dtype)
     tokens = sorted(set(args.tokens or (1, 8, 64, 512)))

@@ -74,15 +74,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     _check_output(Path(args.output))
     texts = _files(args.text, args.split_on_blank_lines) if args.text else _dataset(args)
-    from ..loading import check_device, check_dtype
-    from ..routing import check_temperature
+    from ..decision.types import check_temperature
+    from .loading import check_device, check_dtype
 
     check_device(args.device)
     check_dtype(args.dtype)
     check_temperature(args.temperature)
 
-    from ..collect import calibrate, distributed
-    from ..loading import load_model
+    from ..calibration.passes import calibrate, distributed
+    from .loading import load_model
 
     model, tokenizer = load_model(args.model, device=args.device, dtype=args.dtype)
     rank, world = distributed()
@@ -165,7 +165,7 @@ def _check_output(path: Path) -> None:
 
 
 def _files(paths: list[str], split_on_blank_lines: bool) -> Callable[[], Iterator[str]]:
-    from ..stream import PIECE, TextFile
+    from ..text import PIECE, TextFile
 
     files = [TextFile(path, None if split_on_blank_lines else PIECE) for path in paths]
 

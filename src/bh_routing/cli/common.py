@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-    from ..calibration import Calibration
+    from ..calibration.calibration import Calibration
 
 PIPED_WIDTH = 88  # columns where there is no terminal to ask
 
@@ -75,9 +75,9 @@ def add_choice_arguments(group: argparse._ActionsContainer) -> None:
 
 def check_routing_arguments(args: argparse.Namespace) -> None:
     """Raise for a setting out of range, before a model is loaded for it."""
-    from ..loading import check_device, check_dtype
-    from ..procedures import check_alpha
-    from ..routing import check_k, check_temperature
+    from ..decision.types import check_k, check_temperature
+    from ..stats.procedures import check_alpha
+    from .loading import check_device, check_dtype
 
     if args.mode not in ("patch", "analyze"):
         raise InvalidParameterError(f"mode must be 'patch' or 'analyze', got {args.mode!r}.")
@@ -94,7 +94,7 @@ def load_calibration(choice: str | None, model: str, budgets: Sequence[float]) -
 
     Raises where budgets are asked for and there is none to solve them on.
     """
-    from ..loading import default_calibration
+    from .loading import default_calibration
 
     for budget in budgets:
         if not budget > 0:
@@ -109,7 +109,7 @@ def load_calibration(choice: str | None, model: str, budgets: Sequence[float]) -
                 "`bh-routing calibrate MODEL --text FILE -o FILE`."
             )
         return None
-    from ..calibration import Calibration
+    from ..calibration.calibration import Calibration
 
     return Calibration.load(path)
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from . import common
 
 if TYPE_CHECKING:
-    from ..calibration import Calibration
+    from ..calibration.calibration import Calibration
     from ..evaluation import Measured
     from ..integration import RoutingIntegration
 
@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> None:
 
         from ..data import prompts
         from ..evaluation import compare, cut_windows
-        from ..loading import load_model
+        from .loading import load_model
 
         model, tokenizer = load_model(args.model, device=args.device, dtype=args.dtype)
         torch.manual_seed(args.seed)
@@ -115,8 +115,8 @@ class Answers:
 
 def _check(args: argparse.Namespace) -> Calibration | None:
     """Raise for a setting out of range before a model is loaded for it; returns the calibration to use."""
-    from ..loading import check_device, check_dtype
-    from ..procedures import check_alpha
+    from ..stats.procedures import check_alpha
+    from .loading import check_device, check_dtype
 
     if args.max_new_tokens < 1:
         raise common.InvalidParameterError(f"max-new-tokens must be at least 1, got {args.max_new_tokens}.")

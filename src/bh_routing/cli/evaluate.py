@@ -68,14 +68,14 @@ def run(args: argparse.Namespace) -> None:
     if not args.text and not args.dataset:
         raise InvalidParameterError("evaluate needs something to measure on: --text FILE or --dataset NAME.")
     from ..evaluation.specs import parse_policy
-    from ..loading import check_device, check_dtype, load_model
+    from .loading import check_device, check_dtype, load_model
 
     specs = [parse_policy(text) for text in args.policy]
     check_device(args.device)
     check_dtype(args.dtype)
     calibration = common.load_calibration(args.calibration, args.model, [])
 
-    from ..collect import default_window
+    from ..calibration.passes import default_window
     from ..evaluation.datasets import Dataset, load_dataset
     from ..evaluation.runner import RoutingExperimentRunner
 
@@ -122,7 +122,7 @@ def _stem(path: str) -> str:
 
 def read_any(path: str) -> str:
     """The text of a file, plain or compressed."""
-    from ..stream import TextFile
+    from ..text import TextFile
 
     return "".join(TextFile(path))
 

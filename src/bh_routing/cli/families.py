@@ -12,7 +12,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from ..families import families, installed_version, table
+    from ..models.families import families, installed_version, table
 
     rows = [family for family in families() if args.family is None or args.family in family.name]
     if not rows:

@@ -20,7 +20,7 @@ from ..errors import InvalidParameterError
 from . import common
 
 if TYPE_CHECKING:
-    from ..calibration import Calibration
+    from ..calibration.calibration import Calibration
 
 PIECE = 8192  # characters: what is set aside, or shuffled, as a whole
 
@@ -79,8 +79,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     out = Path(args.output)
     _check_output(out)
-    from ..loading import check_device, check_dtype
-    from ..stream import TextFile
+    from ..text import TextFile
+    from .loading import check_device, check_dtype
 
     check_device(args.device)
     check_dtype(args.dtype)
@@ -111,10 +111,10 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _finetune(args: argparse.Namespace, settings: Any, files: dict[str, list[Any]], out: Path) -> None:
-    from ..collect import calibrate
+    from ..calibration.passes import calibrate
     from ..integration import BHRoutingIntegration
-    from ..loading import load_model
     from ..training.loop import finetune, text_windows
+    from .loading import load_model
 
     texts = _texts(files, settings.seed)
     dtype = "float32" if args.dtype == "auto" else args.dtype

@@ -24,8 +24,8 @@ def run(args: argparse.Namespace) -> None:
         raise common.InvalidParameterError(
             f"--plot draws a calibration: expected a FILE.safetensors, got {args.what!r}."
         )
-    from ..loading import load_model
     from ..patching import make_plan
+    from .loading import load_model
 
     model, _ = load_model(args.what, device=args.device, dtype=args.dtype)
     plan = make_plan(model)
@@ -43,11 +43,11 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _inspect_calibration(args: argparse.Namespace) -> None:
-    from ..calibration import Calibration
+    from ..calibration.calibration import Calibration
 
     calibration = Calibration.load(args.what)
     if args.plot is not None:
-        from ..plots import plot_calibration
+        from ..calibration.plots import plot_calibration
 
         plot_calibration(calibration, args.plot)
     show_calibration(calibration)

@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     from ..evaluation.specs import parse_policy
-    from ..loading import check_device, check_dtype, default_calibration, load_model
+    from .loading import check_device, check_dtype, default_calibration, load_model
 
     policies = [parse_policy(text).text for text in args.policy or ["full"]]
     tasks = [task.strip() for task in args.tasks.split(",") if task.strip()]
@@ -40,7 +40,7 @@ def run(args: argparse.Namespace) -> None:
     check_device(args.device)
     check_dtype(args.dtype)
 
-    from ..integrations.lm_eval import evaluate, register
+    from ..evaluation.lm_eval import evaluate, register
 
     register()  # what is missing is said before the model is loaded
     calibration = default_calibration(args.model) if args.calibration is None else args.calibration

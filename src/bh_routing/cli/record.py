@@ -34,16 +34,16 @@ def run(args: argparse.Namespace) -> None:
         raise InvalidParameterError(
             f"output must be a file name that ends in .safetensors, got {args.output!r}."
         )
-    from ..loading import check_device, check_dtype, load_model
     from .evaluate import read_any
+    from .loading import check_device, check_dtype, load_model
 
     check_device(args.device)
     check_dtype(args.dtype)
     text = read_any(args.text)
 
-    from ..collect import default_window
+    from ..calibration.passes import default_window
     from ..evaluation import cut_windows
-    from ..record import record
+    from ..evaluation.routing_log import record
 
     model, tokenizer = load_model(args.model, device=args.device, dtype=args.dtype)
     length = args.window or default_window(model)

@@ -18,7 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from ..calibration_file import write_atomically
+    from .._files import write_atomically
     from ..evaluation.report import make_report
     from ..evaluation.results import ResultsFolder
 
@@ -29,7 +29,7 @@ def run(args: argparse.Namespace) -> None:
         )
     calibration = None
     if args.calibration is not None:
-        from ..calibration import Calibration
+        from ..calibration.calibration import Calibration
 
         calibration = Calibration.load(args.calibration)
     records = folder.records()

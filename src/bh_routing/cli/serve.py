@@ -41,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from ..integrations.vllm import serving
+    from ..engines.vllm import serving
 
     plan = make_plan(args)
     serving.check_installed()
@@ -63,9 +63,9 @@ def _interrupt(*_: Any) -> None:
 
 def make_plan(args: argparse.Namespace) -> Any:
     """What the arguments ask for; raises for what is wrong before anything is started."""
-    from ..integrations.vllm.serving import ServerPlan
-    from ..integrations.vllm.settings import Settings
-    from ..loading import check_dtype, default_calibration, resolve
+    from ..engines.vllm.serving import ServerPlan
+    from ..engines.vllm.settings import Settings
+    from .loading import check_dtype, default_calibration, resolve
 
     _, model = resolve(args.model)
     check_dtype(args.dtype)
@@ -73,7 +73,7 @@ def make_plan(args: argparse.Namespace) -> Any:
     file = default_calibration(args.model) if args.calibration is None else args.calibration
     calibration = None if args.calibration == "none" or file is None else str(file)
     if args.alpha is not None:
-        from ..procedures import check_alpha
+        from ..stats.procedures import check_alpha
 
         check_alpha(args.alpha)
     settings = Settings(
@@ -98,6 +98,6 @@ def make_plan(args: argparse.Namespace) -> Any:
 
 def _check_budget(plan: Any) -> None:
     """Solve the budget here, where its error is one sentence, before vLLM is started."""
-    from ..integrations.vllm.routing import EngineRouting
+    from ..engines.vllm.routing import EngineRouting
 
     EngineRouting(plan.settings)

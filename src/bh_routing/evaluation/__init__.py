@@ -2,9 +2,10 @@
 
 from typing import TYPE_CHECKING
 
-from ..lazy import lazy_names
+from .._lazy import lazy_names
+from ..text import cut_windows
 from .compare import Measured, compare
-from .perplexity import cut_windows, perplexity, window_losses
+from .perplexity import perplexity, window_losses
 
 if TYPE_CHECKING:
     from .datasets import Dataset, load_dataset

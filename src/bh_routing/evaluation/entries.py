@@ -11,14 +11,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from .. import baselines
-from ..baselines import allocate, solve
-from ..baselines.tokenwise import whole_budget
-from ..compensation import check_strength
+from ..decision.compensation import check_strength
 from ..errors import BudgetError, InvalidParameterError
 from ..integration import BHRoutingIntegration, RoutingIntegration
 from ..policies import PValuePolicy, RoutingPolicy, TopKPolicy
-from ..procedures import PROCEDURES
+from ..stats.procedures import PROCEDURES
+from . import baselines
+from .baselines import allocate, solve
+from .baselines.tokenwise import whole_budget
 from .workbench import CompensatedIntegration, Workbench
 
 Converter = Callable[[str], Any]

@@ -13,32 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import InvalidInputError
-
-
-def cut_windows(tokenizer: Any, text: str, length: int, limit: int | None = None) -> list[Tensor]:
-    """Token ids of a text as windows int64 [1, S], S = ``length`` but for the last (at least 2).
-
-    Parameters
-    ----------
-    length : int
-        Tokens per window.
-    limit : int, optional
-        At most so many windows, spread evenly over the text.
-
-    Raises
-    ------
-    InvalidInputError
-        If the text has fewer than two tokens.
-    """
-    encoded = tokenizer(text, add_special_tokens=False, return_tensors="pt", verbose=False).input_ids
-    windows = [w for w in encoded.split(length, dim=1) if w.shape[1] >= 2]
-    if not windows:
-        raise InvalidInputError(f"expected a text of at least two tokens, got {encoded.shape[1]}.")
-    if limit is not None and limit < len(windows):
-        windows = [windows[i * len(windows) // limit] for i in range(limit)]
-    return windows
-
 
 @torch.no_grad()
 def window_losses(model: Any, window_1S: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""What each layer's experts are worth: costs per layer and number of experts, for `bh_routing.baselines.allocate`.
+"""What each layer's experts are worth: costs per layer and number of experts, for `bh_routing.evaluation.baselines.allocate`.
 
 Shape legend: L routed layers, K slots of the router's own choice, B sequences, S tokens, H hidden size.
 """
@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..baselines import PerLayerPolicy
 from ..errors import UnsupportedModelError
 from ..integration import RoutingIntegration
 from ..patching import make_plan
+from .baselines import PerLayerPolicy
 from .perplexity import window_losses
 
 

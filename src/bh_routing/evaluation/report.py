@@ -26,7 +26,7 @@ from .summary import other_datasets, summarise, text_datasets
 from .svg import Series, plot
 
 if TYPE_CHECKING:
-    from ..calibration import Calibration
+    from ..calibration.calibration import Calibration
 
 
 def make_report(

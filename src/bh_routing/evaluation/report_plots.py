@@ -13,7 +13,7 @@ from .summary import summarise, text_datasets
 from .svg import Series, heat, plot
 
 if TYPE_CHECKING:
-    from ..calibration import Calibration
+    from ..calibration.calibration import Calibration
 
 MOST = 8  # policies in a plot of layers: more cannot be told apart
 

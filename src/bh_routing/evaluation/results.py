@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 
-from ..calibration_file import TOLERANCE, fingerprint, write_atomically
+from .._files import write_atomically
+from ..calibration.fingerprint import TOLERANCE, fingerprint
 from ..errors import RecordError
 
 FORMAT = 1

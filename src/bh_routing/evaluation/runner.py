@@ -19,14 +19,14 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from ..calibration import Calibration
+from ..calibration.calibration import Calibration
 from ..errors import InvalidParameterError
 from ..integration import RoutingIntegration
 from ..policies import RoutingPolicy
+from ..text import cut_windows
 from .datasets import Dataset
 from .notes import costs, to_frame, versions, watch_counts, word_perplexity
 from .paired import BLOCK, block_sums
-from .perplexity import cut_windows
 from .results import FORMAT, ResultsFolder
 from .scoring import Window, cut_text, encode_pair, score_continuations, score_text
 from .specs import PolicySpec, make_routing, parse_policy

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from ..decision.types import RoutingDecision
 from ..errors import InvalidInputError
 from ..policies import RoutingContext, RoutingPolicy
-from ..pvalues import at_least_float32
-from ..routing import RoutingDecision
+from ..stats.pvalues import at_least_float32
 
 
 class RoutingStrategy(ABC):

@@ -8,11 +8,11 @@ from typing import Any
 
 from torch import Tensor
 
-from ..calibration import Calibration
+from ..calibration.calibration import Calibration
 from ..errors import InvalidParameterError
 from ..integration import RoutingIntegration
 from ..patching import PatchPlan, make_plan
-from ..record import RoutingLog, record
+from .routing_log import RoutingLog, record
 
 
 class Workbench:

@@ -15,11 +15,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ..compensation import compensation
+from ..decision.compensation import compensation
+from ..decision.types import RoutingDecision
 from ..errors import InvalidParameterError, PatchError, UnsupportedModelError
 from ..policies import RoutingContext, RoutingPolicy
-from ..routing import RoutingDecision
-from ..telemetry import Telemetry
+from ..telemetry.figures import Telemetry
 from . import experts as skip_aware
 from .adapters import flat_experts
 from .forward import ForwardInfo, ForwardObserver, find_observers
@@ -189,7 +189,7 @@ class RoutingPatch:
         ``compact``: dropped pairs cost nothing. ``zero``: they keep their index and get weight 0, which is
         safe everywhere and saves nothing. ``auto``: ``compact`` wherever the experts allow it.
     means : mapping of router path to Tensor, optional
-        Mean outputs of the experts, [E, H] or [2, E, H], for the compensation (`bh_routing.compensation`).
+        Mean outputs of the experts, [E, H] or [2, E, H], for the compensation (`bh_routing.decision.compensation`).
     """
 
     def __init__(

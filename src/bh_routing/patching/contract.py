@@ -20,9 +20,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..decision.types import Convention
 from ..errors import UnsupportedModelError
-from ..routing import Convention
-from ..statistic import LOG_SCORES
+from ..stats.statistic import LOG_SCORES
 from .instance import InstancePatch, execution_device, find_patch
 
 PROBE_TOKENS = 128
@@ -99,7 +99,7 @@ class Reading(NamedTuple):
     Attributes
     ----------
     score : str
-        A key of `bh_routing.statistic.LOG_SCORES`: what the weights are made of.
+        A key of `bh_routing.stats.statistic.LOG_SCORES`: what the weights are made of.
     convention : "raw", "renormalised" or "unknown"
         ``raw``: a weight does not depend on which other experts were selected. ``renormalised``: a token's
         weights are scaled to a constant sum over its selected experts.

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.nn.functional import embedding_bag, linear
 
-from ..pvalues import at_least_float32
+from ..stats.pvalues import at_least_float32
 
 # What torch.compile's CPU code calls for a linear layer. A call costs 15 microseconds more than `linear`, which weights of
 # this many elements make up for with any number of rows, smaller ones with an eightfold number of multiplications.

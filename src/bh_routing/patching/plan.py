@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..decision.types import Convention
 from ..errors import UnsupportedModelError
 from ..policies import RoutingContext
-from ..routing import Convention
 from .adapters import ExpertIds, RouterCall, expert_ids, router_call, with_logits_again
 from .contract import Contract, Reading, RouterOutputs, match_outputs, probe
 from .discovery import RouterSite, check_reachable, find_sites

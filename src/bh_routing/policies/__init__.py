@@ -9,7 +9,7 @@ slots to keep: ``policy.decide(logits_TE, own_weights_TK, own_experts_TK, contex
 from __future__ import annotations
 
 from .base import RoutingContext, RoutingPolicy, TopKPolicy
-from .general import PValuePolicy
+from .pvalue import PValuePolicy
 from .table import TablePolicy
 
 POLICIES: dict[str, type[RoutingPolicy]] = {p.name: p for p in (TablePolicy, PValuePolicy, TopKPolicy)}

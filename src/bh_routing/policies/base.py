@@ -13,24 +13,12 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
+from ..decision.select import Kept, keep_own, not_finite
+from ..decision.types import Clamp, Convention, RoutingDecision, WeightRule, check_clamp, check_k
+from ..decision.weights import apply_weight_rule, plain_rule
 from ..errors import InvalidParameterError
-from ..kernels.decide import (
-    Kept,
-    keep_own,
-)
-from ..pvalues import at_least_float32
-from ..routing import (
-    Clamp,
-    Convention,
-    RoutingDecision,
-    WeightRule,
-    apply_weight_rule,
-    check_clamp,
-    check_k,
-    not_finite,
-    plain_rule,
-)
-from ..statistic import LOG_SCORES
+from ..stats.pvalues import at_least_float32
+from ..stats.statistic import LOG_SCORES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +40,7 @@ class RoutingContext:
     convention : "raw", "renormalised" or "unknown"
         What the model does with the selected scores.
     score : str
-        A key of `bh_routing.statistic.LOG_SCORES`.
+        A key of `bh_routing.stats.statistic.LOG_SCORES`.
     scale : float
         A raw weight is the score times this.
     can_widen : bool

@@ -12,21 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..decision.backend import Backend, check_backend, decision_function
+from ..decision.select import decide_by_table, keep_by_table
+from ..decision.select_one_token import HostRow, decide_one_token
+from ..decision.table import DecisionTable
+from ..decision.types import Clamp, RoutingDecision, WeightRule
+from ..decision.weights import plain_rule
 from ..errors import InvalidParameterError
-from ..kernels import Backend, check_backend, decision_function
-from ..kernels.decide import (
-    HostRow,
-    decide_by_table,
-    decide_one_token,
-    keep_by_table,
-)
-from ..routing import (
-    Clamp,
-    RoutingDecision,
-    WeightRule,
-    plain_rule,
-)
-from ..statistic import DecisionTable, affine_statistic, base_statistic
+from ..stats.statistic import affine_statistic, base_statistic
 from .base import CountPolicy, RoutingContext
 
 
@@ -39,7 +32,7 @@ class TablePolicy(CountPolicy):
     min_k, max_k, clamp, weights
         As in `bh_routing.BHRoutingIntegration`.
     backend : "auto", "torch" or "triton"
-        What computes the decision (`bh_routing.kernels.decision_function`). A widened choice (max_k above the
+        What computes the decision (`bh_routing.decision.backend.decision_function`). A widened choice (max_k above the
         router's own number of slots) is always computed in PyTorch.
     """
 

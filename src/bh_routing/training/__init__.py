@@ -5,7 +5,7 @@ The names below are loaded when they are first used: the callback needs transfor
 
 from typing import TYPE_CHECKING
 
-from ..lazy import lazy_names
+from .._lazy import lazy_names
 
 if TYPE_CHECKING:
     from .callback import AdaptiveRoutingCallback

@@ -14,13 +14,13 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from ..calibration import Calibration
-from ..counters import recomputing
+from ..calibration.calibration import Calibration
+from ..calibration.running import gather
+from ..decision.types import RoutingDecision
 from ..errors import InvalidParameterError, InvalidTypeError
 from ..integration import BHRoutingIntegration
 from ..policies import RoutingContext
-from ..routing import RoutingDecision
-from ..running import gather
+from ..telemetry.counters import recomputing
 from .loss import AdaptiveRoutingLoss, real_tokens
 from .refitting import RecentChoices, recalibrate, refit
 

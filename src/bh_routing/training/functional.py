@@ -14,11 +14,11 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from ..decision.types import Clamp, check_clamp, check_k, check_temperature
 from ..errors import InvalidInputError, InvalidParameterError
-from ..procedures import Rule
-from ..pvalues import at_least_float32
-from ..routing import Clamp, check_clamp, check_k, check_temperature
-from ..statistic import LOG_SCORES
+from ..stats.procedures import Rule
+from ..stats.pvalues import at_least_float32
+from ..stats.statistic import LOG_SCORES
 
 BalanceScope = Literal["model", "layer"]
 
@@ -58,7 +58,7 @@ def router_sums(
     real_T : Tensor, optional
         bool, False for tokens that do not count.
     score : str
-        A key of `bh_routing.statistic.LOG_SCORES`; scores are normalised to probabilities.
+        A key of `bh_routing.stats.statistic.LOG_SCORES`; scores are normalised to probabilities.
     """
     logits_TE = at_least_float32(logits_TE)
     num_experts = logits_TE.shape[-1]
@@ -217,14 +217,14 @@ def expected_experts(
     Parameters
     ----------
     statistic_TK : Tensor
-        The candidates' statistic (`bh_routing.statistic`), in any order.
+        The candidates' statistic (`bh_routing.stats.statistic`), in any order.
     thresholds_E : Tensor
         One row of a decision table; the first K are used.
     temperature : float
         In units of the statistic (nats for ``logprob`` and ``contribution``). The smaller, the nearer to the decision,
         and the fewer the tokens near enough to a threshold to have a gradient.
     rule, min_k, max_k, clamp
-        As in `bh_routing.kernels.decide.keep_by_table`.
+        As in `bh_routing.decision.select.keep_by_table`.
 
     Examples
     --------

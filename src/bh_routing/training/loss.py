@@ -12,11 +12,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..counters import recomputing
+from ..decision.select import not_finite
+from ..decision.types import RoutingDecision, check_temperature
 from ..errors import InvalidParameterError, InvalidTypeError, PatchError
 from ..integration import RoutingIntegration
 from ..policies import RoutingContext, TablePolicy
-from ..routing import RoutingDecision, check_temperature, not_finite
+from ..telemetry.counters import recomputing
 from .functional import BalanceScope, balance_of, check_scope, expected_experts, router_sums, z_of
 
 logger = logging.getLogger(__name__)

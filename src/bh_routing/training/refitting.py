@@ -13,16 +13,17 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..accumulate import LayerCounts, mix64
-from ..calibration import Calibration
-from ..calibration_file import fingerprint, stack_layers
-from ..calibration_parts import Reservoir
-from ..counters import recomputing
+from ..calibration.accumulate import LayerCounts
+from ..calibration.calibration import Calibration
+from ..calibration.data import Reservoir, stack_layers
+from ..calibration.fingerprint import fingerprint
+from ..calibration.running import gather
+from ..decision.types import RoutingDecision
 from ..errors import CalibrationError
 from ..integration import BHRoutingIntegration
 from ..policies import RoutingContext
-from ..routing import RoutingDecision
-from ..running import gather
+from ..telemetry.counters import recomputing
+from ..text import mix64
 from .loss import real_tokens
 
 

@@ -1,0 +1,255 @@
+"""What calibration accumulates in one pass: counts, moments, kept tokens. Constant memory, any device.
+
+Shape legend: L routed layers, T tokens of a batch, E experts, K slots of the router's own choice, P = T * K
+(token, expert) pairs, H hidden size, B bins, N tokens kept.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..decision.compensation import lost_and_kept
+from ..errors import CalibrationError
+from ..stats.histogram import FIRST_BIN, LAST_BIN, Histogram, bin_index
+from ..stats.statistic import base_statistic
+from .data import Moments, Reservoir
+
+CHUNK = 1024  # tokens counted at once, so that what is in between stays in the cache
+
+
+GROWTH = 64  # a range of bins grows by whole units of the statistic
+
+
+# Bits of a logit's class within its token: 1 = inside the trimmed range, 2 = selected by the router.
+IN_TRIMMED, SELECTED = 1, 2
+
+
+class LayerCounts:
+    """Binned counts of one layer's base statistics, split by what the router did with the expert."""
+
+    def __init__(self, path: str, num_experts: int, score: str, temperature: float, trim: int) -> None:
+        self.path, self.num_experts, self.score = path, num_experts, score
+        self.temperature, self.trim = temperature, trim
+        self.start = dict.fromkeys(("logit", "logprob"), 0)
+        self.counts_ECB: dict[str, Tensor | None] = dict.fromkeys(self.start)
+
+    def update(self, logits_TE: Tensor, own_experts_TK: Tensor) -> None:
+        """Count one batch. Padding must have been taken out.
+
+        Raises
+        ------
+        CalibrationError
+            For NaN or +infinite logits.
+        """
+        for begin in range(0, logits_TE.shape[0], CHUNK):
+            self._update(logits_TE[begin : begin + CHUNK], own_experts_TK[begin : begin + CHUNK])
+
+    def _update(self, logits_TE: Tensor, own_experts_TK: Tensor) -> None:
+        logit_TE = base_statistic(logits_TE, "logit", self.score, self.temperature)
+        logprob_TE = base_statistic(logits_TE, "logprob", self.score, self.temperature)
+        row_TE = torch.zeros_like(logit_TE, dtype=torch.int32).scatter_(-1, own_experts_TK, SELECTED)
+        lowest_T1, highest_T1 = trimmed_range(logit_TE, self.trim)
+        row_TE += (logit_TE >= lowest_T1) & (logit_TE <= highest_T1)
+        row_TE += torch.arange(self.num_experts, device=row_TE.device, dtype=torch.int32) * 4
+        ranges = torch.stack((*logit_TE.aminmax(), *logprob_TE.aminmax())).tolist()
+        self._count("logit", logit_TE, row_TE, *ranges[:2])
+        self._count("logprob", logprob_TE, row_TE, *ranges[2:])
+
+    def _count(self, kind: str, value_TE: Tensor, row_TE: Tensor, low: float, high: float) -> None:
+        if low != low or high == float("inf"):
+            raise CalibrationError(
+                f"router {self.path} gave NaN or infinite logits: expected finite ones; load the model in "
+                "another dtype, or find the token that breaks it."
+            )
+        bins_TE = bin_index(value_TE)
+        first, last = bin_index(torch.tensor([low, high], dtype=torch.float64)).tolist()
+        counts_ECB = self._reserve(kind, first, last, value_TE.device)
+        flat = (row_TE * counts_ECB.shape[-1]).add_(bins_TE).sub_(self.start[kind]).flatten()
+        one = torch.ones(1, dtype=torch.int64, device=flat.device)
+        counts_ECB.view(-1).index_add_(0, flat, one.expand(flat.numel()))
+
+    def _reserve(self, kind: str, first: int, last: int, device: torch.device) -> Tensor:
+        """Make room for bins first..last; ranges grow by whole units, so that it happens a few times only."""
+        held, start = self.counts_ECB[kind], self.start[kind]
+        if held is not None and start <= first and last < start + held.shape[-1]:
+            return held
+        if held is not None:
+            first, last = min(first, start), max(last, start + held.shape[-1] - 1)
+        begin = max(FIRST_BIN, first // GROWTH * GROWTH)
+        end = min(LAST_BIN + 1, (last // GROWTH + 1) * GROWTH)
+        grown = torch.zeros(self.num_experts, 4, end - begin, dtype=torch.int64, device=device)
+        if held is not None:
+            grown[..., start - begin : start - begin + held.shape[-1]] = held
+        self.start[kind], self.counts_ECB[kind] = begin, grown
+        return grown
+
+    def histograms(self) -> dict[str, dict[str, Histogram]]:
+        """``[statistic][set]`` -> counts of this layer, [1, E, B], on the CPU."""
+        result: dict[str, dict[str, Histogram]] = {}
+        for kind, held in self.counts_ECB.items():
+            if held is None:
+                held = torch.zeros(self.num_experts, 4, 1, dtype=torch.int64)
+            counts = held.cpu()
+            by_set = {
+                "unselected": counts[:, 0] + counts[:, IN_TRIMMED],
+                "selected": counts[:, SELECTED] + counts[:, SELECTED | IN_TRIMMED],
+                "trimmed": counts[:, IN_TRIMMED] + counts[:, SELECTED | IN_TRIMMED],
+            }
+            result[kind] = {name: Histogram(self.start[kind], c.unsqueeze(0)) for name, c in by_set.items()}
+        return result
+
+
+def trimmed_range(logits_TE: Tensor, trim: int) -> tuple[Tensor, Tensor]:
+    """The (trim + 1)-th smallest and largest logit of each token, [T, 1] each; both are inside the range.
+
+    With 2 trim >= E nothing is inside.
+    """
+    num = logits_TE.shape[-1]
+    if 2 * trim >= num:
+        edge_T1 = logits_TE[:, :1]
+        return torch.full_like(edge_T1, float("inf")), torch.full_like(edge_T1, float("-inf"))
+    if logits_TE.device.type == "cpu":  # numpy's selection is ten times as fast as torch's
+        x = logits_TE.numpy()  # two selections: both at once take numpy three times as long
+        low = np.partition(x, trim, axis=-1)[:, trim : trim + 1]
+        high = np.partition(x, num - 1 - trim, axis=-1)[:, num - 1 - trim : num - trim]
+        return torch.from_numpy(low), torch.from_numpy(high)
+    return (
+        logits_TE.kthvalue(trim + 1, -1, keepdim=True).values,
+        logits_TE.kthvalue(num - trim, -1, keepdim=True).values,
+    )
+
+
+class LayerMoments:
+    """Sums of the experts' outputs of one layer, in float64."""
+
+    def __init__(self, num_experts: int) -> None:
+        self.num_experts = num_experts
+        self.tokens_E: Tensor | None = None
+        self.square_E: Tensor
+        self.sum_EH: Tensor
+
+    def update(self, outputs_PH: Tensor, experts_P: Tensor) -> None:
+        """Add the outputs of some (token, expert) pairs. Padding must have been taken out."""
+        if self.tokens_E is None:
+            zeros = torch.zeros(self.num_experts, dtype=torch.float64, device=outputs_PH.device)
+            self.tokens_E, self.square_E = zeros.long(), zeros.clone()
+            self.sum_EH = zeros.unsqueeze(1).repeat(1, outputs_PH.shape[-1])
+        values_PH = outputs_PH.float()
+        self.tokens_E += torch.bincount(experts_P, minlength=self.num_experts)
+        self.square_E.index_add_(0, experts_P, values_PH.square().sum(-1).double())
+        # One batch is summed in float32 (a few hundred terms per expert), batches in float64.
+        batch_EH = torch.zeros_like(self.sum_EH, dtype=torch.float32).index_add_(0, experts_P, values_PH)
+        self.sum_EH += batch_EH
+
+
+class LayerSensitivity:
+    """Sums of one layer's second pass, under the routing that is calibrated for.
+
+    ``square_E``: of (g . (f(x) - mean))^2 over the pairs of the router's own choice. ``gram_JJ`` and
+    ``cross_JH``: of z z' and z d', with z the regressors of `bh_routing.decision.compensation.lost_and_kept` and d what
+    the dropped experts would have added.
+    """
+
+    def __init__(self, mean_EH: Tensor) -> None:
+        num, hidden = mean_EH.shape
+        self.mean_EH = mean_EH
+        zeros = torch.zeros(num, dtype=torch.float64, device=mean_EH.device)
+        self.tokens_E, self.square_E = zeros.long(), zeros
+        self.gram_JJ = zeros.new_zeros(2 * num, 2 * num)
+        self.cross_JH = zeros.new_zeros(2 * num, hidden)
+
+    def update(
+        self,
+        outputs_TKH: Tensor,
+        gradients_TH: Tensor,
+        experts_TK: Tensor,
+        weights_TK: Tensor,
+        dropped_TK: Tensor,
+    ) -> None:
+        """Add some tokens. Padding must have been taken out."""
+        outputs_TKH, gradients_TH, weights_TK = outputs_TKH.float(), gradients_TH.float(), weights_TK.float()
+        experts_P = experts_TK.flatten()
+        effect_TK = torch.einsum("tkh,th->tk", outputs_TKH - self.mean_EH[experts_TK], gradients_TH)
+        self.tokens_E += torch.bincount(experts_P, minlength=self.tokens_E.numel())
+        self.square_E.index_add_(0, experts_P, effect_TK.flatten().double().square())
+        features_TJ = lost_and_kept(weights_TK, dropped_TK, experts_TK, self.tokens_E.numel())
+        lost_TH = torch.einsum("tkh,tk->th", outputs_TKH, weights_TK.masked_fill(~dropped_TK, 0.0))
+        self.gram_JJ += features_TJ.T @ features_TJ
+        self.cross_JH += features_TJ.T @ lost_TH
+
+    def sums(self) -> tuple[Tensor, ...]:
+        """What adds up over processes, on the CPU: tokens, squares, gram, cross."""
+        return self.tokens_E.cpu(), self.square_E.cpu(), self.gram_JJ.cpu(), self.cross_JH.cpu()
+
+
+def join_moments(layers: list[LayerMoments], hidden: int) -> Moments:
+    """Moments over all layers, on the CPU."""
+    num = layers[0].num_experts
+    zeros = torch.zeros(num, dtype=torch.float64)
+    tokens, square, mean = [], [], []
+    for layer in layers:
+        if layer.tokens_E is None:
+            tokens.append(zeros.long())
+            square.append(zeros)
+            mean.append(zeros.unsqueeze(1).repeat(1, hidden))
+            continue
+        tokens_E = layer.tokens_E.cpu()
+        share_E = tokens_E.clamp_min(1).double()
+        tokens.append(tokens_E)
+        square.append(layer.square_E.cpu() / share_E)
+        mean.append(layer.sum_EH.cpu() / share_E.unsqueeze(1))
+    mean_LEH = torch.stack(mean)
+    return Moments(
+        tokens_LE=torch.stack(tokens),
+        square_LE=torch.stack(square),
+        mean_square_LE=mean_LEH.square().sum(-1),
+        mean_LEH=mean_LEH,
+    )
+
+
+class ReservoirSampler:
+    """Keeps the tokens with the smallest hashes: the same tokens in any order and on any number of processes."""
+
+    def __init__(self, size: int, num_layers: int, num_experts: int, num_slots: int) -> None:
+        self.size = size
+        self.shape = (num_layers, num_experts, num_slots)
+        self.parts: list[Reservoir] = []
+        self.held = 0
+        self.limit = np.iinfo(np.int64).max
+
+    def admit(self, hash_T: np.ndarray) -> Tensor:
+        """Indices of the batch's tokens that may belong to the reservoir, int64."""
+        rows = np.flatnonzero(hash_T < self.limit) if self.size else np.empty(0, dtype=np.int64)
+        return torch.from_numpy(rows)
+
+    def add(self, hash_N: Tensor, logits_NLE: Tensor, experts_NLK: Tensor) -> None:
+        """Add admitted tokens; beyond twice the size the largest hashes are dropped."""
+        if self.size == 0:
+            return
+        part = Reservoir(
+            hash_N=hash_N, logits_NLE=logits_NLE.to(torch.float16), experts_NLK=experts_NLK.to(torch.int16)
+        )
+        self.parts.append(part)
+        self.held += part.num
+        if self.held >= 2 * self.size:
+            self._compact()
+
+    def _compact(self) -> None:
+        kept = self.result()
+        self.parts, self.held = [kept], kept.num
+        if kept.num == self.size:
+            self.limit = int(kept.hash_N[-1])
+
+    def result(self) -> Reservoir:
+        """What is kept, sorted by hash."""
+        layers, experts, slots = self.shape
+        everything = Reservoir(
+            hash_N=torch.zeros(0, dtype=torch.int64),
+            logits_NLE=torch.zeros(0, layers, experts, dtype=torch.float16),
+            experts_NLK=torch.zeros(0, layers, slots, dtype=torch.int16),
+        )
+        for part in self.parts:
+            everything = everything + part
+        return everything.smallest(self.size)

@@ -1,0 +1,133 @@
+"""How strongly the compensation is applied: where the routed model predicts most like the model itself.
+
+The fit of the compensation makes the squared error of each layer's output least. What the model then predicts is
+another matter: on olmoe-nano about half of it is best, on the text it was fitted to and on others (docs/calibration.md).
+So a calibration measures it: the Kullback-Leibler divergence of the routed model's predictions from the model's own,
+at strength 0, 1/2 and 1, and the vertex of the parabola through the three.
+
+Shape legend: B windows of a batch, S tokens of a window, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ..patching import PatchPlan, RoutingPatch
+from ..text import Batch
+from .calibration import Calibration
+from .running import forward, gather
+from .second_pass import rehearsal_policy
+
+STRENGTHS = (0.0, 0.5, 1.0)
+TOKENS = 8192  # how many are measured on, about, and at most
+SHARE = 8  # and at most one in so many of the text's
+
+
+class SpreadWindows:
+    """Some windows of a text that is read once, evenly over it: the first of every n-th batch, n a power of two.
+
+    Memory stays that of twice ``TOKENS`` tokens, and all processes together keep what a single one would.
+    """
+
+    def __init__(self, window: int) -> None:
+        self.window, self.limit = window, max(1, TOKENS // window)
+        self.every, self.batches = 1, 0
+        self.held: list[Batch] = []
+
+    def add(self, batch: Batch) -> None:
+        """Keep the batch's first window, if it is one of every n-th."""
+        self.batches = batch.index + 1
+        if self.batches > 2 * self.limit * self.every:
+            self.every *= 2
+            self.held = [held for held in self.held if held.index % self.every == 0]
+        if batch.index % self.every == 0:
+            num = int(batch.mask[0].sum())
+            self.held.append(
+                Batch(batch.input_ids[:1, :num], batch.mask[:1, :num], batch.hashes[:num], batch.index)
+            )
+
+    def result(self, tokens: int) -> list[Batch]:
+        """This process's share, given how many tokens the whole text had."""
+        batches = max(gather(self.batches))
+        limit = min(self.limit, max(1, tokens // SHARE // self.window))
+        every = max(gather(self.every))
+        while math.ceil(batches / every) > limit:
+            every *= 2
+        return [held for held in self.held if held.index % every == 0]
+
+
+def measure_strength(
+    model: nn.Module,
+    plan: PatchPlan,
+    calibration: Calibration,
+    batches: Sequence[Batch],
+    advance: Callable[[int], None],
+) -> float:
+    """The strength from 0 to 1, a multiple of 0.01, with the least divergence; 1 for a model without logits.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Unpatched, in evaluation mode; it is unpatched again afterwards, also after an exception.
+    calibration : Calibration
+        With mean outputs. Experts are dropped as in the second pass, at a third of the router's own number.
+    batches : sequence of Batch
+        This process's share of the text; the divergences of all processes are added up.
+    advance : callable
+        Called with the number of tokens after each batch.
+    """
+    policy = rehearsal_policy(calibration, plan, size=None)
+    policy.bind(plan.contexts)
+    means = calibration.mean_outputs(1.0)
+    # Kept experts keep their own weights, as in BHRoutingIntegration with compensation.
+    patch = RoutingPatch(plan.with_convention("raw"), policy, means=means)
+    sums = [0.0] * len(STRENGTHS)
+    for batch in batches:
+        with torch.inference_mode():
+            own_BSV = forward(model, plan, batch, head=True)
+            if own_BSV is None:
+                sums = [math.nan] * len(STRENGTHS)  # no early return: every process must reach the sum
+                break
+            try:
+                patch.apply()
+                for i, strength in enumerate(STRENGTHS):
+                    patch.set_means({path: strength * mean for path, mean in means.items()})
+                    routed_BSV = forward(model, plan, batch, head=True)
+                    assert routed_BSV is not None
+                    sums[i] += divergence(own_BSV, routed_BSV, batch.mask)
+            finally:
+                patch.remove()
+        advance(batch.num_tokens)
+    totals = [math.fsum(column) for column in zip(*gather(sums), strict=True)]
+    return vertex(*totals)
+
+
+def divergence(own_BSV: Tensor, routed_BSV: Tensor, mask_BS: Tensor) -> float:
+    """Sum over real tokens of KL(own || routed), nats; one window at a time, so that memory stays small."""
+    total = 0.0
+    for own_SV, routed_SV, mask_S in zip(own_BSV, routed_BSV, mask_BS.to(own_BSV.device), strict=True):
+        own_SV, routed_SV = own_SV.float().log_softmax(-1), routed_SV.float().log_softmax(-1)
+        each_S = (own_SV.exp() * (own_SV - routed_SV)).sum(-1)
+        total += float(each_S[mask_S].double().sum())
+    return total
+
+
+def vertex(at_0: float, at_half: float, at_1: float) -> float:
+    """Where the parabola through three divergences is least on [0, 1], to two decimals.
+
+    >>> vertex(1.0, 0.2, 0.4)
+    0.65
+    >>> vertex(3.0, 2.0, 1.0)
+    1.0
+    """
+    curvature = 2.0 * (at_0 - 2.0 * at_half + at_1)
+    slope = -3.0 * at_0 + 4.0 * at_half - at_1
+    if not math.isfinite(curvature + slope):
+        return 1.0
+    if curvature <= 0.0:
+        return 1.0 if at_1 <= at_0 else 0.0
+    return round(min(1.0, max(0.0, -slope / (2.0 * curvature))), 2)

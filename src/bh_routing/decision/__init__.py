@@ -1,0 +1,1 @@
+"""From a statistic and a table to kept slots and their weights."""

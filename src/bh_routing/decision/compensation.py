@@ -1,0 +1,81 @@
+"""What stands in for dropped experts: a fixed vector per expert, weighted by the router's own weights.
+
+Shape legend: T tokens, E experts, K slots of the router's own choice, H hidden size.
+
+With w_e the router's own weight of expert e, D the dropped and S the kept experts of its choice, the layer's output
+gets
+
+    sum_{e in D} w_e M_e  +  (sum_{e in D} w_e) sum_{e in S} w_e N_e.
+
+M_e alone, the mean output of expert e, is the simple form. The second term says what the kept experts tell of the
+dropped ones; it vanishes where nothing is dropped. M and N are fitted by least squares to what was dropped on the
+calibration text (`bh_routing.calibration.data.Moments.compensation`). Either form is one product with a matrix of
+E or 2E rows: about 1/50 or 1/25 of an expert's cost at OLMoE's size.
+
+All of it is multiplied by one strength, which a calibration measures (`bh_routing.calibration.strength`): the squared error of a
+layer's output is least at 1, the model's predictions are nearest to its own at less.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..errors import InvalidParameterError, InvalidTypeError
+from .types import RoutingDecision
+
+
+def lost_and_kept(weights_TK: Tensor, dropped_TK: Tensor, experts_TK: Tensor, num_experts: int) -> Tensor:
+    """Regressors of what was dropped, [T, 2E] in the weights' dtype.
+
+    The first E: the weight of each dropped expert; the others: the weight of each kept expert times all that
+    was dropped. Indices from ``num_experts`` on (empty slots) must carry weight 0.
+    """
+    index_TK = experts_TK.clamp(max=num_experts - 1)
+    lost_TK = weights_TK.masked_fill(~dropped_TK, 0.0)
+    kept_TK = weights_TK.masked_fill(dropped_TK, 0.0) * lost_TK.sum(-1, keepdim=True)
+    features_TJ = torch.zeros(
+        (weights_TK.shape[0], 2 * num_experts), dtype=weights_TK.dtype, device=weights_TK.device
+    )
+    return features_TJ.scatter_add(1, index_TK, lost_TK).scatter_add(1, index_TK + num_experts, kept_TK)
+
+
+def compensation(decision: RoutingDecision, means: Tensor) -> Tensor:
+    """What is added to the output of a layer's experts for a decision, [T, H] in the dtype of ``means``.
+
+    Parameters
+    ----------
+    decision : RoutingDecision
+    means : Tensor
+        [E, H]: M alone. [2, E, H]: M and N.
+    """
+    num_experts = means.shape[-2]
+    features_TJ = lost_and_kept(
+        decision.own_weights_TK, decision.dropped_TK, decision.own_experts_TK, num_experts
+    )
+    if means.dim() == 2:
+        return features_TJ[:, :num_experts].to(means.dtype) @ means
+    return features_TJ.to(means.dtype) @ means.flatten(0, 1)
+
+
+def check_strength(compensation: bool | float | None) -> float | None:
+    """What a user says of the compensation, as a strength: None is the calibration's own, 0 none at all.
+
+    Raises
+    ------
+    InvalidParameterError, InvalidTypeError
+        Unless it is True, False, None or a number from 0 to 1.
+    """
+    if compensation is None or compensation is True:
+        return None
+    if compensation is False:
+        return 0.0
+    if not isinstance(compensation, (int, float)):
+        raise InvalidTypeError(
+            f"compensation must be true, false or a strength from 0 to 1, got {compensation!r}."
+        )
+    if not 0.0 <= compensation <= 1.0:
+        raise InvalidParameterError(
+            f"compensation must be true, false or a strength from 0 to 1, got {compensation!r}."
+        )
+    return float(compensation)

@@ -1,0 +1,120 @@
+"""One token on the host: a twin of `bh_routing.decision.select.decide_by_table` in plain Python.
+
+Shape legend: E experts, K slots of the router's own choice.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from math import exp, isfinite, log, log1p
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..stats.procedures import Rule
+from ..stats.statistic import base_statistic
+from .select import drop_own
+from .types import Clamp, PlainRule, RoutingDecision
+
+
+class HostRow(NamedTuple):
+    """One row of a decision table as Python floats: thresholds, scale and offset, E each."""
+
+    thresholds: list[float]
+    scale: list[float]
+    offset: list[float]
+
+
+def decide_one_token(
+    logits_1E: Tensor,
+    own_weights_1K: Tensor,
+    own_experts_1K: Tensor,
+    row: HostRow,
+    *,
+    empty: int,
+    statistic: str = "logprob",
+    score: str = "softmax",
+    temperature: float = 1.0,
+    rule: Rule = "step_up",
+    min_k: int = 1,
+    max_k: int | None = None,
+    clamp: Clamp = "after",
+    weights: PlainRule = "raw",
+) -> RoutingDecision:
+    """`decide_by_table` for one token on the host, in plain Python.
+
+    Between products that empty the caches every tensor operation costs 5 to 20 microseconds, whatever it does;
+    this takes four of them instead of twenty-five (docs/performance.md). It computes in double precision: counts and
+    sets are those of `decide_by_table` wherever a statistic is further than 8 units in the last place of float32
+    from its threshold, and always on logits for which the arithmetic is exact.
+    """
+    logits, own = logits_1E.tolist()[0], own_experts_1K.tolist()[0]
+    num = len(own)
+    top = num if max_k is None else min(max_k, num)
+    raw, drop = 0, [False] * num
+    lost = not isfinite(sum(logits))
+    if lost:
+        count = num
+    else:
+        if temperature != 1.0:
+            logits = [x / temperature for x in logits]
+        chosen = [logits[expert] for expert in own]
+        if statistic != "logit":
+            if score in _HOST_SCORES:
+                chosen = _HOST_SCORES[score](chosen, logits)
+            else:
+                scores = base_statistic(logits_1E, statistic, score, temperature).tolist()[0]
+                chosen = [scores[expert] for expert in own]
+        scale, offset = row.scale, row.offset
+        found = [x * scale[expert] + offset[expert] for x, expert in zip(chosen, own, strict=True)]
+        order = sorted(range(num), key=found.__getitem__, reverse=True)  # stable: ties keep their order
+        within = 0  # the largest passing rank up to the clamp
+        for rank, (slot, threshold) in enumerate(zip(order, row.thresholds, strict=False), 1):
+            if found[slot] >= threshold:
+                raw = rank
+                within = rank if rank <= top else within
+            elif rule == "step_down":
+                break
+        count = min(max(within if clamp == "inside" else raw, min_k), top)
+        for slot in order[count:]:
+            drop[slot] = True
+    return drop_own(
+        _flags(tuple(drop), 1),
+        _number(count),
+        _number(raw),
+        _flags((lost,), 0),
+        own_weights_1K,
+        own_experts_1K,
+        weights=weights,
+        empty=empty,
+    )
+
+
+def _log_softmax(chosen: list[float], logits: list[float]) -> list[float]:
+    top, total = max(logits), 0.0
+    for x in logits:  # no list of them: beside cold caches every new object is a miss
+        total += exp(x - top)
+    rest = top + log(total)
+    return [x - rest for x in chosen]
+
+
+def _log_sigmoid(chosen: list[float], logits: list[float]) -> list[float]:
+    return [min(x, 0.0) - log1p(exp(-abs(x))) for x in chosen]
+
+
+_HOST_SCORES = {"softmax": _log_softmax, "sigmoid": _log_sigmoid}
+
+
+@lru_cache(maxsize=4096)
+def _flags(values: tuple[bool, ...], leading: int) -> Tensor:
+    """bool [N] (or [1, N]); made once for each pattern."""
+    with torch.inference_mode(False):  # an inference tensor could not be saved for a backward pass
+        return torch.tensor([values] if leading else values)
+
+
+@lru_cache(maxsize=4096)
+def _number(value: int) -> Tensor:
+    """int64 [1]; made once for each number."""
+    with torch.inference_mode(False):
+        return torch.tensor([value])

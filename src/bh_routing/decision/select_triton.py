@@ -1,0 +1,319 @@
+"""The decision from a table as one Triton kernel: one pass over the logits, everything else in registers.
+
+Shape legend: T tokens, E experts (at most `MOST_EXPERTS`), K slots of the router's own choice; R a rank.
+
+The PyTorch reference is `bh_routing.decision.select.decide_by_table`, with the same arguments and result. Counts and
+sets are the same wherever a statistic is further than 8 units in the last place from its threshold; on logits for
+which the arithmetic is exact they are always the same. On a machine without a GPU the kernel runs in Triton's
+interpreter (``TRITON_INTERPRET=1`` before Triton is imported).
+"""
+
+from __future__ import annotations
+
+import os
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..errors import InvalidInputError
+from ..stats.procedures import Rule
+from .types import Clamp, PlainRule, RoutingDecision
+
+MOST_EXPERTS = 512
+SCORES = ("softmax", "sigmoid")
+
+Results = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+@triton.jit
+def _decide(
+    logits_ptr,
+    own_weights_ptr,
+    own_experts_ptr,
+    thresholds_ptr,
+    scale_ptr,
+    offset_ptr,
+    weights_ptr,
+    experts_ptr,
+    counts_ptr,
+    raw_counts_ptr,
+    dropped_ptr,
+    lost_ptr,
+    tokens,
+    temperature,
+    EXPERTS: tl.constexpr,
+    SLOTS: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    EMPTY: tl.constexpr,
+    SCORE: tl.constexpr,  # "logit": the logit itself; else the log of the score
+    TEMPERED: tl.constexpr,
+    STEP_DOWN: tl.constexpr,
+    MIN_K: tl.constexpr,
+    TOP: tl.constexpr,
+    INSIDE: tl.constexpr,
+    WEIGHTS: tl.constexpr,
+):
+    t_T = (tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)
+    e_E = tl.arange(0, BLOCK_E)
+    k_K = tl.arange(0, BLOCK_K)
+    row_T1 = (t_T < tokens)[:, None]
+    slot_1K = (k_K < SLOTS)[None, :]
+    mask_TE = row_T1 & (e_E < EXPERTS)[None, :]
+    mask_TK = row_T1 & slot_1K
+
+    x_TE = tl.load(logits_ptr + t_T[:, None] * EXPERTS + e_E[None, :], mask=mask_TE, other=0.0).to(tl.float32)
+    lost_T = ~(tl.abs(tl.sum(x_TE, 1)) < float("inf"))
+
+    at_TK = t_T[:, None] * SLOTS + k_K[None, :]
+    own_TK = tl.load(own_experts_ptr + at_TK, mask=mask_TK, other=0)
+    x_TK = tl.load(logits_ptr + t_T[:, None] * EXPERTS + own_TK, mask=mask_TK, other=0.0).to(tl.float32)
+    if TEMPERED:
+        x_TE = tl.div_rn(x_TE, temperature)
+        x_TK = tl.div_rn(x_TK, temperature)
+    if SCORE == "softmax":
+        x_TE = tl.where((e_E < EXPERTS)[None, :], x_TE, float("-inf"))
+        top_T1 = tl.max(x_TE, 1)[:, None]
+        x_TK = x_TK - top_T1 - tl.log(tl.sum(tl.exp(x_TE - top_T1), 1))[:, None]
+    elif SCORE == "sigmoid":  # min(x, 0) - log1p(exp(-|x|)), the latter after Kahan
+        small_TK = tl.exp(-tl.abs(x_TK))
+        one_TK = 1.0 + small_TK
+        rest_TK = one_TK - 1.0
+        log_TK = tl.where(
+            rest_TK == 0.0,
+            small_TK,
+            tl.log(one_TK) * tl.div_rn(small_TK, tl.where(rest_TK == 0.0, 1.0, rest_TK)),
+        )
+        x_TK = tl.minimum(x_TK, 0.0) - log_TK
+    scale_TK = tl.load(scale_ptr + own_TK, mask=mask_TK, other=0.0)
+    offset_TK = tl.load(offset_ptr + own_TK, mask=mask_TK, other=0.0)
+    s_TK = tl.where(slot_1K, x_TK * scale_TK + offset_TK, float("-inf"))
+
+    # Rank by comparing all pairs: ties keep the order of the slots.
+    before_KK = (k_K[None, :] < k_K[:, None])[None, :, :]
+    mine_TK1, other_T1K = s_TK[:, :, None], s_TK[:, None, :]
+    ahead_TKK = (other_T1K > mine_TK1) | ((other_T1K == mine_TK1) & before_KK)
+    rank_TK = tl.sum(ahead_TKK.to(tl.int32), 2)
+    threshold_TK = tl.load(thresholds_ptr + rank_TK, mask=mask_TK & (rank_TK < SLOTS), other=float("inf"))
+    pass_TK = (s_TK >= threshold_TK) & slot_1K
+    passed_TK = tl.where(pass_TK, rank_TK + 1, 0)
+    if STEP_DOWN:
+        raw_T = tl.min(tl.where(pass_TK | (k_K >= SLOTS)[None, :], SLOTS, rank_TK), 1)
+    else:
+        raw_T = tl.max(passed_TK, 1)
+    count_T = raw_T
+    if INSIDE:
+        count_T = tl.minimum(raw_T, tl.max(tl.where(rank_TK < TOP, passed_TK, 0), 1))
+    count_T = tl.minimum(tl.maximum(count_T, MIN_K), TOP)
+    count_T = tl.where(lost_T, SLOTS, count_T)
+    drop_TK = (rank_TK >= count_T[:, None]) & ~lost_T[:, None]
+
+    own_weight_TK = tl.load(own_weights_ptr + at_TK, mask=mask_TK, other=0.0)
+    weight_TK = tl.where(drop_TK, 0.0, own_weight_TK)
+    if WEIGHTS != "raw":
+        kept_TK = weight_TK.to(tl.float32)
+        total_T = tl.sum(kept_TK, 1)
+        if WEIGHTS == "preserve":
+            target_T = tl.sum(own_weight_TK.to(tl.float32), 1)
+        else:
+            target_T = tl.full((BLOCK_T,), 1.0, tl.float32)
+        factor_T = tl.where(total_T > 0, tl.div_rn(target_T, tl.where(total_T > 0, total_T, 1.0)), 1.0)
+        if WEIGHTS == "preserve":  # a row of which nothing is dropped stays as it is
+            factor_T = tl.where(count_T == SLOTS, 1.0, factor_T)
+        weight_TK = kept_TK * factor_T[:, None]
+
+    row_T = t_T < tokens
+    tl.store(weights_ptr + at_TK, weight_TK.to(own_weight_TK.dtype), mask=mask_TK)
+    tl.store(experts_ptr + at_TK, tl.where(drop_TK, EMPTY, own_TK), mask=mask_TK)
+    tl.store(dropped_ptr + at_TK, drop_TK, mask=mask_TK)
+    tl.store(counts_ptr + t_T, count_T.to(tl.int64), mask=row_T)
+    tl.store(raw_counts_ptr + t_T, raw_T.to(tl.int64), mask=row_T)
+    tl.store(lost_ptr + t_T, lost_T, mask=row_T)
+
+
+@torch.library.custom_op("bh_routing::decide_by_table", mutates_args=())
+def _operation(
+    logits_TE: Tensor,
+    own_weights_TK: Tensor,
+    own_experts_TK: Tensor,
+    thresholds_E: Tensor,
+    scale_E: Tensor,
+    offset_E: Tensor,
+    empty: int,
+    score: str,
+    temperature: float,
+    rule: str,
+    min_k: int,
+    max_k: int,
+    clamp: str,
+    weights: str,
+) -> Results:
+    tokens, num_experts = logits_TE.shape
+    slots = own_experts_TK.shape[1]
+    results = _results(own_weights_TK, own_experts_TK)
+    if tokens == 0:
+        return results
+    block_e, block_k = triton.next_power_of_2(num_experts), triton.next_power_of_2(slots)
+    block_t = max(1, min(512 // block_e, 1024 // block_k**2))
+    _decide[(triton.cdiv(tokens, block_t),)](
+        logits_TE.contiguous(),
+        own_weights_TK.contiguous(),
+        own_experts_TK.contiguous(),
+        thresholds_E,
+        scale_E,
+        offset_E,
+        *results,
+        tokens,
+        temperature,
+        EXPERTS=num_experts,
+        SLOTS=slots,
+        BLOCK_T=block_t,
+        BLOCK_E=block_e,
+        BLOCK_K=block_k,
+        EMPTY=empty,
+        SCORE=score,
+        TEMPERED=temperature != 1.0,
+        STEP_DOWN=rule == "step_down",
+        MIN_K=min_k,
+        TOP=max_k,
+        INSIDE=clamp == "inside",
+        WEIGHTS=weights,
+        num_warps=1,
+        enable_fp_fusion=False,  # scale * x + offset is rounded twice, as in the reference
+    )
+    return results
+
+
+def _results(own_weights_TK: Tensor, own_experts_TK: Tensor) -> Results:
+    """Room for weights, experts, counts, raw counts, dropped and lost."""
+    counts_T = own_experts_TK.new_empty(own_experts_TK.shape[0])
+    dropped_TK = torch.empty(own_experts_TK.shape, dtype=torch.bool, device=own_experts_TK.device)
+    return (
+        own_weights_TK.new_empty(own_weights_TK.shape),
+        own_experts_TK.new_empty(own_experts_TK.shape),
+        counts_T,
+        torch.empty_like(counts_T),
+        dropped_TK,
+        torch.empty_like(counts_T, dtype=torch.bool),
+    )
+
+
+@_operation.register_fake
+def _(logits_TE, own_weights_TK, own_experts_TK, *settings):
+    return _results(own_weights_TK, own_experts_TK)
+
+
+def _save(ctx, inputs, output):
+    own_weights_TK, weights = inputs[1], inputs[-1]
+    ctx.save_for_backward(own_weights_TK, output[4])
+    ctx.weights = weights
+    ctx.mark_non_differentiable(*output[1:])
+
+
+def _backward(ctx, grad_TK, *others):
+    """Gradient with respect to the router's own weights; the sets are constants.
+
+    With the kept weights a_i, i in S, and f = target / sum_S a: out_i = a_i f, so that
+    d(sum_i g_i out_i) / d a_j = [j in S] (g_j f - f' c) + [preserve] c / sum_S a, where c = sum_S g a and
+    f' = f / sum_S a.
+    """
+    own_weights_TK, dropped_TK = ctx.saved_tensors
+    kept_grad_TK = grad_TK.masked_fill(dropped_TK, 0.0)
+    if ctx.weights != "raw":
+        weights_TK = own_weights_TK.to(torch.promote_types(own_weights_TK.dtype, torch.float32))
+        kept_TK = weights_TK.masked_fill(dropped_TK, 0.0)
+        total_T1 = kept_TK.sum(-1, keepdim=True)
+        usable_T1 = total_T1 > 0
+        safe_T1 = torch.where(usable_T1, total_T1, 1.0)
+        preserve = ctx.weights == "preserve"
+        target_T1 = weights_TK.sum(-1, keepdim=True) if preserve else torch.ones_like(total_T1)
+        factor_T1 = torch.where(usable_T1, target_T1 / safe_T1, 1.0)
+        pull_T1 = torch.where(usable_T1, (kept_grad_TK * kept_TK).sum(-1, keepdim=True) / safe_T1, 0.0)
+        scaled_TK = (kept_grad_TK - pull_T1) * factor_T1
+        scaled_TK = scaled_TK.masked_fill(dropped_TK, 0.0)
+        if preserve:
+            scaled_TK = scaled_TK + pull_T1
+            whole_T1 = ~dropped_TK.any(-1, keepdim=True)
+            scaled_TK = torch.where(whole_T1, kept_grad_TK.to(scaled_TK.dtype), scaled_TK)
+        kept_grad_TK = scaled_TK.to(own_weights_TK.dtype)
+    return (None, kept_grad_TK, *([None] * 12))
+
+
+_operation.register_autograd(_backward, setup_context=_save)
+
+
+def supports(num_experts: int, statistic: str, score: str) -> bool:
+    """Whether the kernel computes this decision; the others take the PyTorch path."""
+    return num_experts <= MOST_EXPERTS and (statistic == "logit" or score in SCORES)
+
+
+def runs_on(device: torch.device) -> bool:
+    """Whether the kernel can run there: on a GPU, and anywhere in Triton's interpreter."""
+    return device.type != "cpu" or os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def decide_by_table(
+    logits_TE: Tensor,
+    own_weights_TK: Tensor,
+    own_experts_TK: Tensor,
+    thresholds_E: Tensor,
+    scale_E: Tensor,
+    offset_E: Tensor,
+    *,
+    empty: int,
+    statistic: str = "logprob",
+    score: str = "softmax",
+    temperature: float = 1.0,
+    rule: Rule = "step_up",
+    min_k: int = 1,
+    max_k: int | None = None,
+    clamp: Clamp = "after",
+    weights: PlainRule = "raw",
+) -> RoutingDecision:
+    """`bh_routing.decision.select.decide_by_table`, fused.
+
+    Raises
+    ------
+    InvalidInputError
+        For what the kernel does not compute (see `supports`), or logits in float64.
+    """
+    num_experts, slots = logits_TE.shape[1], own_experts_TK.shape[1]
+    if not supports(num_experts, statistic, score) or logits_TE.dtype == torch.float64:
+        raise InvalidInputError(
+            f"the fused decision serves at most {MOST_EXPERTS} experts, the statistic 'logit' or the scores "
+            f"{' and '.join(SCORES)}, and logits of at most 32 bits; got {num_experts} experts, {statistic!r} of "
+            f"{score!r} and {logits_TE.dtype}. Use backend='torch'."
+        )
+    weights_TK, experts_TK, counts_T, raw_counts_T, dropped_TK, lost_T = _operation(
+        logits_TE,
+        own_weights_TK,
+        own_experts_TK,
+        thresholds_E,
+        scale_E,
+        offset_E,
+        empty,
+        "logit" if statistic == "logit" else score,
+        float(temperature),
+        rule,
+        min_k,
+        slots if max_k is None else min(max_k, slots),
+        clamp,
+        weights,
+    )
+    return RoutingDecision(
+        weights_TK=weights_TK,
+        experts_TK=experts_TK,
+        counts_T=counts_T,
+        raw_counts_T=raw_counts_T,
+        dropped_TK=dropped_TK,
+        own_weights_TK=own_weights_TK,
+        own_experts_TK=own_experts_TK,
+        empty=empty,
+        fallback_T=lost_T,
+    )
+
+
+__all__ = ["MOST_EXPERTS", "SCORES", "decide_by_table", "runs_on", "supports"]

@@ -1,0 +1,105 @@
+"""What a decision is made of and returns, and the checks of its limits.
+
+Shape legend: T tokens, E experts, K slots of the router's own choice.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+
+from ..errors import InvalidParameterError, InvalidTypeError
+
+Clamp = Literal["after", "inside"]
+
+
+WeightRule = Literal["model", "preserve", "sum"]
+
+
+Convention = Literal["raw", "renormalised", "unknown"]
+
+
+PlainRule = Literal["raw", "preserve", "sum"]
+
+
+PAD = -1  # marks an unused slot in the public functions' results; it never reaches a model
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RoutingDecision:
+    """What a policy decided for the T tokens of one layer.
+
+    Attributes
+    ----------
+    weights_TK : Tensor
+        Routing weights, the dtype of the router's own; 0 in empty slots.
+    experts_TK : Tensor
+        int64 expert indices; an empty slot carries ``num_experts`` of the experts module.
+    counts_T : Tensor
+        int64, experts kept per token (after the clamp to [min_k, max_k]).
+    raw_counts_T : Tensor
+        int64, what the procedure itself rejected, before the clamp; without meaning in a ``fallback_T`` row.
+    dropped_TK : Tensor
+        bool, which of the router's own slots were dropped.
+    own_weights_TK, own_experts_TK : Tensor
+        The router's own choice, untouched.
+    fallback_T : Tensor or None
+        bool, tokens with non-finite logits that keep the router's own choice.
+    """
+
+    weights_TK: Tensor
+    experts_TK: Tensor
+    counts_T: Tensor
+    raw_counts_T: Tensor
+    dropped_TK: Tensor
+    own_weights_TK: Tensor
+    own_experts_TK: Tensor
+    empty: int
+    fallback_T: Tensor | None = None
+
+    @property
+    def dropped_weights_TK(self) -> Tensor:
+        """The router's own weights of what was dropped, 0 elsewhere."""
+        return self.own_weights_TK.masked_fill(~self.dropped_TK, 0.0)
+
+    @property
+    def dropped_experts_TK(self) -> Tensor:
+        """The router's own experts that were dropped, the empty index elsewhere."""
+        return self.own_experts_TK.masked_fill(~self.dropped_TK, self.empty)
+
+
+def check_k(min_k: int, max_k: int | None, num_experts: int | None = None) -> None:
+    """Raise `InvalidParameterError` unless 1 <= min_k <= max_k <= num_experts."""
+    for name, value in (("min_k", min_k), ("max_k", max_k)):
+        if value is None and name == "max_k":
+            continue
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise InvalidTypeError(f"{name} must be an integer, got {value!r}.")
+    if min_k < 1:
+        raise InvalidParameterError(f"min_k must be at least 1, got {min_k}; every token needs an expert.")
+    if max_k is not None and max_k < min_k:
+        raise InvalidParameterError(f"max_k must be at least min_k={min_k}, got {max_k}.")
+    if num_experts is not None and (max_k or min_k) > num_experts:
+        name, value = ("max_k", max_k) if max_k is not None else ("min_k", min_k)
+        raise InvalidParameterError(
+            f"{name} must not exceed the number of experts, {num_experts}, got {value}; lower {name}."
+        )
+
+
+def check_temperature(temperature: float) -> float:
+    """Return the temperature as a float, or raise unless it is a finite number above 0."""
+    if isinstance(temperature, bool) or not isinstance(temperature, (int, float)):
+        raise InvalidTypeError(f"temperature must be a number, got {temperature!r}.")
+    if not 0.0 < float(temperature) < float("inf"):
+        raise InvalidParameterError(
+            f"temperature must be a finite number above 0, got {temperature!r}; 1.0 leaves the logits alone."
+        )
+    return float(temperature)
+
+
+def check_clamp(clamp: str) -> None:
+    """Raise `InvalidParameterError` for anything but "after" and "inside"."""
+    if clamp not in ("after", "inside"):
+        raise InvalidParameterError(f"clamp must be 'after' or 'inside', got {clamp!r}.")

@@ -1,0 +1,392 @@
+"""The routers of one engine: the model's own choice in, the decided one out, counted on the device. No vLLM in here.
+
+Shape legend: T tokens, E experts, K slots of the router's own choice, H hidden size.
+
+vLLM's router runs first, and the decision only takes slots away: an unused slot carries weight 0 and the first expert
+that the token keeps, because kernels write nothing, or nonsense, for an index that is no expert.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...calibration.calibration import Calibration
+from ...decision.compensation import check_strength, compensation
+from ...decision.types import Convention, RoutingDecision
+from ...errors import CalibrationMismatchError, InvalidParameterError, UnsupportedModelError
+from ...policies import PValuePolicy, RoutingContext, RoutingPolicy, TablePolicy
+from ...stats.procedures import check_one_level
+from ...telemetry.figures import Telemetry
+from .paths import match_layer
+from .settings import Settings
+
+ATTRIBUTE = "bh_routing"  # of a vLLM runner: its LayerRouting
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerFacts:
+    """What vLLM says about one of its routers.
+
+    Attributes
+    ----------
+    name : str
+        vLLM's name of the layer's experts.
+    router : str
+        The router's class.
+    num_experts, top_k : int
+    score : str or None
+        What turns logits into weights; None: unknown.
+    renormalize : bool
+        Whether the selected weights are made to sum to a constant.
+    hidden_size : int
+        H, the width of the router's input.
+    dtype : torch.dtype
+        Of the router's input.
+    """
+
+    name: str
+    router: str
+    num_experts: int
+    top_k: int
+    score: str | None
+    renormalize: bool
+    hidden_size: int = 0
+    dtype: torch.dtype = torch.float32
+
+
+class LayerRouting:
+    """One router: made by `EngineRouting.add`, usable after `EngineRouting.bind`."""
+
+    def __init__(self, engine: EngineRouting, facts: LayerFacts, context: RoutingContext) -> None:
+        self.engine, self.facts, self.context = engine, facts, context
+        self.means: Tensor | None = None  # [E, H] or [2, E, H] on the device
+        self.added_TH: Tensor | None = None  # of the call in progress
+        self.pairs = 0  # (token, expert) pairs computed by the ragged path, warm-up not counted
+
+    def route(
+        self, logits_TE: Tensor, weights_TK: Tensor, experts_TK: Tensor, *, count: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Decide for one call.
+
+        Parameters
+        ----------
+        logits_TE, weights_TK, experts_TK : Tensor
+            The router's input and its own choice; integers of any kind.
+        count : bool
+            Whether the tokens are real (False while the engine warms up).
+
+        Returns
+        -------
+        weights_TK, experts_TK
+            New tensors of the same dtypes.
+        """
+        if logits_TE.shape[0] == 0:
+            return weights_TK.clone(), experts_TK.clone()
+        # Copies: the telemetry keeps small calls for later, and a compiled graph uses its buffers again.
+        own_weights_TK, own_TK = weights_TK.clone(), experts_TK.to(torch.int64, copy=True)
+        engine = self.engine
+        assert engine.policy is not None
+        decision = engine.policy.decide(logits_TE, own_weights_TK, own_TK, self.context)
+        if count and engine.telemetry is not None:
+            engine.telemetry.update(self.context, decision, logits_TE)
+        if engine.settings.mode == "analyze":
+            return weights_TK.clone(), experts_TK.clone()
+        if self.means is not None:
+            self.added_TH = compensation(decision, self.means)
+        return decision.weights_TK, filled(decision, experts_TK.dtype)
+
+    def compensate(self, output_TH: Tensor) -> Tensor:
+        """The layer's output with what stands in for the dropped experts of the call in progress."""
+        added_TH, self.added_TH = self.added_TH, None
+        if added_TH is None:
+            return output_TH.clone()
+        if added_TH.shape != output_TH.shape:
+            raise InvalidParameterError(
+                f"layer {self.facts.name}: expected an output for the {added_TH.shape[0]} tokens that were routed, "
+                f'got {output_TH.shape[0]}; configure "compensation": false.'
+            )
+        return output_TH + added_TH.to(output_TH.dtype)
+
+
+def filled(decision: RoutingDecision, dtype: torch.dtype = torch.int64) -> Tensor:
+    """The router's own experts with the first kept one in place of the dropped ones, [T, K] in this dtype.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from bh_routing.policies import RoutingContext, TopKPolicy
+    >>> context = RoutingContext(path="gate", index=0, num_experts=4, empty=4, top_k=3, convention="raw")
+    >>> weights, experts = torch.tensor([[0.1, 0.5, 0.2]]), torch.tensor([[3, 0, 2]])
+    >>> filled(TopKPolicy(2).decide(torch.zeros(1, 4), weights, experts, context))
+    tensor([[0, 0, 2]])
+    """
+    own_TK, dropped_TK = decision.own_experts_TK, decision.dropped_TK
+    if own_TK.shape[0] == 1 and own_TK.device.type == "cpu":  # in plain Python, as `decide_one_token`
+        own, dropped = own_TK.tolist()[0], dropped_TK.tolist()[0]
+        first = own[dropped.index(False)]
+        chosen = [first if gone else expert for expert, gone in zip(own, dropped, strict=True)]
+        return torch.tensor([chosen], dtype=dtype)
+    first_T1 = (~dropped_TK).to(torch.uint8).argmax(-1, keepdim=True)
+    return torch.where(dropped_TK, own_TK.gather(-1, first_T1), own_TK).to(dtype)
+
+
+class EngineRouting:
+    """All routers of one engine in one process, the policy that decides for them, and what was counted.
+
+    Parameters
+    ----------
+    settings : Settings
+
+    Raises
+    ------
+    CalibrationError, BudgetError, InvalidParameterError
+        If the settings cannot be served; said before any router is touched.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        with _plain_tensors():
+            self.calibration = settings.load_calibration()
+            self.compensates = settings.compensates(self.calibration)
+            self.policy: RoutingPolicy | None = settings.make_policy(self.calibration)
+        self.telemetry: Telemetry | None = None
+        self.layers: list[LayerRouting] = []
+        self.left_out: list[str] = []  # names of layers that the calibration left out
+        self.budget = settings.experts_per_token
+
+    # -- layers ------------------------------------------------------------------------------------------
+
+    def add(self, facts: LayerFacts) -> LayerRouting | None:
+        """Take a router in; None for one that the calibration left out.
+
+        Raises
+        ------
+        CalibrationMismatchError, UnsupportedModelError
+            If the calibration does not fit it, naming the layer and the field.
+        """
+        index, path, score = len(self.layers), facts.name, facts.score or "softmax"
+        if self.calibration is not None:
+            if self._left_out(facts.name):
+                self.left_out.append(facts.name)
+                return None
+            index, path, score = self._check(self.calibration, facts)
+        limit = max(filter(None, (self.settings.min_k, self.settings.max_k, self.settings.top_k)))
+        if limit > facts.top_k:
+            raise InvalidParameterError(
+                f"layer {facts.name} selects {facts.top_k} experts, and vLLM's buffers have room for no more: "
+                f"expected min_k, max_k and top_k up to that, got {limit}."
+            )
+        convention: Convention = "renormalised" if facts.renormalize else "raw"
+        if self.compensates and self.settings.weights == "model":
+            convention = "raw"  # the weight of what is dropped is still used
+        context = RoutingContext(
+            path=path,
+            index=index,
+            num_experts=facts.num_experts,
+            empty=facts.num_experts,
+            top_k=facts.top_k,
+            convention=convention,
+            score=score,
+        )
+        layer = LayerRouting(self, facts, context)
+        self.layers.append(layer)
+        return layer
+
+    def _left_out(self, name: str) -> bool:
+        assert self.calibration is not None
+        parent = name.rpartition(".")[0]
+        return any(path.rpartition(".")[0] == parent for path in self.calibration.left_out)
+
+    def _check(self, calibration: Calibration, facts: LayerFacts) -> tuple[int, str, str]:
+        """Row, router path and score of a layer in the calibration."""
+        row = match_layer(facts.name, calibration.layers)
+        record = calibration.layers[row]
+        taken = [layer.facts.name for layer in self.layers if layer.context.path == record.path]
+        if taken:
+            raise CalibrationMismatchError(
+                f"two layers of the model, {taken[0]!r} and {facts.name!r}, fit the calibrated layer "
+                f"{record.path!r}; this model cannot be served with this calibration."
+            )
+        if facts.score is None:
+            raise UnsupportedModelError(
+                f"layer {facts.name}: its router, {facts.router}, does not say how it turns logits into weights, "
+                f"and the calibration's thresholds are on {record.score} scores; this model is not supported."
+            )
+        fields = {
+            "num_experts": (calibration.num_experts, facts.num_experts),
+            "top_k": (record.top_k, facts.top_k),
+            "score": (record.score, facts.score),
+            "convention": (record.convention, "renormalised" if facts.renormalize else "raw"),
+        }
+        for name, (calibrated, found) in fields.items():
+            if calibrated != found:
+                raise CalibrationMismatchError(
+                    f"the calibration does not fit layer {facts.name}: {name} was {calibrated!r} when it was made, "
+                    f"the model has {found!r}; calibrate this model."
+                )
+        return row, record.path, record.score
+
+    def check_complete(self) -> None:
+        """Raise `CalibrationMismatchError` unless every calibrated layer is one of the model's."""
+        if self.calibration is None:
+            return
+        found = {layer.context.path for layer in self.layers}
+        if absent := [path for path in self.calibration.paths if path not in found]:
+            raise CalibrationMismatchError(
+                f"the calibration is of another model ({self.calibration.model_id}): it has a layer {absent[0]!r} "
+                "that this model has not; calibrate this model."
+            )
+
+    def bind(self, device: torch.device) -> None:
+        """Put thresholds, counters and the compensation on the device; the layers decide from then on."""
+        with _plain_tensors():
+            self._bind(device)
+
+    def _bind(self, device: torch.device) -> None:
+        for layer in self.layers:
+            layer.context = replace(layer.context, device=device)
+        contexts = [layer.context for layer in self.layers]
+        if self.policy is None:
+            self.policy = self.settings.top_k_policy(len(contexts), contexts[0].num_experts)
+        self.policy.bind(contexts)
+        if self.settings.collect_stats:
+            self.telemetry = Telemetry(contexts, [context.top_k for context in contexts])
+        if self.compensates and self.settings.mode == "patch":
+            assert self.calibration is not None
+            means = self.calibration.mean_outputs(check_strength(self.settings.compensation))
+            for layer in self.layers:
+                layer.means = means[layer.context.path].to(device)
+
+    # -- while it runs -----------------------------------------------------------------------------------
+
+    @property
+    def alpha(self) -> float | None:
+        """The level in use; with a budget the solved one."""
+        if isinstance(self.policy, PValuePolicy):
+            return self.policy.alpha
+        return self.policy.table.alpha if isinstance(self.policy, TablePolicy) else None
+
+    def set_level(self, *, alpha: float | None = None, experts_per_token: Any = None) -> None:
+        """Another level or budget, in the same buffers: nothing is compiled anew.
+
+        Raises
+        ------
+        InvalidParameterError, BudgetError
+            Unless exactly one of the two is given and can be served; nothing has changed then.
+        """
+        check_one_level(alpha, experts_per_token)
+        if self.settings.top_k is not None:
+            raise InvalidParameterError(
+                f"this engine was started with top_k={self.settings.top_k}, which has no level; start it with a "
+                "calibration instead."
+            )
+        if alpha is None and self.calibration is None:
+            raise InvalidParameterError(
+                f"experts_per_token={experts_per_token!r} needs a calibration; start the engine with one."
+            )
+        level: dict[str, Any] = {"alpha": _number("alpha", alpha)} if alpha is not None else {}
+        if not level:
+            level = {"experts_per_token": _budget(experts_per_token)}
+        with _plain_tensors():
+            new = self.settings.make_policy(self.calibration, **level)
+        if isinstance(self.policy, TablePolicy) and isinstance(new, TablePolicy):
+            self.policy.set_table(new.table)
+        else:
+            assert isinstance(self.policy, PValuePolicy)
+            assert isinstance(new, PValuePolicy)
+            self.policy.set_alpha(new.alpha)
+        self.budget = level.get("experts_per_token")
+
+    def reset(self) -> None:
+        """Set all statistics to zero."""
+        if self.telemetry is not None:
+            self.telemetry.reset()
+        for layer in self.layers:
+            layer.pairs = 0
+
+    def stats(self) -> dict[str, Any]:
+        """What was counted, under the names of `bh_routing.BHRoutingIntegration` and `bh_routing.Telemetry`.
+
+        Plain values that JSON knows: ``stats`` (mode, settings, mean and standard deviation of the experts per
+        token), ``telemetry`` (`Telemetry.to_dict`; None without ``collect_stats``), ``layers`` (vLLM's name, the
+        calibrated router and the router's class of each), ``left_out`` (layers that stay as they are), and
+        ``pairs_computed`` ((token, expert) pairs that the ragged path handed to the kernel).
+        """
+        settings = self.settings
+        told: dict[str, Any] = {
+            "mode": settings.mode,
+            "alpha": self.alpha,
+            "temperature": settings.temperature,
+            "min_k": settings.min_k,
+            "max_k": settings.max_k or max((x.facts.top_k for x in self.layers), default=None),
+            "procedure": settings.procedure,
+            "calibrated": self.calibration is not None,
+            "compensation": self.compensates and settings.mode == "patch",
+        }
+        if self.budget is not None:
+            told["experts_per_token"] = self.budget
+        counted = None
+        if self.telemetry is not None:
+            counted = self.telemetry.to_dict()
+            names = ("bh_would_select_mean", "bh_would_select_std")
+            if settings.mode == "patch":
+                names = ("mean_experts_per_token", "std_experts_per_token")
+            total = counted["total"]
+            told |= {names[0]: total["mean_experts"], names[1]: total["std_experts"]}
+            told |= {"total_forward_passes": total["router_calls"], "total_tokens": total["tokens"]}
+        return {
+            "stats": told,
+            "telemetry": counted,
+            "layers": [
+                {"layer": x.facts.name, "path": x.context.path, "router": x.facts.router} for x in self.layers
+            ],
+            "left_out": list(self.left_out),
+            "pairs_computed": sum(layer.pairs for layer in self.layers),
+        }
+
+    def describe(self) -> str:
+        """The routing in a few words, for a log line."""
+        settings, level = self.settings, self.alpha
+        if settings.top_k is not None:
+            what = f"the {settings.top_k} largest logits"
+        else:
+            what = settings.procedure if level is None else f"{settings.procedure} at alpha {level:.4g}"
+        if self.budget is not None:
+            what += f", budget {self.budget}"
+        source = "calibrated" if self.calibration is not None else "each token its own null"
+        extra = ", with compensation" if self.compensates and settings.mode == "patch" else ""
+        return f"{what}, {source}{extra}, mode {settings.mode}"
+
+
+@contextmanager
+def _plain_tensors() -> Iterator[None]:
+    """float32 on the host by default: vLLM builds a model with its dtype and its device as the defaults."""
+    dtype = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        with torch.device("cpu"), torch.inference_mode(False):
+            yield
+    finally:
+        torch.set_default_dtype(dtype)
+
+
+def _number(name: str, value: Any) -> float:
+    """A number, also where it came as text (over HTTP)."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if isinstance(value, bool) or math.isnan(number):
+        raise InvalidParameterError(f"{name} must be a number, got {value!r}.")
+    return number
+
+
+def _budget(value: Any) -> Any:
+    return value if isinstance(value, dict) else _number("experts_per_token", value)

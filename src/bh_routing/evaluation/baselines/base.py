@@ -1,0 +1,149 @@
+"""What the rules share: scores of the router's own choice in order, a count, and the solver for a budget.
+
+Shape legend: T tokens, E experts, K slots of the router's own choice.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ...decision.select import Kept
+from ...decision.types import RoutingDecision
+from ...errors import BudgetError
+from ...policies import RoutingContext, RoutingPolicy
+from ...stats.pvalues import at_least_float32
+from ...stats.statistic import LOG_SCORES
+
+if TYPE_CHECKING:
+    from ..routing_log import RoutingLog
+
+
+class Ordered(NamedTuple):
+    """A router's own choice by descending score (ties by slot): ``scores_TK``, and ``order_TK``, the slots."""
+
+    scores_TK: Tensor
+    order_TK: Tensor
+
+
+class Baseline(RoutingPolicy):
+    """A rule over the routing scores of the router's own choice.
+
+    Class attributes
+    ----------------
+    source : str
+        Where the rule was published.
+    inspired : str
+        In what it differs from the published rule; empty if in nothing.
+    """
+
+    source: ClassVar[str] = ""
+    inspired: ClassVar[str] = ""
+
+    @abstractmethod
+    def keep(self, own: Ordered, logits_TE: Tensor, context: RoutingContext) -> Tensor:
+        """Which of the ordered slots to keep, bool [T, K]; at least one for every token."""
+
+    def decide(
+        self, logits_TE: Tensor, own_weights_TK: Tensor, own_experts_TK: Tensor, context: RoutingContext
+    ) -> RoutingDecision:
+        kept = self.choose(logits_TE, own_experts_TK, context)
+        return self.shrink(kept, logits_TE, own_weights_TK, own_experts_TK, context)
+
+    def choose(self, logits_TE: Tensor, own_experts_TK: Tensor, context: RoutingContext) -> Kept:
+        """What is kept of the router's own slots, before the weights."""
+        scores_TK = own_scores(logits_TE, own_experts_TK, context)
+        scores_TK, order_TK = scores_TK.sort(dim=-1, descending=True, stable=True)
+        keep_TK = self.keep(Ordered(scores_TK, order_TK), logits_TE, context)
+        counts_T = keep_TK.sum(-1)
+        return Kept(torch.zeros_like(keep_TK).scatter(-1, order_TK, keep_TK), counts_T, counts_T)
+
+
+def own_scores(logits_TE: Tensor, own_experts_TK: Tensor, context: RoutingContext) -> Tensor:
+    """Routing scores (softmax probabilities over all E, or sigmoids) of the router's own choice, [T, K]."""
+    log_TE = LOG_SCORES[context.score](at_least_float32(logits_TE))
+    return log_TE.gather(-1, own_experts_TK).exp()
+
+
+def first(counts_T: Tensor, num: int) -> Tensor:
+    """The first so many slots of each token, at least one, bool [T, num]."""
+    return torch.arange(num, device=counts_T.device) < counts_T.clamp(1, num).unsqueeze(-1)
+
+
+def mean_experts(policy: RoutingPolicy, log: RoutingLog) -> float:
+    """Mean number of experts that a policy keeps on recorded routing, over tokens and layers."""
+    policy.bind(log.contexts)
+    total = 0.0
+    for context in log.contexts:
+        decision = policy.decide(*log.layer(context.index), context)
+        total += float(decision.counts_T.double().mean())
+    return total / len(log.contexts)
+
+
+def solve(
+    make: Callable[[float], RoutingPolicy],
+    log: RoutingLog,
+    budget: float,
+    low: float,
+    high: float,
+    what: str,
+) -> RoutingPolicy:
+    """The policy ``make(x)``, low <= x <= high, whose mean number of experts is nearest to a budget.
+
+    Parameters
+    ----------
+    make : callable
+        From the parameter to the policy; the mean must be monotone in it, in either direction.
+    log : RoutingLog
+        Recorded routing that the mean is taken over.
+    what : str
+        The rule and its parameter, for the error.
+
+    Raises
+    ------
+    BudgetError
+        If no value comes within 2 % of the budget; it tells what is reachable.
+    """
+
+    def mean(x: float) -> float:
+        return mean_experts(make(x), log)
+
+    ends = {low: mean(low), high: mean(high)}
+    if ends[low] > ends[high]:
+        low, high = high, low  # from here on: the mean rises from low to high
+    tolerance = 0.02 * abs(budget)
+    least, most = ends[low], ends[high]
+    if not least - tolerance <= budget <= most + tolerance:
+        raise BudgetError(
+            f"no value of {what} selects {budget:g} experts per token on average: {least:.3g} to {most:.3g} are "
+            "reachable on the calibration text; change the budget."
+        )
+    for _ in range(40):
+        if abs(most - budget) <= 0.002 * budget or abs(least - budget) <= 0.002 * budget:
+            break
+        middle = (low + high) / 2
+        value = mean(middle)
+        if value < budget:
+            low, least = middle, value
+        else:
+            high, most = middle, value
+    x, reached = (low, least) if budget - least < most - budget else (high, most)
+    if abs(reached - budget) > tolerance:
+        raise BudgetError(
+            f"no value of {what} comes within 2 % of {budget:g} experts per token: the mean jumps from "
+            f"{least:.4g} to {most:.4g} on the calibration text; change the budget."
+        )
+    return make(x)
+
+
+def check_budget(budget: float, most: float, what: str) -> float:
+    """The budget as a float, or `BudgetError` unless it lies between one expert and the router's own number."""
+    if not 1.0 <= budget <= most:
+        raise BudgetError(
+            f"{what} can keep 1 to {most:g} experts per token on average, got a budget of {budget:g}."
+        )
+    return float(budget)

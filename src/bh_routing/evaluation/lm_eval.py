@@ -1,0 +1,169 @@
+"""lm-evaluation-harness: the model name ``bh-routing``, a model under a routing policy.
+
+`register` makes the name known; then::
+
+    lm_eval.simple_evaluate("bh-routing", model_args={"pretrained": "olmoe-nano", "policy": "bh:experts=4"},
+                            tasks=["hellaswag"])
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+from ..errors import DatasetError, InvalidParameterError, MissingDependencyError
+
+NAME = "bh-routing"
+
+
+@lru_cache(maxsize=1)
+def register() -> type:
+    """Make the name ``bh-routing`` known to lm-evaluation-harness; returns its model class.
+
+    ``model_args``: ``pretrained`` (what `bh_routing.cli.loading.load_model` takes, or a loaded model with its
+    ``tokenizer``), ``policy``, ``calibration`` (a file; default: the one that comes with a bundled model, ``none``
+    for none), ``device``, ``dtype``, and those of lm-evaluation-harness' own ``hf``. The model stays patched until
+    ``unpatch`` is called on the object.
+
+    Raises
+    ------
+    MissingDependencyError
+        Without lm-evaluation-harness.
+    """
+    try:
+        import lm_eval.models  # noqa: F401 - fills the registry, which would stay without its own names
+        from lm_eval.api.registry import register_model
+        from lm_eval.models.huggingface import HFLM
+    except ImportError as error:
+        raise MissingDependencyError(
+            f"lm-evaluation-harness is needed and cannot be imported ({error}); pip install 'lm_eval[hf]'."
+        ) from error
+
+    @register_model(NAME)
+    class BHRoutingLM(HFLM):  # type: ignore[misc, valid-type, unused-ignore]
+        """A transformers model under a routing policy."""
+
+        def __init__(
+            self,
+            pretrained: Any,
+            policy: str = "full",
+            calibration: str | None = None,
+            tokenizer: Any = None,
+            device: str | None = None,
+            dtype: str = "auto",
+            **settings: Any,
+        ) -> None:
+            from ..calibration.calibration import Calibration
+            from ..cli.loading import default_calibration, load_model
+            from .specs import make_routing, parse_policy
+            from .workbench import Workbench
+
+            spec = parse_policy(policy)
+            if isinstance(pretrained, str):
+                path = default_calibration(pretrained) if calibration is None else calibration
+                pretrained, tokenizer = load_model(pretrained, device=device or "auto", dtype=dtype)
+            else:
+                path = calibration
+            held = None if path in (None, "none") else Calibration.load(path)
+            self.routing = make_routing(spec, Workbench(pretrained, held))
+            super().__init__(pretrained=pretrained, tokenizer=tokenizer, **settings)
+            self.routing.patch_model()
+
+        def unpatch(self) -> None:
+            """Restore the model."""
+            self.routing.unpatch_model()
+
+        def get_model_info(self) -> dict[str, Any]:
+            """As in ``hf``, with the policy and the experts that it kept so far."""
+            return super().get_model_info() | {"routing": self.routing.get_routing_stats()}
+
+    return BHRoutingLM
+
+
+def evaluate(
+    model: Any,
+    tokenizer: Any,
+    policies: Sequence[str],
+    tasks: Sequence[str],
+    *,
+    calibration: Any = None,
+    include_path: str | None = None,
+    limit: int | None = None,
+    num_fewshot: int | None = None,
+    batch_size: int = 8,
+    seed: int = 0,
+) -> list[dict[str, Any]]:
+    """Run tasks of lm-evaluation-harness under several policies of one model.
+
+    Parameters
+    ----------
+    calibration : path, optional
+    include_path : str, optional
+        A folder of one's own task files.
+
+    Returns
+    -------
+    list of dict
+        Per policy: ``policy``, ``mean_experts_per_token`` and ``results``, {task: {metric: value}}.
+
+    Raises
+    ------
+    InvalidParameterError
+        For a task that does not exist.
+    DatasetError
+        If a task's data cannot be read.
+    """
+    made = register()
+    from lm_eval import simple_evaluate
+    from lm_eval.tasks import TaskManager
+
+    manager = TaskManager(include_path=include_path)
+    known = set(manager.all_tasks)
+    if unknown := [task for task in tasks if task not in known]:
+        raise InvalidParameterError(
+            f"lm-evaluation-harness knows no task {unknown[0]!r}; give a folder of task files with --include-path, "
+            "or see `lm-eval ls tasks`."
+        )
+    rows = []
+    for policy in policies:
+        wrapped = made(
+            pretrained=model,
+            tokenizer=tokenizer,
+            policy=policy,
+            calibration=calibration,
+            batch_size=batch_size,
+        )
+        try:
+            found = simple_evaluate(
+                wrapped,
+                tasks=list(tasks),
+                task_manager=manager,
+                limit=limit,
+                num_fewshot=num_fewshot,
+                bootstrap_iters=0,
+                random_seed=seed,
+                numpy_random_seed=seed,
+                torch_random_seed=seed,
+                fewshot_random_seed=seed,
+                log_samples=False,
+            )
+            mean = wrapped.routing.telemetry.mean_experts_per_token
+        except (OSError, ConnectionError) as error:
+            reason = " ".join(str(error).split())[:200].rstrip(".")
+            raise DatasetError(
+                f"the data of {', '.join(tasks)} cannot be read, got {type(error).__name__}: {reason}; check the "
+                "network, or give a task file of local data with --include-path."
+            ) from error
+        finally:
+            wrapped.unpatch()
+        results = {
+            task: {
+                key.removesuffix(",none"): value
+                for key, value in found["results"][task].items()
+                if isinstance(value, float) and "stderr" not in key
+            }
+            for task in found["results"]
+        }
+        rows.append({"policy": policy, "mean_experts_per_token": mean, "results": results})
+    return rows

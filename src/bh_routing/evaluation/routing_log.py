@@ -1,0 +1,282 @@
+"""A record of routing: what the routers of a model said and chose for a sample of tokens.
+
+Shape legend: N tokens, L routed layers, E experts, K slots of the router's own choice (-1 pads a narrower layer).
+
+`RoutingLog` is what ``bh-routing record`` writes, what the analysis notebook reads, and what budgets are solved on.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from ..errors import CalibrationError, InvalidInputError, RecordError
+from ..policies import RoutingContext
+from ..stats.pvalues import at_least_float32
+from ..stats.statistic import LOG_SCORES
+
+if TYPE_CHECKING:
+    from ..calibration.calibration import Calibration
+
+FORMAT, FORMAT_VERSION = "bh-routing record", 1
+_CONTEXT = ("path", "index", "num_experts", "empty", "top_k", "convention", "score", "scale")
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class RoutingLog:
+    """Router logits, choices and weights of a sample of tokens.
+
+    Attributes
+    ----------
+    contexts : tuple of RoutingContext
+        The routers, in order.
+    logits_NLE : Tensor
+        Router logits, float16 or wider.
+    experts_NLK : Tensor
+        int16 or int64, the model's own choice, -1 where a layer has fewer slots than the widest.
+    weights_NLK : Tensor
+        The model's own weights, 0 there.
+    tokens_N, positions_N : Tensor or None
+        Token ids, and positions within their window.
+    model_id : str
+    """
+
+    contexts: tuple[RoutingContext, ...]
+    logits_NLE: Tensor
+    experts_NLK: Tensor
+    weights_NLK: Tensor
+    tokens_N: Tensor | None = None
+    positions_N: Tensor | None = None
+    model_id: str = ""
+
+    @property
+    def num(self) -> int:
+        """Tokens, N."""
+        return self.logits_NLE.shape[0]
+
+    def layer(self, index: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Logits float32 [N, E], own weights [N, K] and own experts int64 [N, K] of one layer."""
+        top = self.contexts[index].top_k
+        return (
+            self.logits_NLE[:, index].float(),
+            self.weights_NLK[:, index, :top].float(),
+            self.experts_NLK[:, index, :top].long(),
+        )
+
+    def score_ratios(self) -> list[Tensor]:
+        """Per layer, the routing scores of the own choice over the largest, descending, float32 [N, K]."""
+        ratios = []
+        for context in self.contexts:
+            logits_NE, _, own_NK = self.layer(context.index)
+            log_NK = LOG_SCORES[context.score](at_least_float32(logits_NE)).gather(-1, own_NK)
+            log_NK = log_NK.sort(-1, descending=True).values
+            ratios.append((log_NK - log_NK[:, :1]).exp())
+        return ratios
+
+    @classmethod
+    def from_calibration(cls, calibration: Calibration) -> RoutingLog:
+        """The tokens that a calibration kept, with weights made anew from their logits.
+
+        Raises
+        ------
+        CalibrationError
+            If it kept none.
+        """
+        reservoir = calibration.reservoir
+        if reservoir is None or reservoir.num == 0:
+            raise CalibrationError(
+                "a budget is solved on the calibration's tokens, and this calibration holds none; calibrate "
+                "again with a reservoir."
+            )
+        contexts = tuple(
+            RoutingContext(
+                path=layer.path,
+                index=i,
+                num_experts=calibration.num_experts,
+                empty=calibration.num_experts,
+                top_k=layer.top_k,
+                convention=layer.convention,  # type: ignore[arg-type]
+                score=layer.score,
+            )
+            for i, layer in enumerate(calibration.layers)
+        )
+        weights = torch.zeros(reservoir.experts_NLK.shape)
+        for context in contexts:
+            own_NK = reservoir.experts_NLK[:, context.index, : context.top_k].long()
+            log_NE = LOG_SCORES[context.score](reservoir.logits_NLE[:, context.index].float())
+            own = log_NE.gather(-1, own_NK).exp()
+            if context.convention == "renormalised":
+                own = own / own.sum(-1, keepdim=True)
+            weights[:, context.index, : context.top_k] = own
+        return cls(
+            contexts=contexts,
+            logits_NLE=reservoir.logits_NLE,
+            experts_NLK=reservoir.experts_NLK,
+            weights_NLK=weights,
+            model_id=calibration.model_id,
+        )
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the record as safetensors, to a temporary name first."""
+        from .._files import write_atomically
+
+        tensors = {
+            "logits": self.logits_NLE.contiguous(),
+            "experts": self.experts_NLK.contiguous(),
+            "weights": self.weights_NLK.contiguous(),
+        }
+        for name, tensor in (("tokens", self.tokens_N), ("positions", self.positions_N)):
+            if tensor is not None:
+                tensors[name] = tensor.contiguous()
+        header = {
+            "model_id": self.model_id,
+            "layers": [{name: getattr(c, name) for name in _CONTEXT} for c in self.contexts],
+        }
+        metadata = {"format": FORMAT, "format_version": str(FORMAT_VERSION), "header": json.dumps(header)}
+        write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata))
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> RoutingLog:
+        """Read a record.
+
+        Raises
+        ------
+        RecordError
+            If the file is damaged, or no record of this version.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise RecordError(f"expected a record of routing, got {path}, which is no file.")
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError) as error:
+            raise RecordError(f"{path} is damaged: expected safetensors, got {error}.") from error
+        if metadata.get("format") != FORMAT or metadata.get("format_version") != str(FORMAT_VERSION):
+            raise RecordError(
+                f"expected a record of routing of version {FORMAT_VERSION} in {path}, got "
+                f"{metadata.get('format', 'another file')!r} {metadata.get('format_version', '')}; "
+                "make one with `bh-routing record MODEL --text FILE -o FILE`."
+            )
+        header = json.loads(metadata["header"])
+        return cls(
+            contexts=tuple(RoutingContext(**layer) for layer in header["layers"]),
+            logits_NLE=tensors["logits"],
+            experts_NLK=tensors["experts"],
+            weights_NLK=tensors["weights"],
+            tokens_N=tensors.get("tokens"),
+            positions_N=tensors.get("positions"),
+            model_id=header["model_id"],
+        )
+
+    def __repr__(self) -> str:
+        num_experts = self.logits_NLE.shape[-1]
+        return (
+            f"RoutingLog({self.model_id or 'a model'}: {self.num:,} tokens, {len(self.contexts)} layers x "
+            f"{num_experts} experts)"
+        )
+
+
+def record(
+    model: nn.Module,
+    windows: Sequence[Tensor],
+    *,
+    max_tokens: int = 8192,
+    model_id: str = "",
+    dtype: torch.dtype = torch.float16,
+    step: Callable[[], None] = lambda: None,
+) -> RoutingLog:
+    """Record a model's own routing on token windows. The model routes as always.
+
+    Parameters
+    ----------
+    windows : sequence of Tensor
+        Token ids [1, S] (`bh_routing.evaluation.cut_windows`).
+    max_tokens : int
+        Keep at most so many tokens, evenly spread over all that the windows hold.
+    dtype : torch.dtype
+        Of the logits and weights kept.
+    step : callable
+        Called after every window.
+
+    Raises
+    ------
+    InvalidInputError
+        If there is no token, or a router saw another number of them.
+    """
+    from ..patching import make_plan, watch
+
+    plan = make_plan(model)
+    slots = max(c.top_k for c in plan.contexts)
+    total = sum(w.numel() for w in windows)
+    if not total:
+        raise InvalidInputError("expected at least one token to record, got none.")
+    stride = max(1, -(-total // max_tokens))
+    logits: list[Tensor] = []
+    experts: list[Tensor] = []
+    weights: list[Tensor] = []
+    tokens: list[Tensor] = []
+    positions: list[Tensor] = []
+    seen: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
+
+    def on_choice(layer: Any, logits_TE: Tensor, own_weights_TK: Tensor, own_TK: Tensor, _mask: Any) -> None:
+        seen[layer.path] = (logits_TE, own_weights_TK, own_TK)
+
+    offset = 0
+    device = next(model.parameters()).device
+    for window in windows:
+        num = window.numel()
+        picked = torch.arange((-offset) % stride, num, stride)
+        offset += num
+        if len(picked):
+            with torch.inference_mode(), watch(plan, on_choice):
+                model(input_ids=window.to(device), use_cache=False)
+            rows = [seen[c.path] for c in plan.contexts]
+            for part in rows:
+                if part[0].shape[0] != num:
+                    raise InvalidInputError(
+                        f"a router saw {part[0].shape[0]} of {num} tokens; this model cannot be recorded."
+                    )
+            pads = [slots - c.top_k for c in plan.contexts]
+            where = picked.to(device)
+            logits.append(torch.stack([r[0][where].to("cpu", dtype) for r in rows], 1))
+            weights.append(
+                torch.stack(
+                    [
+                        nn.functional.pad(r[1][where].to("cpu", dtype), (0, p))
+                        for r, p in zip(rows, pads, strict=True)
+                    ],
+                    1,
+                )
+            )
+            experts.append(
+                torch.stack(
+                    [
+                        nn.functional.pad(r[2][where].to("cpu", torch.int16), (0, p), value=-1)
+                        for r, p in zip(rows, pads, strict=True)
+                    ],
+                    1,
+                )
+            )
+            tokens.append(window.flatten()[picked].cpu())
+            positions.append(picked)
+        step()
+    return RoutingLog(
+        contexts=tuple(plan.contexts),
+        logits_NLE=torch.cat(logits),
+        experts_NLK=torch.cat(experts),
+        weights_NLK=torch.cat(weights),
+        tokens_N=torch.cat(tokens),
+        positions_N=torch.cat(positions),
+        model_id=model_id,
+    )

@@ -1,0 +1,58 @@
+"""The statistic: how strongly the router calls for an expert, and the table of thresholds on it.
+
+Shape legend: T tokens, E experts, L routed layers.
+
+The base statistic x is the router logit ("logit") or the log of the routing score ("logprob"), after the
+logits were divided by the temperature. The statistic is s = scale * x + offset, one affine map per (layer,
+expert); "contribution" is the log score plus the log of the expert's calibrated size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn.functional import log_softmax, logsigmoid, softplus
+
+from ..errors import InvalidParameterError
+from .pvalues import at_least_float32
+
+STATISTICS = ("logit", "logprob", "contribution")
+
+
+# How a family turns router logits into the score that weighs an expert's output; log-scores, [T, E] -> [T, E].
+LOG_SCORES: dict[str, Callable[[Tensor], Tensor]] = {
+    "softmax": lambda x: log_softmax(x, -1),
+    "sigmoid": logsigmoid,
+    "sqrtsoftplus": lambda x: 0.5 * softplus(x).log(),
+    "probability": lambda x: x.clamp_min(torch.finfo(x.dtype).tiny).log(),  # what is recorded is a score
+}
+
+
+def check_statistic(statistic: str) -> None:
+    """Raise `InvalidParameterError` for an unknown statistic."""
+    if statistic not in STATISTICS:
+        raise InvalidParameterError(
+            f"unknown statistic {statistic!r}; expected one of {', '.join(STATISTICS)}."
+        )
+
+
+def base_statistic(logits_TE: Tensor, statistic: str, score: str, temperature: float = 1.0) -> Tensor:
+    """The statistic before its scale and offset, [T, E], float32 at least.
+
+    ``logit``: logits / temperature. ``logprob`` and ``contribution``: the log of the score (`LOG_SCORES`) of
+    logits / temperature.
+    """
+    x_TE = at_least_float32(logits_TE)
+    if temperature != 1.0:
+        x_TE = x_TE / temperature
+    return x_TE if statistic == "logit" else LOG_SCORES[score](x_TE)
+
+
+def affine_statistic(base: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
+    """s = scale * x + offset in float32: the one place where it is rounded.
+
+    Thresholds are found for these float32 values, so that comparing with them says what the p-values say.
+    """
+    return base.float() * scale + offset

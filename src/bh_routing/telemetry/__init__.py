@@ -1,0 +1,1 @@
+"""What was counted: counters on the device, and figures made of them."""
