@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from bh_routing.decision.table import smallest_passing
 from bh_routing.errors import CalibrationError, InvalidParameterError
 from bh_routing.stats.histogram import BINS_PER_UNIT, Histogram, PooledCounts, bin_index, pool_counts
-from bh_routing.stats.kde import KERNELS, isj_bandwidth, kde_null, silverman_bandwidth
-from bh_routing.stats.nulls import ESTIMATORS, GridNull, empirical_null, fit_null
+from bh_routing.stats.kde import KERNELS, isj_bandwidth, silverman_bandwidth
+from bh_routing.stats.nulls import ESTIMATORS, GridNull, empirical_null, fit_null, kde_null
 
 N = 20_000
 
