@@ -9,12 +9,14 @@ into src/bh_routing/models/families.json (other versions in there stay) and rend
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from bh_routing.models.families import RECORD, Family, families, row, version_key
+from bh_routing.models.families import COLUMNS, RECORD, cells, record, version_key
 from bh_routing.patching.discovery import REFUSED
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -34,6 +36,31 @@ CHECKS = {
     "grouped_products": "the arithmetic of GPUs, run on the CPU, on memory full of NaN",
     "router_calls": "every router decides once per forward",
 }
+
+
+# A family has a class of experts, or records router logits of one of its classes.
+EXPERTS = re.compile(r"^@use_experts_implementation|^class \w*Experts\(", re.MULTILINE)
+RECORDER = re.compile(r"[\"']router_logits[\"']: *\[?\s*OutputRecorder\((\w+)")
+
+
+def scan(root: Path | None = None) -> dict[str, str]:
+    """{family: router class, "-" where none is recorded} of every Mixture-of-Experts family in transformers' sources.
+
+    Found by structure, without importing any model; ``root`` is transformers' folder of models (default: the
+    installed one).
+    """
+    if root is None:
+        spec = importlib.util.find_spec("transformers")
+        assert spec is not None, "transformers is not installed"
+        assert spec.origin is not None
+        root = Path(spec.origin).parent / "models"
+    found: dict[str, str] = {}
+    for path in sorted(root.glob("*/modeling_*.py")):
+        text = path.read_text(encoding="utf-8")
+        recorded = RECORDER.search(text)
+        if EXPERTS.search(text) or recorded:
+            found.setdefault(path.parent.name, recorded.group(1) if recorded else "-")
+    return found
 
 
 def summary(name: str, found: dict[str, Any]) -> dict[str, Any]:
@@ -74,9 +101,7 @@ def render(recorded: dict[str, dict[str, dict[str, Any]]]) -> str:
     """The generated part of the page."""
     versions = sorted(recorded, key=version_key)
     newest = recorded[versions[-1]]
-    names = {
-        name: found.get("router", "-") for version in versions for name, found in recorded[version].items()
-    }
+    names = {name: found for version in versions for name, found in recorded[version].items()}
     lines = []
     for version in versions:
         counts = Counter(found["status"] for found in recorded[version].values())
@@ -87,12 +112,11 @@ def render(recorded: dict[str, dict[str, dict[str, Any]]]) -> str:
         )
     lines.append("")
     body = []
-    rows: list[Family] = families(names, recorded, versions[-1])
-    for family in rows:
-        cells = row(family)
-        states = [recorded[version].get(family.name, {}).get("status", "-") for version in versions]
-        body.append([f"`{cells[0]}`", f"`{cells[1]}`" if cells[1] != "-" else "-", *cells[2:7], *states])
-    header = ["family", "router", "scoring", "weights", "shrink", "widen", "skip", *versions]
+    for name, found in sorted(names.items()):
+        family, router, *others, _ = cells(name, found)
+        states = [recorded[version].get(name, {}).get("status", "-") for version in versions]
+        body.append([f"`{family}`", f"`{router}`" if router != "-" else "-", *others, *states])
+    header = [*COLUMNS[:-1], *versions]
     lines += table(header, body)
     lines += [
         "",
@@ -124,7 +148,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("results", nargs="*", type=Path, metavar="FILE")
     args = parser.parse_args()
-    recorded = json.loads(RECORD.read_text(encoding="utf-8")) if RECORD.exists() else {}
+    recorded = record()
     for path in args.results:
         result = json.loads(path.read_text(encoding="utf-8"))
         if len(result["families"]) < 50:

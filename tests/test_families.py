@@ -1,21 +1,18 @@
-"""The table of model families: what is found, what was tested, and how the two are joined."""
+"""The table of model families: what the script finds, what was tested, and what the command prints."""
 
 from __future__ import annotations
+
+import sys
+from importlib import metadata
+from pathlib import Path
 
 import pytest
 
 from bh_routing.cli import main
-from bh_routing.models.families import (
-    COLUMNS,
-    Family,
-    families,
-    installed_version,
-    record,
-    row,
-    scan,
-    table,
-    version_key,
-)
+from bh_routing.models.families import COLUMNS, families, record, version_key
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
+from families_table import scan
 
 NEW = """
 @use_experts_implementation
@@ -47,52 +44,33 @@ def test_scan_finds_families_by_structure(tmp_path):
     assert scan(tmp_path) == {"listed": "ListedRouter", "new": "NewTopKRouter", "older": "-"}
 
 
-def test_a_new_family_is_listed_as_untested():
-    (found,) = families({"new": "NewTopKRouter"}, RECORD, "5.30.0")
-    assert (found.name, found.router, found.status) == ("new", "NewTopKRouter", "untested")
-    assert found.note == "not in any transformers version that was tested"
-
-
 @pytest.mark.parametrize(
-    ("version", "status", "versions"),
+    ("version", "nearest", "status"),
     [
-        ("5.16.1", "refused", ("5.16.1",)),
-        ("5.20.0", "refused", ("5.16.1",)),
-        ("5.23.0", "tested", ("5.23.0",)),
-        ("6.0", "tested", ("5.23.0",)),
-        ("5.2", "refused", ("5.16.1",)),
+        ("5.16.1", "5.16.1", "refused"),
+        ("5.20.0", "5.16.1", "refused"),
+        ("5.23.0", "5.23.0", "tested"),
+        ("6.0", "5.23.0", "tested"),
+        ("5.2", "5.16.1", "refused"),
     ],
 )
-def test_the_nearest_tested_version_counts(version, status, versions):
-    (found,) = families({"old": "OldRouter"}, RECORD, version)
-    assert (found.status, found.versions) == (status, versions)
+def test_the_nearest_tested_version_counts(version, nearest, status):
+    found, known = families(version, RECORD)
+    assert found == nearest
+    assert known["old"]["status"] == status
+    assert ("gone" in known) == (nearest == "5.23.0")
 
 
 def test_version_key_sorts_numbers_as_numbers():
     assert sorted(["5.23.0", "5.9.1", "5.16.1"], key=version_key) == ["5.9.1", "5.16.1", "5.23.0"]
 
 
-def test_table():
-    text = table(
-        [
-            Family(name="a", scoring="sigmoid*", status="tested", versions=("1", "2")),
-            Family(name="bb", note="why"),
-        ]
-    )
-    lines = text.splitlines()
-    assert lines[0].split() == list(COLUMNS)
-    assert lines[2].split() == ["a", "-", "sigmoid*", "-", "-", "-", "-", "tested", "1,", "2"]
-    assert lines[3].endswith("untested")
-    assert lines[-1] == "bb: why"
-    assert len(row(Family(name="a"))) == len(COLUMNS)
-
-
 def test_every_family_of_the_installed_version_is_recorded():
     """For the versions at both ends, which the conformance suite ran; others may have families more."""
     recorded = record()
     assert {"5.16.1", "5.23.0"} <= set(recorded)
-    if installed_version() in recorded:
-        assert set(scan()) == set(recorded[installed_version()])
+    if metadata.version("transformers") in recorded:
+        assert set(scan()) == set(recorded[metadata.version("transformers")])
     for fields in recorded["5.23.0"].values():
         assert fields["status"] in ("tested", "refused")
     assert sum(fields["status"] == "tested" for fields in recorded["5.23.0"].values()) >= 62
@@ -100,12 +78,31 @@ def test_every_family_of_the_installed_version_is_recorded():
 
 def test_command(capsys):
     assert main(["families", "olmo"]) == 0
-    out = capsys.readouterr().out
-    assert out.splitlines()[0].split() == list(COLUMNS)
-    assert "OlmoeTopKRouter" in out
-    assert "FlexOlmoTopKRouter" in out
-    assert "Mixtral" not in out
-    assert f"2 families in transformers {installed_version()}, 2 of them tested." in out
+    header, rule, *rows = capsys.readouterr().out.splitlines()
+    assert header.split() == list(COLUMNS)
+    assert set(rule) == {"-", " "}
+    flex, plain = (row.split() for row in rows[:2])
+    assert flex == [
+        "flex_olmo",
+        "FlexOlmoTopKRouter",
+        "softmax",
+        "by",
+        "norm_topk_prob",
+        *["yes"] * 3,
+        "tested",
+    ]
+    assert plain[:2] == ["olmoe", "OlmoeTopKRouter"]
+    said = " ".join(rows[2:])
+    assert said.split(" with ")[0].strip() == "2 families, 2 of them tested,"
+    assert f"({metadata.version('transformers')} is installed). `make conformance` in a checkout" in said
+
+
+def test_command_says_why_a_family_is_refused(capsys):
+    assert main(["families", "switch"]) == 0
+    assert (
+        "\nswitch_transformers: it routes every token to one expert with a capacity limit\n"
+        in capsys.readouterr().out
+    )
 
 
 def test_command_with_an_unknown_name(capsys):

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import sys
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))  # for families_table
 
 PROPERTIES = ("router", "scoring", "weights", "widen", "skip")
 
@@ -26,7 +30,7 @@ class Record:
     """Collects outcomes and properties per family and writes them at the end."""
 
     def __init__(self, path: Path) -> None:
-        from bh_routing.models.families import scan
+        from families_table import scan
 
         self.path, self.found = path, scan()
         self.families: dict[str, dict[str, Any]] = {}
@@ -48,8 +52,8 @@ class Record:
             held["skipped"][label] = report.longrepr[2].removeprefix("Skipped: ")
 
     def pytest_sessionfinish(self) -> None:
-        from bh_routing.models.families import installed_version
-
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        text = json.dumps({"transformers": installed_version(), "families": self.families}, indent=1)
+        text = json.dumps(
+            {"transformers": metadata.version("transformers"), "families": self.families}, indent=1
+        )
         self.path.write_text(text + "\n", encoding="utf-8")

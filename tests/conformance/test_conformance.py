@@ -10,11 +10,13 @@ import copy
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
+from importlib import metadata
 from typing import Any
 
 import pytest
 import torch
 from expected_contracts import CONTRACTS, REFUSED, ROUTES_INSIDE_BEFORE, SAMPLE
+from families_table import scan
 from tiny_models import build
 from torch import Tensor, nn
 
@@ -24,7 +26,7 @@ from bh_routing.decision.select import Kept
 from bh_routing.decision.table import DecisionTable
 from bh_routing.decision.types import RoutingDecision
 from bh_routing.errors import CalibrationWarning, InvalidParameterError, UnsupportedModelError
-from bh_routing.models.families import installed_version, scan, version_key
+from bh_routing.models.families import version_key
 from bh_routing.patching import PatchPlan, make_plan
 from bh_routing.patching import experts as skip_aware
 from bh_routing.patching.expert_math import grouped_forward
@@ -32,7 +34,7 @@ from bh_routing.patching.experts import uses_registry
 from bh_routing.policies import RoutingContext, RoutingPolicy, TablePolicy, TopKPolicy
 
 FOUND = sorted(scan())
-VERSION = version_key(installed_version())
+VERSION = version_key(metadata.version("transformers"))
 OLD = {family for family, version in ROUTES_INSIDE_BEFORE.items() if version > VERSION}
 
 

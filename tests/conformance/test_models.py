@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from families_table import scan
 from test_conformance import EvenExperts, distance, ids, masked_by_hooks, patched, run, snapshot
 from tiny_models import RECIPES, build, enliven, modules, tiny_config
 from torch import Tensor, nn
@@ -15,7 +16,6 @@ from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
 
 from bh_routing import BHRoutingIntegration, RoutingIntegration
 from bh_routing.errors import NoRoutersError, UnsupportedModelError
-from bh_routing.models.families import scan
 from bh_routing.patching import make_plan
 from bh_routing.patching.apply import skip_mode
 from bh_routing.policies import TopKPolicy

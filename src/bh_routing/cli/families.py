@@ -1,26 +1,45 @@
-"""Print the model families of the installed transformers, and what is supported in each."""
+"""Print the model families of transformers that were tested, and what is supported in each."""
 
 from __future__ import annotations
 
 import argparse
+from importlib import metadata
 
 from . import common
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("family", nargs="?", metavar="NAME", help="only families whose name contains NAME")
+    parser.add_argument(
+        "family", nargs="?", default="", metavar="NAME", help="only families with NAME in theirs"
+    )
 
 
 def run(args: argparse.Namespace) -> None:
-    from ..models.families import families, installed_version, table
+    from ..models.families import COLUMNS, cells, families
 
-    rows = [family for family in families() if args.family is None or args.family in family.name]
-    if not rows:
+    installed = metadata.version("transformers")
+    version, known = families(installed)
+    found = {name: fields for name, fields in known.items() if args.family in name}
+    if not found:
         raise common.InvalidParameterError(
-            f"no Mixture-of-Experts family of transformers {installed_version()} has {args.family!r} in its name; "
+            f"no Mixture-of-Experts family of transformers {version} has {args.family!r} in its name; "
             "`bh-routing families` lists them all."
         )
-    print(table(rows))
+    lines = [COLUMNS, *(cells(name, fields) for name, fields in found.items())]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    lines.insert(1, ["-" * width for width in widths])
+    for line in lines:
+        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
     print()
-    tested = sum(family.status == "tested" for family in rows)
-    common.print_text(f"{len(rows)} families in transformers {installed_version()}, {tested} of them tested.")
+    if any("*" in fields.get("scoring", "") for fields in found.values()):
+        print("* something beside that score takes part in the selection (a bias, groups, a factor)\n")
+    for name, fields in found.items():
+        if fields["note"]:
+            print(f"{name}: {fields['note']}")
+    if any(fields["note"] for fields in found.values()):
+        print()
+    tested = sum(fields["status"] == "tested" for fields in found.values())
+    common.print_text(
+        f"{len(found)} families, {tested} of them tested, with transformers {version} ({installed} is installed). "
+        "`make conformance` in a checkout makes the table of the installed version."
+    )
