@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from bh_routing.cli.loading import default_calibration, load_model, resolve
-from bh_routing.errors import InvalidParameterError, ModelLoadError
+from bh_routing.errors import InvalidParameterError, MissingDependencyError, ModelLoadError
 from bh_routing.models import bundled_calibration, bundled_path
 
 
@@ -89,6 +91,44 @@ def test_hub_without_network():
     assert text.endswith("; check the id and the network, or give a folder.")
 
 
+def test_retries_are_not_told_one_by_one(monkeypatch, capfd):
+    """What huggingface_hub says when there is no network, at each of its retries."""
+
+    def unreachable(*_, **__):
+        logging.getLogger("huggingface_hub.utils._http").warning("Retrying in 1s [Retry 1/5].")
+        raise OSError("We couldn't connect.")
+
+    monkeypatch.setattr("transformers.AutoConfig.from_pretrained", unreachable)
+    assert message("allenai/no-such-model-at-all") == (
+        "expected to load a model and its tokenizer from allenai/no-such-model-at-all, got OSError: We couldn't "
+        "connect; check the id and the network, or give a folder."
+    )
+    assert capfd.readouterr() == ("", "")
+
+
+def test_spread_over_the_devices(monkeypatch):
+    asked = {}
+    original = AutoModelForCausalLM.from_pretrained
+
+    def load(*args, **options):
+        asked.update(options)
+        return original(*args, **options)
+
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", load)
+    model, _ = load_model("olmoe-nano", device="spread")
+    assert asked["device_map"] == "auto"
+    assert not model.training
+    asked.clear()
+    load_model("olmoe-nano", device="cpu")
+    assert "device_map" not in asked
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(MissingDependencyError) as caught:
+        load_model("olmoe-nano", device="spread")
+    assert str(caught.value) == (
+        "device spread needs accelerate; pip install 'bh-routing[accelerate]', or name one device."
+    )
+
+
 def test_file_instead_of_folder(folder):
     path = folder / "model.safetensors"
     assert message(path) == f"expected a model folder, got the file {path}; give the folder that it is in."
@@ -102,18 +142,25 @@ def test_no_config(folder):
     )
 
 
+def unloadable(folder, reason):
+    """The one sentence for what transformers refuses."""
+    return f"expected to load a model and its tokenizer from {folder}, got {reason}; copy the model again."
+
+
 def test_damaged_config(folder):
     (folder / "config.json").write_text("[1, 2")
-    assert message(folder) == (
-        f"{folder / 'config.json'} is damaged: expected JSON, got Expecting ',' delimiter: line 1 column 6 "
-        "(char 5); copy the model again."
+    config = folder / "config.json"
+    assert message(folder) == unloadable(
+        folder, f"OSError: It looks like the config file at '{config}' is not a valid JSON file"
     )
 
 
-def test_config_without_model_type(folder):
-    (folder / "config.json").write_text("{}")
-    assert message(folder) == (
-        f"{folder / 'config.json'} is damaged: expected a model_type in it, got none; copy the model again."
+@pytest.mark.parametrize("content", ["{}", "[1]"])
+def test_config_without_model_type(folder, content):
+    (folder / "config.json").write_text(content)
+    assert message(folder) == unloadable(
+        folder,
+        f"ValueError: Unrecognized model in {folder}. Should have a `model_type` key in its config.json",
     )
 
 
@@ -127,10 +174,17 @@ def test_unknown_model_type(folder):
 
 def test_no_weights(folder):
     (folder / "model.safetensors").unlink()
-    assert message(folder) == (
-        f"expected weights (model*.safetensors, pytorch_model*.bin) in the model folder {folder}, got none; copy the "
-        "model again."
+    text = message(folder)
+    assert text.startswith(
+        f"expected to load a model and its tokenizer from {folder}, got FileNotFoundError: "
     )
+    assert f"{folder / 'model.safetensors'}" in text
+    (folder / "model.safetensors.index.json").unlink()
+    text = message(folder)
+    assert text.startswith(
+        f"expected to load a model and its tokenizer from {folder}, got OSError: Error no file named "
+    )
+    assert text.endswith("; copy the model again.")
 
 
 @pytest.mark.parametrize("keep", [0, 100_000])
@@ -147,9 +201,29 @@ def test_truncated_weights(folder, keep):
 
 def test_no_tokenizer(folder):
     (folder / "tokenizer.json").unlink()
-    assert message(folder) == (
-        "expected a tokenizer (tokenizer.json, tokenizer.model, vocab.json, vocab.txt) in the model folder "
-        f"{folder}, got none; save the model's tokenizer there with save_pretrained."
+    text = message(folder)
+    assert text.startswith(
+        f"expected to load a model and its tokenizer from {folder}, got ValueError: Couldn't instantiate the backend tokenizer"
+    )
+    assert text.endswith("; copy the model again.")
+
+
+def test_an_empty_tokenizer_is_none(folder):
+    """What transformers makes of a folder without any tokenizer file: one that knows two words."""
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).unlink()
+    assert message(folder) == unloadable(folder, "ValueError: a tokenizer without words")
+
+
+def test_a_tokenizer_under_another_name(folder):
+    """Which files make a tokenizer is transformers' to know."""
+    (folder / "tokenizer.json").rename(folder / "tokenizer.5.0.0.json")
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    config["fast_tokenizer_files"] = ["tokenizer.5.0.0.json"]
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    assert (
+        load_model(str(folder))[1]("The old man").input_ids
+        == load_model("olmoe-nano")[1]("The old man").input_ids
     )
 
 
@@ -183,7 +257,7 @@ def test_unusable_device(device):
     with pytest.raises(InvalidParameterError) as caught:
         load_model("olmoe-nano", device=device)
     text = str(caught.value)
-    assert text.startswith("device must be auto or one usable here (cpu")
+    assert text.startswith("device must be auto, spread or one usable here (cpu")
     assert text.endswith(f"), got {device!r}.")
 
 

@@ -30,7 +30,9 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """Where and how the model is loaded: --device, --dtype, --seed."""
     group = parser.add_argument_group("model")
     group.add_argument(
-        "--device", default="auto", help="auto (a GPU where there is one), cpu, cuda, cuda:N, mps"
+        "--device",
+        default="auto",
+        help="auto (a GPU where there is one), cpu, cuda, cuda:N, mps, spread (over all, by accelerate)",
     )
     group.add_argument(
         "--dtype", default="auto", help="auto (as stored; olmoe-nano in float32), float32, bfloat16, float16"

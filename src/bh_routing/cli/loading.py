@@ -1,26 +1,26 @@
 """From what a person types to a model: a bundled name, a folder, or a hub id -> (model, tokenizer).
 
-transformers' own loader forgives much (a missing weight is filled with random numbers, a warning is logged);
-here what does not load completely is an error of one sentence.
+What is missing or damaged is transformers' to find; here it becomes an error of one sentence. What transformers
+forgives (a missing weight is filled with random numbers, a missing tokenizer is an empty one) is an error too.
 """
 
 from __future__ import annotations
 
-import json
+import importlib.util
+import logging
 import re
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from ..errors import InvalidParameterError, ModelLoadError
+from ..errors import InvalidParameterError, MissingDependencyError, ModelLoadError
 from ..models import BUNDLED, bundled_calibration, bundled_path
 
 __all__ = ["check_device", "check_dtype", "default_calibration", "load_model", "resolve"]
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-WEIGHT_FILES = ("model*.safetensors", "pytorch_model*.bin")
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 EXAMPLE_ID = "allenai/OLMoE-1B-7B-0924"
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 
@@ -41,12 +41,16 @@ def resolve(name: str) -> tuple[str, str]:
     'bundled'
     """
     if name in BUNDLED:
-        path = bundled_path(name)
-        _check_folder(path)
-        return "bundled", str(path)
+        return "bundled", str(bundled_path(name))
     path = Path(name).expanduser()
+    if name and path.is_file():
+        raise ModelLoadError(f"expected a model folder, got the file {path}; give the folder that it is in.")
     if name and path.exists():
-        _check_folder(path)
+        if not (path / "config.json").is_file():
+            raise ModelLoadError(
+                f"expected a model folder with a config.json, got {path} without one; "
+                "save a model there with save_pretrained."
+            )
         return "folder", str(path)
     if _HUB_ID.fullmatch(name) and not name.startswith("."):
         return "hub", name
@@ -61,36 +65,6 @@ def default_calibration(name: str) -> Path | None:
     return bundled_calibration(name) if name in BUNDLED else None
 
 
-def _check_folder(path: Path) -> None:
-    if not path.is_dir():
-        raise ModelLoadError(f"expected a model folder, got the file {path}; give the folder that it is in.")
-    config = path / "config.json"
-    if not config.is_file():
-        raise ModelLoadError(
-            f"expected a model folder with a config.json, got {path} without one; "
-            "save a model there with save_pretrained."
-        )
-    try:
-        settings = json.loads(config.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ModelLoadError(
-            f"{config} is damaged: expected JSON, got {error}; copy the model again."
-        ) from error
-    if not isinstance(settings, dict) or "model_type" not in settings:
-        raise ModelLoadError(
-            f"{config} is damaged: expected a model_type in it, got none; copy the model again."
-        )
-    if not any(match for pattern in WEIGHT_FILES for match in path.glob(pattern)):
-        raise ModelLoadError(
-            f"expected weights ({', '.join(WEIGHT_FILES)}) in the model folder {path}, got none; copy the model again."
-        )
-    if not any((path / file).is_file() for file in TOKENIZER_FILES):
-        raise ModelLoadError(
-            f"expected a tokenizer ({', '.join(TOKENIZER_FILES)}) in the model folder {path}, got none; "
-            "save the model's tokenizer there with save_pretrained."
-        )
-
-
 def check_dtype(dtype: str) -> str:
     """Return the name of a dtype, or raise `InvalidParameterError`."""
     if dtype not in DTYPES:
@@ -99,15 +73,23 @@ def check_dtype(dtype: str) -> str:
 
 
 def check_device(device: str) -> Any:
-    """The torch.device for a name; ``"auto"`` is the GPU where there is one.
+    """The torch.device for a name; ``"auto"`` is the GPU where there is one, None stands for ``"spread"``.
 
     Raises
     ------
     InvalidParameterError
         For a device that torch does not know or cannot use here.
+    MissingDependencyError
+        For ``"spread"`` without accelerate.
     """
     import torch
 
+    if device == "spread":
+        if importlib.util.find_spec("accelerate") is None:
+            raise MissingDependencyError(
+                "device spread needs accelerate; pip install 'bh-routing[accelerate]', or name one device."
+            )
+        return None
     usable = ["cpu"]
     if torch.cuda.is_available():
         usable += ["cuda", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
@@ -117,7 +99,7 @@ def check_device(device: str) -> Any:
         return torch.device("cuda" if "cuda" in usable else "cpu")
     if device not in usable:
         raise InvalidParameterError(
-            f"device must be auto or one usable here ({', '.join(usable)}), got {device!r}."
+            f"device must be auto, spread or one usable here ({', '.join(usable)}), got {device!r}."
         )
     return torch.device(device)
 
@@ -130,7 +112,8 @@ def load_model(name: str, *, device: str = "auto", dtype: str = "auto") -> tuple
     name : str
         ``"olmoe-nano"``, a folder, or a hub id (the only case that uses the network).
     device : str
-        ``"auto"``, ``"cpu"``, ``"cuda"``, ``"cuda:N"`` or ``"mps"``.
+        ``"auto"``, ``"cpu"``, ``"cuda"``, ``"cuda:N"``, ``"mps"``, or ``"spread"``: over all of them and what the
+        disk holds, by accelerate (``device_map="auto"``).
     dtype : str
         ``"auto"``, ``"float32"``, ``"bfloat16"`` or ``"float16"``. Auto is the dtype the weights are stored in,
         but float32 for a bundled model, which is small.
@@ -152,12 +135,21 @@ def load_model(name: str, *, device: str = "auto", dtype: str = "auto") -> tuple
     if dtype == "auto" and kind == "bundled":
         dtype = "float32"
 
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-    with _quiet(keep_downloads=kind == "hub"), _explained(name, kind):
-        tokenizer = AutoTokenizer.from_pretrained(where)
+    spread = {"device_map": "auto"} if target is None else {}
+    with _quiet(downloads=kind == "hub"), _explained(name, kind):
+        config = AutoConfig.from_pretrained(where)  # first and alone: without a network one wait is enough
+        tokenizer = AutoTokenizer.from_pretrained(where, config=config)
+        if len(tokenizer) <= len(tokenizer.all_special_tokens):
+            raise ValueError("a tokenizer without words")
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            where, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
+            where,
+            config=config,
+            dtype=dtype,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            **spread,
         )
     model, info = loaded
     for problem in ("missing_keys", "mismatched_keys", "error_msgs"):
@@ -167,7 +159,7 @@ def load_model(name: str, *, device: str = "auto", dtype: str = "auto") -> tuple
                 f"the weights of {name} do not fit its config.json: expected all of the model's weights, got "
                 f"{len(found)} {problem.replace('_', ' ')} (such as {first}); copy the model again."
             )
-    return model.to(target).eval(), tokenizer
+    return (model if target is None else model.to(target)).eval(), tokenizer
 
 
 @contextmanager
@@ -177,40 +169,39 @@ def _explained(name: str, kind: str) -> Iterator[None]:
 
     try:
         yield
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, ImportError) as error:
-        reason = " ".join(str(error).split())
-        reason = re.split(r"[.!?] ", reason)[0].rstrip(".: ")[:200]
-        if kind == "hub":
+    except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError, ImportError) as error:
+        reason, *more = re.split(r"(?<=[.!?]) ", " ".join(str(error).split()))
+        for sentence in more:  # as many as make a line or two
+            if len(reason) + len(sentence) > 250:
+                break
+            reason += " " + sentence
+        if isinstance(error, ImportError):
+            advice = "install what is missing"
+        elif kind == "hub":
             advice = "check the id and the network, or give a folder"
         else:
             advice = "copy the model again"
         raise ModelLoadError(
-            f"expected to load a model and its tokenizer from {name}, got {type(error).__name__}: {reason}; {advice}."
+            f"expected to load a model and its tokenizer from {name}, got {type(error).__name__}: "
+            f"{reason.rstrip('.: ')[:400]}; {advice}."
         ) from error
 
 
 @contextmanager
-def _quiet(*, keep_downloads: bool) -> Iterator[None]:
-    """Without transformers' progress bars and warnings; downloads stay visible on a terminal."""
-    import sys
-
+def _quiet(*, downloads: bool) -> Iterator[None]:
+    """Without progress bars, warnings and retries told one by one; downloads stay visible on a terminal."""
     from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
-    from transformers.utils import logging
+    from transformers.utils import logging as transformers_logging
 
-    level, bars, downloads = (
-        logging.get_verbosity(),
-        logging.is_progress_bar_enabled(),
-        are_progress_bars_disabled(),
-    )
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    if not (keep_downloads and sys.stderr.isatty()):
-        disable_progress_bars()
-    try:
+    with ExitStack() as restore:
+        for name in ("transformers", "huggingface_hub"):
+            logger = logging.getLogger(name)
+            restore.callback(logger.setLevel, logger.level)
+            logger.setLevel(logging.ERROR)
+        if transformers_logging.is_progress_bar_enabled():
+            restore.callback(transformers_logging.enable_progress_bar)
+        transformers_logging.disable_progress_bar()
+        if not are_progress_bars_disabled() and not (downloads and sys.stderr.isatty()):
+            restore.callback(enable_progress_bars)
+            disable_progress_bars()
         yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()
-        if not downloads:
-            enable_progress_bars()
