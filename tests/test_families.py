@@ -78,9 +78,8 @@ def test_every_family_of_the_installed_version_is_recorded():
 
 def test_command(capsys):
     assert main(["families", "olmo"]) == 0
-    header, rule, *rows = capsys.readouterr().out.splitlines()
+    header, _, *rows = capsys.readouterr().out.strip().splitlines()
     assert header.split() == list(COLUMNS)
-    assert set(rule) == {"-", " "}
     flex, plain = (row.split() for row in rows[:2])
     assert flex == [
         "flex_olmo",

@@ -6,6 +6,7 @@ import argparse
 from importlib import metadata
 
 from . import common
+from .tables import print_table
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -25,19 +26,14 @@ def run(args: argparse.Namespace) -> None:
             f"no Mixture-of-Experts family of transformers {version} has {args.family!r} in its name; "
             "`bh-routing families` lists them all."
         )
-    lines = [COLUMNS, *(cells(name, fields) for name, fields in found.items())]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    lines.insert(1, ["-" * width for width in widths])
-    for line in lines:
-        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
-    print()
+    rows = [cells(name, fields) for name, fields in found.items()]
+    print_table(None, COLUMNS, rows, text=len(COLUMNS), spare=("router", "shrink"))
+    notes = [f"{name}: {fields['note']}" for name, fields in found.items() if fields["note"]]
     if any("*" in fields.get("scoring", "") for fields in found.values()):
-        print("* something beside that score takes part in the selection (a bias, groups, a factor)\n")
-    for name, fields in found.items():
-        if fields["note"]:
-            print(f"{name}: {fields['note']}")
-    if any(fields["note"] for fields in found.values()):
-        print()
+        notes.insert(
+            0, "*: something beside that score takes part in the selection (a bias, groups, a factor)"
+        )
+    print("\n" + "".join(f"{note}\n" for note in notes))
     tested = sum(fields["status"] == "tested" for fields in found.values())
     common.print_text(
         f"{len(found)} families, {tested} of them tested, with transformers {version} ({installed} is installed). "
