@@ -1,7 +1,7 @@
 """The original work's per-layer KDE files, read without trusting them.
 
-Those files are pickles: a dict of numpy arrays ``x`` (grid) and ``cdf`` of one layer's router logits. A pickle
-can run anything when it is loaded; the unpickler here admits what rebuilds numpy arrays and nothing else.
+Those files are pickles: a dict of numpy arrays ``x`` (grid) and ``cdf`` of one layer's router logits. They are read
+by `bh_routing.calibration.pickled_arrays`, which unpickles nothing.
 
 Shape legend: L layers, E experts, G grid points.
 """
@@ -9,7 +9,6 @@ Shape legend: L layers, E experts, G grid points.
 from __future__ import annotations
 
 import os
-import pickle
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,58 +21,12 @@ from ..errors import CalibrationError, CalibrationFileError, CalibrationMismatch
 from ..stats.nulls import GridNull
 from .calibration import Calibration
 from .data import Fitted, LayerRecord, NullSettings
+from .pickled_arrays import read_arrays
 
 if TYPE_CHECKING:
     from ..patching import PatchPlan
 
-# Everything that a pickled numpy array of plain numbers may refer to, in the names of numpy 1 and numpy 2.
-_ADMITTED = {
-    (module, name)
-    for name, modules in {
-        "_reconstruct": ("numpy.core.multiarray", "numpy._core.multiarray"),
-        "scalar": ("numpy.core.multiarray", "numpy._core.multiarray"),
-        "_frombuffer": ("numpy.core.numeric", "numpy._core.numeric"),
-        "ndarray": ("numpy",),
-        "dtype": ("numpy",),
-    }.items()
-    for module in modules
-} | {("_codecs", "encode")}  # how protocol 2 writes bytes
-
 _NAME = re.compile(r"distribution_model_layer_(\d+)(.*)\.pkl")
-
-
-class _ArraysOnly(pickle.Unpickler):
-    """Rebuilds numpy arrays; refuses every other name in the pickle."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in _ADMITTED:
-            raise pickle.UnpicklingError(f"it asks for {module}.{name}")
-        return super().find_class(module, name)
-
-
-def read_arrays(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
-    """The numpy arrays of a pickled dict.
-
-    Raises
-    ------
-    CalibrationFileError
-        If the file asks for anything but numpy arrays (which is named), is damaged, or holds something else.
-    """
-    path = Path(path)
-    try:
-        with path.open("rb") as file:
-            value = _ArraysOnly(file).load()
-    except pickle.UnpicklingError as error:
-        raise CalibrationFileError(
-            f"{path} was refused: {error}; only numpy arrays are read from pickles."
-        ) from None
-    except (EOFError, ValueError, TypeError, IndexError, KeyError, AttributeError, OSError) as error:
-        raise CalibrationFileError(f"{path} cannot be read as a pickled dict of arrays: {error}.") from None
-    if not isinstance(value, dict):
-        raise CalibrationFileError(
-            f"{path} must hold a dict with the arrays 'x' and 'cdf', got {type(value).__name__}."
-        )
-    return {str(key): np.asarray(item) for key, item in value.items() if not isinstance(item, dict)}
 
 
 def grid_null(path: str | os.PathLike[str]) -> GridNull:
