@@ -114,7 +114,7 @@ def run(model: Any, text: Text, policy: RoutingPolicy | None, means: dict[str, T
 
 class _RawIntegration(RoutingIntegration):
     def _make_plan(self) -> Any:
-        return super()._make_plan().with_convention("raw")
+        return super()._make_plan().with_route_norm("none")
 
 
 def integrate(model: Any, policy: RoutingPolicy, means: dict[str, Tensor] | None) -> RoutingIntegration:

@@ -37,7 +37,7 @@ def candidates(logits_TE: Tensor) -> dict[str, Callable[[], object]]:
         num_experts=EXPERTS,
         empty=EXPERTS,
         top_k=TOP_K,
-        convention="raw",
+        route_norm="none",
         can_widen=True,
         device=logits_TE.device,
     )
@@ -46,7 +46,6 @@ def candidates(logits_TE: Tensor) -> dict[str, Callable[[], object]]:
     table = DecisionTable(
         thresholds_LE=torch.linspace(-3.0, -4.0, EXPERTS).unsqueeze(0),
         statistic="contribution",
-        scale_LE=torch.ones(1, EXPERTS),
         offset_LE=torch.randn(1, EXPERTS, generator=torch.Generator().manual_seed(1)) * 0.2,
     )
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from bh_routing import DecisionTable, RoutingContext, TablePolicy, Telemetry
 from bh_routing.decision.select import decide_by_table, keep_by_table, not_finite
 from bh_routing.evaluation.bench import threshold_for
-from bh_routing.stats.statistic import affine_statistic, base_statistic
+from bh_routing.stats.statistic import full_statistic
 
 EXPERTS, TOP_K = 64, 8
 
@@ -61,13 +61,13 @@ class Setting:
 
     def __init__(self) -> None:
         self.context = RoutingContext(
-            path="gate", index=0, num_experts=EXPERTS, empty=EXPERTS, top_k=TOP_K, convention="raw"
+            path="gate", index=0, num_experts=EXPERTS, empty=EXPERTS, top_k=TOP_K, route_norm="none"
         )
         self.offset_E = 0.2 * torch.randn(EXPERTS)
         self.level = 0.0
         logits_TE, _, own_TK = self.outputs(4096)
-        base_TE = base_statistic(logits_TE, "contribution", "softmax")
-        statistic_TK = affine_statistic(base_TE, torch.ones(EXPERTS), self.offset_E).gather(-1, own_TK)
+        statistic_TE = full_statistic(logits_TE, self.offset_E, "contribution", "softmax")
+        statistic_TK = statistic_TE.gather(-1, own_TK)
         self.level = threshold_for(statistic_TK, 4.0)
         self.policy = self.bound(self.level)
 
@@ -76,7 +76,6 @@ class Setting:
             DecisionTable(
                 thresholds_LE=torch.full((1, EXPERTS), level),
                 statistic="contribution",
-                scale_LE=torch.ones(1, EXPERTS),
                 offset_LE=self.offset_E.unsqueeze(0),
             )
         )
@@ -124,23 +123,21 @@ def by_level(s: Setting) -> str:
 def by_step(s: Setting) -> str:
     """The steps of the PyTorch path, each alone; and the host path of one token."""
     rows = []
-    thresholds_E, scale_E, offset_E = s.policy._rows["gate"]
+    thresholds_E, offset_E = s.policy._rows["gate"]
     for tokens in (1, 4096):
         logits_TE, weights_TK, own_TK = s.outputs(tokens)
-        base_TE = base_statistic(logits_TE, "contribution", "softmax")
-        statistic_TE = affine_statistic(base_TE, scale_E, offset_E)
+        statistic_TE = full_statistic(logits_TE, offset_E, "contribution", "softmax")
         statistic_TK = statistic_TE.gather(-1, own_TK)
         kept = keep_by_table(statistic_TK, thresholds_E)
         steps: dict[str, Callable[[], Any]] = {
-            "log score": lambda x=logits_TE: base_statistic(x, "contribution", "softmax"),
-            "scale, offset": lambda x=base_TE: affine_statistic(x, scale_E, offset_E),
+            "statistic": lambda x=logits_TE: full_statistic(x, offset_E, "contribution", "softmax"),
             "gather": lambda x=statistic_TE, own=own_TK: x.gather(-1, own),
             "order, compare, count": lambda x=statistic_TK: keep_by_table(x, thresholds_E),
             "finite?": lambda x=logits_TE: not_finite(x),
             "mask weights": lambda w=weights_TK, k=kept: w.masked_fill(~k.keep_TK, 0.0),
             "mask indices": lambda o=own_TK, k=kept: o.masked_fill(~k.keep_TK, EXPERTS),
             "all of it": lambda a=(logits_TE, weights_TK, own_TK): decide_by_table(
-                *a, thresholds_E, scale_E, offset_E, empty=EXPERTS, statistic="contribution"
+                *a, thresholds_E, offset_E, empty=EXPERTS, statistic="contribution"
             ),
             "the policy": lambda a=(logits_TE, weights_TK, own_TK): s.policy.decide(*a, s.context),
         }
@@ -153,7 +150,7 @@ def cold(s: Setting) -> str:
     matrices = torch.randn(16, 2048, 2048).to(torch.bfloat16)  # 134 MB
     row = torch.randn(1, 2048).to(torch.bfloat16)
     outputs = s.outputs(1)
-    thresholds_E, scale_E, offset_E = s.policy._rows["gate"]
+    thresholds_E, offset_E = s.policy._rows["gate"]
     telemetry = Telemetry([s.context], [TOP_K])
     decision = s.policy.decide(*outputs, s.context)
     cache = {outputs[0].view(torch.int16).numpy().tobytes(): decision}
@@ -164,7 +161,7 @@ def cold(s: Setting) -> str:
             outputs[0].view(torch.int16).numpy().tobytes()
         ],
         "decision, in PyTorch": lambda: decide_by_table(
-            *outputs, thresholds_E, scale_E, offset_E, empty=EXPERTS, statistic="contribution"
+            *outputs, thresholds_E, offset_E, empty=EXPERTS, statistic="contribution"
         ),
         "decision, on the host": lambda: s.policy.decide(*outputs, s.context),
         "statistics": lambda: telemetry.update(s.context, decision),

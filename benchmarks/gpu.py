@@ -106,17 +106,17 @@ class Device:
 
 
 def decision_inputs(d: Device, tokens: int, dtype: torch.dtype, exact: bool) -> tuple[Tensor, ...]:
-    """logits, own weights, own experts, thresholds, scale, offset; ``exact``: small integers."""
+    """logits, own weights, own experts, thresholds, offset; ``exact``: small integers."""
     logits_TE = 2.0 * torch.randn(tokens, d.experts)
     if exact:
         logits_TE = logits_TE.round()
     logits_TE = logits_TE.to(d.device, dtype)
     weights_TK, experts_TK = torch.softmax(logits_TE.float(), -1).topk(TOP_K, -1)
     thresholds_E = torch.linspace(2, -2, d.experts) if exact else torch.linspace(-1.5, -3.5, d.experts)
-    scale_E, offset_E = torch.ones(d.experts), 0.2 * torch.randn(d.experts)
+    offset_E = 0.2 * torch.randn(d.experts)
     if exact:
         thresholds_E, offset_E = thresholds_E.round(), torch.zeros(d.experts)
-    rows = (x.to(d.device) for x in (thresholds_E, scale_E, offset_E))
+    rows = (x.to(d.device) for x in (thresholds_E, offset_E))
     return (logits_TE, weights_TK.to(dtype), experts_TK, *rows)
 
 
@@ -125,7 +125,7 @@ def check_kernel(d: Device) -> str:
     compared = 0
     for dtype in (torch.float32, torch.bfloat16):
         for tokens in d.tokens:
-            for weights in ("raw", "preserve", "sum"):
+            for weights in ("own", "preserve", "sum"):
                 for rule in ("step_up", "step_down"):
                     settings: dict[str, Any] = {
                         "empty": d.experts,

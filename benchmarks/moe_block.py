@@ -68,8 +68,7 @@ def thresholds(block: Any, pool_TH: Tensor) -> tuple[DecisionTable, DecisionTabl
 
     def table(value: float, label: str) -> DecisionTable:
         full = torch.full((1, EXPERTS), value)
-        ones, zeros = torch.ones_like(full), torch.zeros_like(full)
-        return DecisionTable(thresholds_LE=full, scale_LE=ones, offset_LE=zeros, label=label)
+        return DecisionTable(thresholds_LE=full, offset_LE=torch.zeros_like(full), label=label)
 
     return table(float("-inf"), "all"), table(level, "4.0 experts")
 

@@ -65,14 +65,13 @@ class Layer:
             router="CPURouter",
             num_experts=EXPERTS,
             top_k=TOP_K,
-            score="softmax",
+            score_func="softmax",
             renormalize=False,
         )
         layer = engine.add(facts)
         assert layer is not None
         full = torch.full((1, EXPERTS), level)
-        ones, zeros = torch.ones_like(full), torch.zeros_like(full)
-        engine.policy = TablePolicy(DecisionTable(thresholds_LE=full, scale_LE=ones, offset_LE=zeros))
+        engine.policy = TablePolicy(DecisionTable(thresholds_LE=full, offset_LE=torch.zeros_like(full)))
         engine.bind(torch.device("cpu"))
         return layer
 

@@ -24,7 +24,7 @@ PAGE = ROOT / "docs" / "families.md"
 BEGIN, END = "<!-- begin families: make conformance -->", "<!-- end families -->"
 
 CHECKS = {
-    "contract": "score, weight convention and selection are those of the family's source; every router is called",
+    "contract": "score function, normalisation and selection are those of the family's source; every router is called",
     "keep_all": "keeping the model's own choice is the unpatched model, bit for bit",
     "drop": "dropped slots that are skipped equal slots of weight 0, and a reference made with plain hooks",
     "native_top_k": "k experts per token are what the model computes when its configuration says k",

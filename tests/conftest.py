@@ -28,7 +28,7 @@ def synthetic_calibration() -> Callable[..., Calibration]:
         sensitivity: bool = True,
         reservoir: int = 2000,
         temperature: float = 1.0,
-        score: str = "softmax",
+        score_func: str = "softmax",
         **changes: Any,
     ) -> Calibration:
         logits_LTE = random_logits(seed, tokens, layers, experts)
@@ -36,7 +36,7 @@ def synthetic_calibration() -> Callable[..., Calibration]:
         generator = torch.Generator().manual_seed(seed + 1000)
         per_layer, sums = [], []
         for index in range(layers):
-            counts = LayerCounts(f"layers.{index}.gate", experts, score, temperature, min(top_k, 3))
+            counts = LayerCounts(f"layers.{index}.gate", experts, score_func, temperature, min(top_k, 3))
             counts.update(logits_LTE[index], own_LTK[index])
             per_layer.append(counts.histograms())
             sums.append(LayerMoments(experts))
@@ -62,8 +62,8 @@ def synthetic_calibration() -> Callable[..., Calibration]:
                     path=f"layers.{index}.gate",
                     experts_path=f"layers.{index}.experts",
                     top_k=top_k,
-                    score=score,
-                    convention="raw",
+                    score_func=score_func,
+                    route_norm="none",
                 )
                 for index in range(layers)
             ),

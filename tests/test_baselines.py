@@ -36,7 +36,7 @@ from bh_routing.policies import POLICIES, RoutingContext
 # Five experts, four slots; the probabilities of token 0 are 0.5, 0.2, 0.15, 0.1 (and 0.05 for the expert passed over).
 PROBABILITIES = torch.tensor([[0.2, 0.5, 0.1, 0.15, 0.05], [0.24, 0.22, 0.2, 0.18, 0.16]])
 OWN = torch.tensor([[1, 0, 3, 2], [0, 1, 2, 3]])
-CONTEXT = RoutingContext(path="r", index=0, num_experts=5, empty=5, top_k=4, convention="raw")
+CONTEXT = RoutingContext(path="r", index=0, num_experts=5, empty=5, top_k=4, route_norm="none")
 
 
 def decide(policy: Baseline, context: RoutingContext = CONTEXT, dtype: torch.dtype = torch.float32) -> Any:
@@ -143,7 +143,7 @@ def test_sequences_share_their_budget() -> None:
         num_experts=9,
         empty=9,
         top_k=num,
-        convention="raw",
+        route_norm="none",
         shape=(batch, length),
         mask_T=mask.view(-1),
     )

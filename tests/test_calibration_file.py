@@ -222,7 +222,7 @@ def test_other_weights(calibrated, tiny_olmoe):
             r"does not fit layer model\.layers\.0\.mlp\.gate: num_experts was 16 .* has 12",
         ),
         ({"num_experts_per_tok": 4}, "top_k was 6 when it was made, the model has 4"),
-        ({"norm_topk_prob": True}, "convention was 'raw' when it was made, the model has 'renormalised'"),
+        ({"norm_topk_prob": True}, "route_norm was 'none' when it was made, the model has 'renormalised'"),
     ],
 )
 def test_other_shapes(calibrated, tiny_olmoe, changes, message):
@@ -234,8 +234,8 @@ def test_other_shapes(calibrated, tiny_olmoe, changes, message):
 
 def test_other_score(calibrated):
     model, calibration = calibrated
-    layers = tuple(replace(layer, score="sigmoid") for layer in calibration.layers)
+    layers = tuple(replace(layer, score_func="sigmoid") for layer in calibration.layers)
     with pytest.raises(
-        CalibrationMismatchError, match="score was 'sigmoid' when it was made, the model has 'softmax'"
+        CalibrationMismatchError, match="score_func was 'sigmoid' when it was made, the model has 'softmax'"
     ):
         replace(calibration, layers=layers).check(make_plan(model))

@@ -357,7 +357,7 @@ def test_inspect_model(run, loaded, monkeypatch, columns):
     assert (result.code, result.err) == (0, "")
     rows = [line.split() for line in result.out.splitlines() if "gate" in line]
     assert rows == [
-        [f"model.layers.{i}.mlp.gate", "OlmoeTopKRouter", "64", "8", "softmax", "raw", "yes"]
+        [f"model.layers.{i}.mlp.gate", "OlmoeTopKRouter", "64", "8", "softmax", "none", "yes"]
         for i in range(4)
     ]
 

@@ -711,6 +711,6 @@ def test_objects_explain_themselves(tiny_olmoe):
         "16",
         "6",
         "softmax",
-        "raw",
+        "none",
         "yes",
     ]

@@ -21,7 +21,7 @@ from bh_routing.decision.select import decide_by_table
 from bh_routing.decision.select_one_token import HostRow, decide_one_token
 from bh_routing.decision.types import RoutingDecision
 from bh_routing.errors import InvalidInputError, InvalidParameterError, MissingDependencyError
-from bh_routing.stats.statistic import affine_statistic, base_statistic
+from bh_routing.stats.statistic import full_statistic
 
 INF = float("inf")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -45,7 +45,6 @@ class Case:
     own_weights_TK: Tensor
     own_experts_TK: Tensor
     thresholds_E: Tensor
-    scale_E: Tensor
     offset_E: Tensor
     settings: dict[str, Any] = field(default_factory=dict)
 
@@ -56,19 +55,20 @@ class Case:
             self.own_weights_TK,
             self.own_experts_TK,
             self.thresholds_E,
-            self.scale_E,
             self.offset_E,
         )
 
     def run(self, function: Any = decide_by_table) -> RoutingDecision:
         return function(*self.tensors, **self.settings)
 
+    def statistic_TE(self) -> Tensor:
+        """What is compared with the thresholds."""
+        names = ("statistic", "score_func", "temperature")
+        return full_statistic(self.logits_TE, self.offset_E, *(self.settings[name] for name in names))
+
     def margins_TK(self) -> Tensor:
         """Distance of every candidate from every threshold and every other candidate, in units in the last place."""
-        base_TE = base_statistic(
-            self.logits_TE, self.settings["statistic"], self.settings["score"], self.settings["temperature"]
-        )
-        s_TK = affine_statistic(base_TE, self.scale_E, self.offset_E).gather(-1, self.own_experts_TK).double()
+        s_TK = self.statistic_TE().gather(-1, self.own_experts_TK).double()
         slots = s_TK.shape[-1]
         limits = self.thresholds_E[:slots].double().expand(len(s_TK), 1, slots)
         others = s_TK.unsqueeze(1).expand(-1, slots, -1).clone()
@@ -85,30 +85,28 @@ def random_case(
     settings = {
         "empty": experts,
         "statistic": "contribution",
-        "score": "softmax",
+        "score_func": "softmax",
         "temperature": 1.0,
         "rule": "step_up",
         "min_k": 1,
         "max_k": None,
         "clamp": "after",
-        "weights": "raw",
+        "weights": "own",
     } | settings
     logits_TE = (torch.randn(tokens, experts) * 2).to(dtype)
     own_weights_TK, own_experts_TK = torch.softmax(logits_TE.float(), -1).topk(slots, -1, sorted=False)
-    scale_E, offset_E = torch.rand(experts) + 0.5, torch.randn(experts) * 0.3
+    offset_E = torch.randn(experts) * 0.3
     case = Case(
         logits_TE,
         own_weights_TK.to(dtype),
         own_experts_TK,
         torch.zeros(experts),
-        scale_E,
         offset_E,
         settings,
     )
-    base_TE = base_statistic(logits_TE, settings["statistic"], settings["score"], settings["temperature"])
-    s_TK = affine_statistic(base_TE, scale_E, offset_E).gather(-1, own_experts_TK)
-    if tokens:  # at each rank half of the tokens pass
-        case.thresholds_E[:slots] = s_TK.sort(-1, descending=True).values.median(0).values.float()
+    s_TK = case.statistic_TE().gather(-1, own_experts_TK)
+    if tokens:  # at each rank half of the tokens pass; just below the median, so that none of them is on it
+        case.thresholds_E[:slots] = s_TK.sort(-1, descending=True).values.median(0).values.float() - 1e-3
     return case
 
 
@@ -118,7 +116,7 @@ def integer_case(tokens: int, experts: int, slots: int, **settings: Any) -> Case
     case.logits_TE = torch.randint(-3, 4, (tokens, experts)).float()
     case.own_weights_TK, case.own_experts_TK = case.logits_TE.topk(slots, -1)
     case.own_weights_TK = torch.randint(0, 5, (tokens, slots)).float()
-    case.scale_E, case.offset_E = torch.full((experts,), 2.0), torch.randint(-2, 3, (experts,)).float()
+    case.offset_E = torch.randint(-2, 3, (experts,)).float()
     case.thresholds_E = torch.randint(-4, 6, (experts,)).float().sort(descending=True).values
     return case
 
@@ -165,7 +163,6 @@ def test_by_hand(request, thresholds, rule, clamp, min_k, max_k, kept, raw, back
         torch.tensor([[0.4, 0.3, 0.2, 0.1]]).repeat(repeat, 1),
         torch.tensor([[1, 3, 4, 0]]).repeat(repeat, 1),
         torch.tensor([*map(float, thresholds), INF]),
-        torch.ones(5),
         torch.zeros(5),
         {"empty": 7, "statistic": "logit", "rule": rule, "clamp": clamp, "min_k": min_k, "max_k": max_k},
     )
@@ -191,7 +188,7 @@ def one_by_one(case: Case) -> list[RoutingDecision]:
     ]
 
 
-@pytest.mark.parametrize("weights", ["raw", "preserve", "sum"])
+@pytest.mark.parametrize("weights", ["own", "preserve", "sum"])
 @pytest.mark.parametrize("clamp", ["after", "inside"])
 @pytest.mark.parametrize("rule", ["step_up", "step_down"])
 @pytest.mark.parametrize(("min_k", "max_k"), [(1, None), (2, 4), (1, 1), (3, 6)])
@@ -209,7 +206,7 @@ def test_one_token_on_the_host_on_integers(min_k, max_k, rule, clamp, weights):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.parametrize(
-    ("statistic", "score"),
+    ("statistic", "score_func"),
     [
         ("contribution", "softmax"),
         ("logprob", "sigmoid"),
@@ -217,8 +214,8 @@ def test_one_token_on_the_host_on_integers(min_k, max_k, rule, clamp, weights):
         ("logprob", "sqrtsoftplus"),
     ],
 )
-def test_one_token_on_the_host_on_random_logits(statistic, score, temperature, dtype):
-    case = random_case(200, 32, 6, dtype, statistic=statistic, score=score, temperature=temperature)
+def test_one_token_on_the_host_on_random_logits(statistic, score_func, temperature, dtype):
+    case = random_case(200, 32, 6, dtype, statistic=statistic, score_func=score_func, temperature=temperature)
     clear_T = (case.margins_TK() > 8).all(-1)
     assert clear_T.float().mean() > 0.5
     together, alone = case.run(), one_by_one(case)
@@ -272,7 +269,7 @@ def test_tokens_with_logits_that_are_not_finite_keep_their_own_choice():
 SIZES = [(37, 64, 8), (5, 1, 1), (6, 5, 5), (3, 100, 6), (2, 512, 8), (4, 33, 12), (0, 64, 8), (1, 64, 8)]
 
 
-@pytest.mark.parametrize("weights", ["raw", "preserve", "sum"])
+@pytest.mark.parametrize("weights", ["own", "preserve", "sum"])
 @pytest.mark.parametrize(
     ("rule", "clamp"), [("step_up", "after"), ("step_up", "inside"), ("step_down", "after")]
 )
@@ -288,14 +285,21 @@ def test_fused_on_integers(fused, tokens, experts, slots, rule, clamp, weights):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
-    ("statistic", "score"),
+    ("statistic", "score_func"),
     [("contribution", "softmax"), ("logprob", "sigmoid"), ("logit", "softmax"), ("contribution", "sigmoid")],
 )
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-@pytest.mark.parametrize("weights", ["raw", "preserve", "sum"])
-def test_fused_on_random_logits(fused, weights, temperature, statistic, score, dtype):
+@pytest.mark.parametrize("weights", ["own", "preserve", "sum"])
+def test_fused_on_random_logits(fused, weights, temperature, statistic, score_func, dtype):
     case = random_case(
-        300, 48, 7, dtype, statistic=statistic, score=score, temperature=temperature, weights=weights
+        300,
+        48,
+        7,
+        dtype,
+        statistic=statistic,
+        score_func=score_func,
+        temperature=temperature,
+        weights=weights,
     )
     clear_T = (case.margins_TK() > 8).all(-1)
     assert clear_T.float().mean() > 0.5  # short dtypes have ties, which any rounding may break
@@ -313,9 +317,8 @@ def test_fused_log_sigmoid_is_accurate_where_it_is_tiny(fused):
         torch.ones(1, 64),
         own,
         torch.zeros(64),
-        torch.ones(64),
         torch.zeros(64),
-        {"empty": 64, "statistic": "logprob", "score": "sigmoid"},
+        {"empty": 64, "statistic": "logprob", "score_func": "sigmoid"},
     )
     for k in range(64):  # a threshold 8 ulp below each value keeps it, 8 ulp above drops it
         case.own_experts_TK, case.own_weights_TK = own[:, k : k + 1], torch.ones(1, 1)
@@ -326,7 +329,7 @@ def test_fused_log_sigmoid_is_accurate_where_it_is_tiny(fused):
 
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # numpy, in the interpreter
 @pytest.mark.parametrize("statistic", ["logit", "contribution"])
-@pytest.mark.parametrize("weights", ["raw", "preserve"])
+@pytest.mark.parametrize("weights", ["own", "preserve"])
 def test_fused_on_logits_that_are_not_finite(fused, weights, statistic):
     case = random_case(9, 24, 4, statistic=statistic, weights=weights)
     for t, value in enumerate((float("nan"), INF, -INF)):
@@ -337,11 +340,11 @@ def test_fused_on_logits_that_are_not_finite(fused, weights, statistic):
     assert_same(case.run(fused.decide_by_table), reference)
 
 
-@pytest.mark.parametrize("weights", ["raw", "preserve", "sum"])
+@pytest.mark.parametrize("weights", ["own", "preserve", "sum"])
 def test_fused_gradients(fused, weights):
     case = random_case(12, 16, 5, weights=weights)
     case.own_weights_TK[5] = 0.0  # a row that cannot be rescaled
-    case.thresholds_E[:] = -INF if weights == "raw" else case.thresholds_E
+    case.thresholds_E[:] = -INF if weights == "own" else case.thresholds_E
     pull_TK = torch.randn(12, 5)
     gradients = []
     for function in (decide_by_table, fused.decide_by_table):
@@ -351,7 +354,7 @@ def test_fused_gradients(fused, weights):
     torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-5, atol=1e-6)  # sums of 5 terms
 
 
-@pytest.mark.parametrize("weights", ["raw", "preserve", "sum"])
+@pytest.mark.parametrize("weights", ["own", "preserve", "sum"])
 def test_fused_is_a_well_formed_operation(fused, weights):
     case = random_case(7, 16, 5)
     own = case.own_weights_TK.requires_grad_()
@@ -389,7 +392,7 @@ def test_fused_compiles_in_one_graph(fused):
 
 @pytest.mark.parametrize(
     ("experts", "settings", "dtype"),
-    [(513, {}, torch.float32), (16, {"score": "sqrtsoftplus"}, torch.float32), (16, {}, torch.float64)],
+    [(513, {}, torch.float32), (16, {"score_func": "sqrtsoftplus"}, torch.float32), (16, {}, torch.float64)],
 )
 def test_fused_refuses_what_it_does_not_compute(fused, experts, settings, dtype):
     case = random_case(2, experts, 4, **settings)
@@ -401,7 +404,7 @@ def test_fused_refuses_what_it_does_not_compute(fused, experts, settings, dtype)
 
 
 def chosen(backend: str = "auto", device: str = "cpu", **changes: Any) -> Any:
-    known = {"num_experts": 64, "statistic": "logprob", "score": "softmax"} | changes
+    known = {"num_experts": 64, "statistic": "logprob", "score_func": "softmax"} | changes
     return decision_function(backend, torch.device(device), **known)  # type: ignore[arg-type]
 
 
@@ -410,9 +413,9 @@ def test_auto_is_fused_on_a_gpu_and_plain_elsewhere(fused):
     assert chosen("torch", "cuda") is decide_by_table
     assert chosen("auto", "cuda") is fused.decide_by_table
     assert chosen("triton", "cuda") is fused.decide_by_table
-    assert chosen("auto", "cuda", score="probability") is decide_by_table
+    assert chosen("auto", "cuda", score_func="probability") is decide_by_table
     assert chosen("auto", "cuda", num_experts=513) is decide_by_table
-    assert chosen("auto", "cuda", score="probability", statistic="logit") is fused.decide_by_table
+    assert chosen("auto", "cuda", score_func="probability", statistic="logit") is fused.decide_by_table
 
 
 def test_where_the_fused_one_cannot_run_it_is_refused(fused, monkeypatch):
@@ -444,12 +447,11 @@ def test_an_unknown_backend_is_refused():
 
 def policy_with(backend: str, case: Case) -> tuple[TablePolicy, RoutingContext]:
     context = RoutingContext(
-        path="gate", index=0, num_experts=16, empty=16, top_k=4, convention="renormalised"
+        path="gate", index=0, num_experts=16, empty=16, top_k=4, route_norm="renormalised"
     )
     table = DecisionTable(
         thresholds_LE=case.thresholds_E.unsqueeze(0),
         statistic="contribution",
-        scale_LE=case.scale_E.unsqueeze(0),
         offset_LE=case.offset_E.unsqueeze(0),
     )
     policy = TablePolicy(table, backend=backend)  # type: ignore[arg-type]

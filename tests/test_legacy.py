@@ -65,7 +65,7 @@ def test_table_decides_as_p_values_do(tmp_path):
     logits_TE = torch.randn(400, E) * 1.2 - 3.0 + (torch.rand(400, E) < 0.07) * 4.0
     weights_TK, own_TK = logits_TE.softmax(-1).topk(8, -1)
     context = RoutingContext(
-        path="model.layers.2.mlp.gate", index=2, num_experts=E, empty=E, top_k=8, convention="raw"
+        path="model.layers.2.mlp.gate", index=2, num_experts=E, empty=E, top_k=8, route_norm="none"
     )
     policy = calibration.policy(alpha=0.1)
     assert isinstance(policy, TablePolicy)

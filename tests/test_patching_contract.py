@@ -1,4 +1,4 @@
-"""Reading a router's contract off its numbers: every score and convention, made by hand."""
+"""Reading a router's contract off its numbers: every score function and normalisation, made by hand."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from bh_routing.patching.adapters import (
     router_call,
     with_logits_again,
 )
-from bh_routing.patching.contract import Reading, match_outputs, probe, read_convention
+from bh_routing.patching.contract import Reading, match_outputs, probe, read_weighting
 from bh_routing.policies import TopKPolicy
 
 T, E, K = 128, 16, 4
@@ -40,26 +40,26 @@ def choose(score_TE: Tensor, select_TE: Tensor | None = None) -> tuple[Tensor, T
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("factor", [1.0, 2.5])
-@pytest.mark.parametrize("convention", ["raw", "renormalised"])
-@pytest.mark.parametrize("score", list(SCORES))
-def test_plain_routers(logits_TE, score, convention, factor, dtype):
+@pytest.mark.parametrize("route_norm", ["none", "renormalised"])
+@pytest.mark.parametrize("score_func", list(SCORES))
+def test_plain_routers(logits_TE, score_func, route_norm, factor, dtype):
     logits_TE = logits_TE.to(dtype)
-    weights_TK, experts_TK = choose(SCORES[score](logits_TE.float()))
-    if convention == "renormalised":
+    weights_TK, experts_TK = choose(SCORES[score_func](logits_TE.float()))
+    if route_norm == "renormalised":
         weights_TK = weights_TK / weights_TK.sum(-1, keepdim=True)
-    reading = read_convention(logits_TE, (weights_TK * factor).to(dtype), experts_TK)
-    assert reading[:2] == (score, convention)
-    assert reading.scale == pytest.approx(factor, rel=5e-3)
+    reading = read_weighting(logits_TE, (weights_TK * factor).to(dtype), experts_TK)
+    assert reading[:2] == (score_func, route_norm)
+    assert reading.route_scale == pytest.approx(factor, rel=5e-3)
     assert reading.plain
     assert not reading.joint
 
 
-@pytest.mark.parametrize("score", list(SCORES))
-def test_a_bias_in_the_selection(logits_TE, score):
-    score_TE = SCORES[score](logits_TE)
+@pytest.mark.parametrize("score_func", list(SCORES))
+def test_a_bias_in_the_selection(logits_TE, score_func):
+    score_TE = SCORES[score_func](logits_TE)
     weights_TK, experts_TK = choose(score_TE, score_TE + 0.1 * torch.linspace(-1, 1, E))
-    reading = read_convention(logits_TE, weights_TK, experts_TK)
-    assert reading[:2] == (score, "raw")
+    reading = read_weighting(logits_TE, weights_TK, experts_TK)
+    assert reading[:2] == (score_func, "none")
     assert not reading.plain
 
 
@@ -69,14 +69,14 @@ def test_groups_in_the_selection(logits_TE):
     allowed_TG = torch.zeros(T, 4, dtype=torch.bool).scatter(-1, best_TG, True)
     select_TE = score_TE.masked_fill(~allowed_TG.repeat_interleave(4, -1), 0.0)
     weights_TK, experts_TK = choose(score_TE, select_TE)
-    reading = read_convention(logits_TE, weights_TK / weights_TK.sum(-1, keepdim=True), experts_TK)
+    reading = read_weighting(logits_TE, weights_TK / weights_TK.sum(-1, keepdim=True), experts_TK)
     assert reading[:2] == ("sigmoid", "renormalised")
     assert not reading.plain
 
 
 def test_softmax_over_the_selected_logits_is_renormalised_softmax(logits_TE):
     values_TK, experts_TK = logits_TE.topk(K, -1)
-    assert read_convention(logits_TE, values_TK.softmax(-1), experts_TK) == Reading(
+    assert read_weighting(logits_TE, values_TK.softmax(-1), experts_TK) == Reading(
         "softmax", "renormalised", 1.0, False, True
     )
 
@@ -85,13 +85,13 @@ def test_joint_normalisation_is_raw(logits_TE):
     weights_TK, experts_TK = choose(logits_TE.sigmoid())
     shared_T1 = torch.rand(T, 1, generator=torch.Generator().manual_seed(1))
     joint_TK = weights_TK / (weights_TK.sum(-1, keepdim=True) + shared_T1)
-    assert read_convention(logits_TE, joint_TK, experts_TK) == Reading("sigmoid", "raw", 1.0, True, False)
+    assert read_weighting(logits_TE, joint_TK, experts_TK) == Reading("sigmoid", "none", 1.0, True, False)
 
 
 def test_probabilities_for_logits(logits_TE):
     p_TE = logits_TE.softmax(-1)
     weights_TK, experts_TK = choose(p_TE)
-    reading = read_convention(p_TE, weights_TK / weights_TK.sum(-1, keepdim=True), experts_TK)
+    reading = read_weighting(p_TE, weights_TK / weights_TK.sum(-1, keepdim=True), experts_TK)
     assert reading[:2] == ("probability", "renormalised")
     assert reading.plain
 
@@ -102,25 +102,25 @@ def test_a_factor_per_expert(logits_TE):
     factor_E = torch.linspace(0.5, 1.5, E)
     weights_TK = weights_TK / weights_TK.sum(-1, keepdim=True) * factor_E[experts_TK]
     other_E = torch.linspace(1.5, 0.5, E)
-    reading = read_convention(p_TE, weights_TK, experts_TK, {"other": other_E, "factor": factor_E})
+    reading = read_weighting(p_TE, weights_TK, experts_TK, {"other": other_E, "factor": factor_E})
     assert reading == Reading("probability", "renormalised", 1.0, False, False, "factor")
-    assert read_convention(p_TE, weights_TK, experts_TK, {"other": other_E}).convention == "unknown"
+    assert read_weighting(p_TE, weights_TK, experts_TK, {"other": other_E}).route_norm == "unknown"
 
 
 def test_one_expert_per_token(logits_TE):
     p_TE = logits_TE.softmax(-1)
     weights_T1, experts_T1 = p_TE.max(-1, keepdim=True)
-    assert read_convention(logits_TE, weights_T1, experts_T1) == Reading("softmax", "raw", 1.0, False, True)
-    ones = read_convention(logits_TE, torch.ones_like(weights_T1), experts_T1)
-    assert ones.convention == "renormalised"
+    assert read_weighting(logits_TE, weights_T1, experts_T1) == Reading("softmax", "none", 1.0, False, True)
+    ones = read_weighting(logits_TE, torch.ones_like(weights_T1), experts_T1)
+    assert ones.route_norm == "renormalised"
     arbitrary_T1 = torch.rand(T, 1, generator=torch.Generator().manual_seed(1)) + 0.1
-    assert read_convention(logits_TE, arbitrary_T1, experts_T1).convention == "unknown"
+    assert read_weighting(logits_TE, arbitrary_T1, experts_T1).route_norm == "unknown"
 
 
 def test_slots_of_weight_zero_are_left_out_of_account(logits_TE):
     weights_TK, experts_TK = choose(logits_TE.softmax(-1))
     weights_TK[::3, 0] = 0.0
-    assert read_convention(logits_TE, weights_TK, experts_TK)[:2] == ("softmax", "raw")
+    assert read_weighting(logits_TE, weights_TK, experts_TK)[:2] == ("softmax", "none")
 
 
 @pytest.mark.parametrize(
@@ -137,7 +137,7 @@ def test_slots_of_weight_zero_are_left_out_of_account(logits_TE):
 def test_nothing_is_claimed_without_evidence(logits_TE, change, why):
     torch.manual_seed(0)
     weights_TK, experts_TK = choose(logits_TE.softmax(-1))
-    assert read_convention(*change(logits_TE.clone(), weights_TK, experts_TK)) == Reading(), why
+    assert read_weighting(*change(logits_TE.clone(), weights_TK, experts_TK)) == Reading(), why
 
 
 LOGITS, WEIGHTS, EXPERTS = torch.zeros(5, E), torch.zeros(5, K), torch.zeros(5, K, dtype=torch.int64)
@@ -221,7 +221,7 @@ class Block(nn.Module):
 def test_the_probe_spreads_the_logits(scale):
     contract = probe(Router(scale), "here")
     assert contract is not None
-    assert contract.reading == Reading("softmax", "raw", 1.0, False, True)
+    assert contract.reading == Reading("softmax", "none", 1.0, False, True)
     assert (contract.num_logits, contract.top_k) == (E, K)
 
 
@@ -237,7 +237,7 @@ def test_the_probe_goes_through_the_block_and_leaves_it():
     before = dict(router.__dict__)
     contract = probe(router, "here", block)
     assert contract is not None
-    assert contract.reading == Reading("softmax", "raw", 1.0, False, False)
+    assert contract.reading == Reading("softmax", "none", 1.0, False, False)
     assert router.__dict__ == before
     assert probe(router, "here") is None
 

@@ -23,8 +23,8 @@ def context(**changes):
         "num_experts": E,
         "empty": E,
         "top_k": K,
-        "convention": "raw",
-        "score": "softmax",
+        "route_norm": "none",
+        "score_func": "softmax",
         "can_widen": True,
     }
     return RoutingContext(**(settings | changes))
@@ -75,14 +75,14 @@ def test_keep_by_p_values_compares_in_float64():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("convention", ["raw", "renormalised"])
-def test_keeping_everything_returns_the_own_choice_bit_for_bit(dtype, convention):
+@pytest.mark.parametrize("route_norm", ["none", "renormalised"])
+def test_keeping_everything_returns_the_own_choice_bit_for_bit(dtype, route_norm):
     logits = torch.randn(T, E).to(dtype)
     weights, experts = own_choice(logits)
     table = DecisionTable.top_k(E, 1, E)
     for policy in (TopKPolicy(), TablePolicy(table), PValuePolicy("robust", alpha=0.5, min_k=K)):
         policy.bind([context()])
-        decision = policy.decide(logits, weights, experts, context(convention=convention))
+        decision = policy.decide(logits, weights, experts, context(route_norm=route_norm))
         assert torch.equal(decision.weights_TK, weights)
         assert torch.equal(decision.experts_TK, experts)
         assert not bool(decision.dropped_TK.any())
@@ -162,17 +162,17 @@ def test_weight_rules():
     own = torch.tensor([[0.4, 0.2, 0.1]])
     kept = torch.tensor([[True, True, False]])
     cases = {
-        ("model", "raw"): [0.4, 0.2, 0.0],
+        ("model", "none"): [0.4, 0.2, 0.0],
         ("model", "renormalised"): [0.4 * 0.7 / 0.6, 0.2 * 0.7 / 0.6, 0.0],
         ("model", "unknown"): [0.4 / 0.6, 0.2 / 0.6, 0.0],
-        ("preserve", "raw"): [0.4 * 0.7 / 0.6, 0.2 * 0.7 / 0.6, 0.0],
-        ("sum", "raw"): [0.4 / 0.6, 0.2 / 0.6, 0.0],
+        ("preserve", "none"): [0.4 * 0.7 / 0.6, 0.2 * 0.7 / 0.6, 0.0],
+        ("sum", "none"): [0.4 / 0.6, 0.2 / 0.6, 0.0],
     }
-    for (rule, convention), expected in cases.items():
-        got = apply_weight_rule(own, kept, rule, convention)
+    for (rule, route_norm), expected in cases.items():
+        got = apply_weight_rule(own, kept, rule, route_norm)
         torch.testing.assert_close(got, torch.tensor([expected]), rtol=1e-6, atol=0)
     nothing = torch.zeros(1, 3, dtype=torch.bool)
-    assert torch.equal(apply_weight_rule(own, nothing, "sum", "raw"), torch.zeros(1, 3))
+    assert torch.equal(apply_weight_rule(own, nothing, "sum", "none"), torch.zeros(1, 3))
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])

@@ -24,7 +24,6 @@ IMPLEMENTATIONS = ("eager", "grouped_mm", "batched_mm")
 TABLE = DecisionTable(
     thresholds_LE=torch.linspace(-2.2, -1.6, E).expand(1, E).clone(),
     statistic="logprob",
-    scale_LE=torch.ones(1, E),
     offset_LE=torch.zeros(1, E),
 )
 

@@ -110,7 +110,9 @@ def test_digest_tells_settings_and_calibrations_apart(tmp_path, synthetic_calibr
 
 def records(*paths: str) -> list[LayerRecord]:
     return [
-        LayerRecord(path=f"{p}.gate", experts_path=f"{p}.experts", top_k=8, score="softmax", convention="raw")
+        LayerRecord(
+            path=f"{p}.gate", experts_path=f"{p}.experts", top_k=8, score_func="softmax", route_norm="none"
+        )
         for p in paths
     ]
 
@@ -147,7 +149,7 @@ def facts(index: int, **changes) -> LayerFacts:
         "router": "CPURouter",
         "num_experts": 64,
         "top_k": 8,
-        "score": "softmax",
+        "score_func": "softmax",
         "renormalize": False,
     }
     return LayerFacts(**(fields | changes))
@@ -326,9 +328,17 @@ def test_set_level_refuses(settings, level, sentence):
             r"num_experts was 64 when it was made, the model has 32",
         ),
         ({"top_k": 4}, CalibrationMismatchError, r"top_k was 8 when it was made, the model has 4"),
-        ({"score": "sigmoid"}, CalibrationMismatchError, r"score was 'softmax' .* the model has 'sigmoid'"),
-        ({"score": None}, UnsupportedModelError, r"CPURouter, does not say how it turns logits into weights"),
-        ({"renormalize": True}, CalibrationMismatchError, r"convention was 'raw' .* has 'renormalised'"),
+        (
+            {"score_func": "sigmoid"},
+            CalibrationMismatchError,
+            r"score_func was 'softmax' .* the model has 'sigmoid'",
+        ),
+        (
+            {"score_func": None},
+            UnsupportedModelError,
+            r"CPURouter, does not say how it turns logits into weights",
+        ),
+        ({"renormalize": True}, CalibrationMismatchError, r"route_norm was 'none' .* has 'renormalised'"),
         (
             {"name": "model.layers.9.mlp.experts"},
             CalibrationMismatchError,
@@ -370,7 +380,7 @@ def test_no_room_for_more_experts(setting):
 
 
 def test_filled_keeps_what_is_kept():
-    context = RoutingContext(path="gate", index=0, num_experts=8, empty=8, top_k=4, convention="raw")
+    context = RoutingContext(path="gate", index=0, num_experts=8, empty=8, top_k=4, route_norm="none")
     weights = torch.tensor([[0.1, 0.4, 0.3, 0.2], [0.4, 0.3, 0.2, 0.1]])
     experts = torch.tensor([[5, 6, 7, 0], [1, 2, 3, 4]])
     decision = TopKPolicy(2).decide(torch.zeros(2, 8), weights, experts, context)

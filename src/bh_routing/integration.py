@@ -395,7 +395,7 @@ class BHRoutingIntegration(RoutingIntegration):
             plan = plan.without(self.calibration.left_out)
         self._calibrated_plan = plan
         if self.means and self.weights == "model":
-            plan = plan.with_convention("raw")
+            plan = plan.with_route_norm("none")
         return plan
 
     @property

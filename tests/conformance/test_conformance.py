@@ -122,12 +122,12 @@ def patched(model: nn.Module, policy: RoutingPolicy, input_ids: Tensor, skip: An
 
 @every_family
 def test_contract(family: str, record_property: Callable[[str, Any], None]) -> None:
-    """Score, convention and selection are those of the source; every router is found and called."""
+    """Score function, normalisation and selection are those of the source; every router is found and called."""
     model = build(family)
     plan = make_plan(model)
     layer = plan.layers[-1]
     reading, context = layer.reading, layer.context
-    shown = "other" if reading.convention == "unknown" else reading.score
+    shown = "other" if reading.route_norm == "unknown" else reading.score_func
     if reading.per_expert:
         weights = "renormalised, factor per expert"
     elif reading.joint:
@@ -135,24 +135,24 @@ def test_contract(family: str, record_property: Callable[[str, Any], None]) -> N
     elif isinstance(getattr(layer.router, "norm_topk_prob", None), bool):
         weights = "by norm_topk_prob"
     else:
-        weights = context.convention
+        weights = context.route_norm
     record_property("router", type(layer.router).__name__)
     record_property("scoring", shown + ("" if reading.plain else "*"))
     record_property("weights", weights)
     record_property("widen", "yes" if context.can_widen else "no")
     record_property("skip", "yes" if layer.ids.can_compact else "no")
     if family in CONTRACTS:
-        score, convention, selection = CONTRACTS[family]
+        score_func, norm, selection = CONTRACTS[family]
         stated = getattr(layer.router, "norm_topk_prob", None)
         expected = {
             "always": "renormalised",
-            "never": "raw",
-            "joint": "raw",
-            "other": "raw",
-            "stated": "renormalised" if stated else "raw",
-        }[convention]
+            "never": "none",
+            "joint": "none",
+            "other": "none",
+            "stated": "renormalised" if stated else "none",
+        }[norm]
         for layer in plan.layers:
-            assert (layer.reading.score, layer.context.convention) == (score, expected), layer
+            assert (layer.reading.score_func, layer.context.route_norm) == (score_func, expected), layer
             assert layer.context.can_widen == (selection == "plain"), layer
             assert layer.probed, layer
     called: dict[str, int] = {}
@@ -210,7 +210,7 @@ def masked_by_hooks(model: nn.Module, input_ids: Tensor) -> Tensor:
                 factors = layer.router.get_parameter(layer.reading.per_expert).detach()[index]
             base = weights / factors
             kept = base * (index % 2 == 0)
-            if layer.context.convention == "renormalised":
+            if layer.context.route_norm == "renormalised":
                 total = kept.sum(-1, keepdim=True)
                 kept = torch.where(total > 0, kept * base.sum(-1, keepdim=True) / total, kept)
             return (hidden, index, kept * factors), {}
@@ -236,7 +236,7 @@ def test_native_top_k(family: str) -> None:
         model = build(family, top_k=3, **settings)
         contexts = make_plan(model).contexts
         if norm is not None:
-            assert {context.convention for context in contexts} == {"renormalised" if norm else "raw"}
+            assert {context.route_norm for context in contexts} == {"renormalised" if norm else "none"}
         for k in (2, 4):
             native = build(family, top_k=k, **settings)
             state = native.state_dict()

@@ -67,8 +67,10 @@ def test_routers_of_a_vision_tower():
     enliven(model)
     plan = make_plan(model)
     assert [layer.path for layer in plan.layers] == ["blocks.1.mlp.gate", "blocks.2.mlp.gate"]
-    assert all(layer.probed and layer.reading.scale == pytest.approx(2.0, rel=1e-3) for layer in plan.layers)
-    assert [layer.context.convention for layer in plan.layers] == ["renormalised"] * 2
+    assert all(
+        layer.probed and layer.reading.route_scale == pytest.approx(2.0, rel=1e-3) for layer in plan.layers
+    )
+    assert [layer.context.route_norm for layer in plan.layers] == ["renormalised"] * 2
 
 
 def test_text_and_image_tokens_of_one_layer(caplog):
@@ -120,7 +122,7 @@ def test_layers_with_different_numbers_of_slots():
 
 @pytest.mark.parametrize("family", ["olmoe", "deepseek_v3", "gpt_oss", "gemma4", "minimax_m2", "phimoe"])
 def test_contract_in_bfloat16(family):
-    """Score, convention and selection are read in low precision too."""
+    """Score function, normalisation and selection are read in low precision too."""
     model = build(family)
     expected = [layer.reading[:2] for layer in make_plan(model).layers]
     plain = [layer.context.can_widen for layer in make_plan(model).layers]
@@ -158,7 +160,7 @@ def test_probabilities_become_logits():
             return super().decide(logits_TE, *rest)
 
     layer = make_plan(model).layers[0]
-    assert (layer.reading.score, layer.context.score) == ("probability", "softmax")
+    assert (layer.reading.score_func, layer.context.score_func) == ("probability", "softmax")
     returned = []
     with torch.no_grad(), RoutingIntegration(model, Spy()):
         handle = layer.router.register_forward_hook(lambda module, args, output: returned.append(output[0]))
@@ -311,8 +313,8 @@ def test_offloaded_weights(family):
     contexts = make_plan(model).contexts
     offloaded = cpu_offload(build(family), execution_device=torch.device("cpu"))
     assert next(offloaded.parameters()).device.type == "meta"
-    assert [(c.score, c.convention, c.top_k) for c in make_plan(offloaded).contexts] == [
-        (c.score, c.convention, c.top_k) for c in contexts
+    assert [(c.score_func, c.route_norm, c.top_k) for c in make_plan(offloaded).contexts] == [
+        (c.score_func, c.route_norm, c.top_k) for c in contexts
     ]
     assert distance(patched(offloaded, EvenExperts(), input_ids), expected) < 1e-5
 

@@ -29,8 +29,8 @@ IN_TRIMMED, SELECTED = 1, 2
 class LayerCounts:
     """Binned counts of one layer's base statistics, split by what the router did with the expert."""
 
-    def __init__(self, path: str, num_experts: int, score: str, temperature: float, trim: int) -> None:
-        self.path, self.num_experts, self.score = path, num_experts, score
+    def __init__(self, path: str, num_experts: int, score_func: str, temperature: float, trim: int) -> None:
+        self.path, self.num_experts, self.score_func = path, num_experts, score_func
         self.temperature, self.trim = temperature, trim
         self.start = dict.fromkeys(("logit", "logprob"), 0)
         self.counts_ECB: dict[str, Tensor | None] = dict.fromkeys(self.start)
@@ -47,8 +47,8 @@ class LayerCounts:
             self._update(logits_TE[begin : begin + CHUNK], own_experts_TK[begin : begin + CHUNK])
 
     def _update(self, logits_TE: Tensor, own_experts_TK: Tensor) -> None:
-        logit_TE = base_statistic(logits_TE, "logit", self.score, self.temperature)
-        logprob_TE = base_statistic(logits_TE, "logprob", self.score, self.temperature)
+        logit_TE = base_statistic(logits_TE, "logit", self.score_func, self.temperature)
+        logprob_TE = base_statistic(logits_TE, "logprob", self.score_func, self.temperature)
         row_TE = torch.zeros_like(logit_TE, dtype=torch.int32).scatter_(-1, own_experts_TK, SELECTED)
         lowest_T1, highest_T1 = trimmed_range(logit_TE, self.trim)
         row_TE += (logit_TE >= lowest_T1) & (logit_TE <= highest_T1)

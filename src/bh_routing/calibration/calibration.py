@@ -26,7 +26,7 @@ from ..policies import PValuePolicy, RoutingContext, TablePolicy
 from ..stats.histogram import Histogram, pool_counts
 from ..stats.nulls import Null, fit_null
 from ..stats.procedures import Procedure, check_alpha, get_procedure
-from ..stats.statistic import affine_statistic, base_statistic
+from ..stats.statistic import full_statistic
 from .budget import Counter, Limits, Solution, solve
 from .data import LayerRecord, Moments, NullSettings, Reservoir, some_of
 
@@ -202,14 +202,13 @@ class Calibration:
             extended=extended,
         )
 
-    def affine(self, settings: NullSettings) -> tuple[Tensor, Tensor]:
-        """Scale and offset of the statistic per (layer, expert), float32 [L, E] each."""
-        offset_LE = torch.zeros(self.num_layers, self.num_experts)
-        if settings.statistic == "contribution":
-            assert self.moments is not None
-            assert settings.size is not None
-            offset_LE = self.moments.size(settings.size).log().float()
-        return torch.ones_like(offset_LE), offset_LE
+    def offsets(self, settings: NullSettings) -> Tensor:
+        """What is added to the base statistic per (layer, expert), float32 [L, E]."""
+        if settings.statistic != "contribution":
+            return torch.zeros(self.num_layers, self.num_experts)
+        assert self.moments is not None
+        assert settings.size is not None
+        return self.moments.size(settings.size).log().float()
 
     def null_counts(self, settings: NullSettings) -> Histogram:
         """Binned counts of the base statistic over the null set."""
@@ -225,7 +224,7 @@ class Calibration:
         return held[settings.null]
 
     def fit(self, settings: NullSettings) -> Fitted:
-        """Null distributions per layer, float64, and the statistic's map; computed once per settings.
+        """Null distributions per layer, float64, and the statistic's offsets; computed once per settings.
 
         Raises
         ------
@@ -233,12 +232,12 @@ class Calibration:
             If a layer (with scope ``model``: the model) has no null samples.
         """
         if settings not in self._cache:
-            scale_LE, offset_LE = self.affine(settings)
+            offset_LE = self.offsets(settings)
             counts = self.null_counts(settings)
             nulls: list[Null] = []
             rows: list[int | None] = [None] if settings.scope == "model" else list(range(self.num_layers))
             for layer in rows:
-                pooled = pool_counts(counts, scale_LE, offset_LE, layer)
+                pooled = pool_counts(counts, offset_LE, layer)
                 if pooled.num == 0:
                     where = "the model" if layer is None else f"layer {self.paths[layer]}"
                     raise CalibrationError(
@@ -256,7 +255,7 @@ class Calibration:
                 )
             if len(nulls) == 1:
                 nulls *= self.num_layers
-            self._cache[settings] = Fitted(tuple(nulls), scale_LE, offset_LE)
+            self._cache[settings] = Fitted(tuple(nulls), offset_LE)
         return self._cache[settings]
 
     def p_values(
@@ -283,9 +282,11 @@ class Calibration:
 
     def fitted_p_values(self, logits_TE: Tensor, index: int, statistic: str, fitted: Fitted) -> Tensor:
         """p-values float64 [T, E] of the layer with this index, from nulls that are fitted."""
-        base_TE = base_statistic(logits_TE, statistic, self.layers[index].score, self.temperature)
-        scale_E, offset_E = (x[index].to(logits_TE.device) for x in (fitted.scale_LE, fitted.offset_LE))
-        return fitted.nulls[index].p_values(affine_statistic(base_TE, scale_E, offset_E))
+        offset_E = fitted.offset_LE[index].to(logits_TE.device)
+        score_func = self.layers[index].score_func
+        return fitted.nulls[index].p_values(
+            full_statistic(logits_TE, offset_E, statistic, score_func, self.temperature)
+        )
 
     def _index(self, layer: str | int) -> int:
         if isinstance(layer, int) and not isinstance(layer, bool) and 0 <= layer < self.num_layers:
@@ -361,13 +362,11 @@ class Calibration:
         self, thresholds_LE: Tensor, alpha: float | None, procedure: Procedure, settings: NullSettings
     ) -> DecisionTable:
         """A decision table of thresholds [L, E]."""
-        scale_LE, offset_LE = self.affine(settings)
         return DecisionTable(
             thresholds_LE=thresholds_LE,
             rule=procedure.rule or "step_up",
             statistic=settings.statistic,
-            scale_LE=scale_LE,
-            offset_LE=offset_LE,
+            offset_LE=self.offsets(settings),
             paths=self.paths,
             temperature=self.temperature,
             alpha=alpha,

@@ -35,13 +35,13 @@ RIDGE = 0.02  # of the compensation's fit, relative to the mean square of a drop
 
 @dataclass(frozen=True, kw_only=True)
 class LayerRecord:
-    """One routed layer as it was calibrated: module paths, slots, score and weight convention."""
+    """One routed layer as it was calibrated: module paths, slots, and how its router makes weights."""
 
     path: str
     experts_path: str | None
     top_k: int
-    score: str
-    convention: str
+    score_func: str
+    route_norm: str
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -266,10 +266,9 @@ def some_of(names: Iterable[str]) -> str:
 
 
 class Fitted(NamedTuple):
-    """Nulls per layer (one object, L times, for scope ``model``) and the statistic's affine map [L, E]."""
+    """Nulls per layer (one object, L times, for scope ``model``) and the statistic's offsets [L, E]."""
 
     nulls: tuple[Null, ...]
-    scale_LE: Tensor
     offset_LE: Tensor
 
 

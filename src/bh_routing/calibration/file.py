@@ -167,8 +167,17 @@ def _check_format(path: Path, metadata: dict[str, str]) -> None:
         )
 
 
+def _renamed(layer: dict[str, Any]) -> dict[str, Any]:
+    """A layer's header with today's words; older files say ``score`` and ``convention``, and "raw" for "none"."""
+    if "convention" not in layer:
+        return layer
+    norm = {"raw": "none"}.get(layer["convention"], layer["convention"])
+    kept = {key: value for key, value in layer.items() if key not in ("score", "convention")}
+    return kept | {"score_func": layer["score"], "route_norm": norm}
+
+
 def _build(header: dict[str, Any], tensors: dict[str, Tensor]) -> Calibration:
-    layers = tuple(LayerRecord(**layer) for layer in header["layers"])
+    layers = tuple(LayerRecord(**_renamed(layer)) for layer in header["layers"])
     per_layer: dict[tuple[str, str], list[Histogram]] = {}
     for key, start in sorted(header["starts"].items(), key=lambda item: int(item[0].rsplit(".", 1)[1])):
         _, kind, name, _ = key.split(".")

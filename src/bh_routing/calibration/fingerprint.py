@@ -73,9 +73,9 @@ def check_model(calibration: Calibration, plan: PatchPlan, *, strict: bool = Tru
         fields = {
             "num_experts": (calibration.num_experts, site.context.num_experts),
             "top_k": (layer.top_k, site.context.top_k),
-            "score": (layer.score, site.context.score),
+            "score_func": (layer.score_func, site.context.score_func),
             "experts_path": (layer.experts_path, site.experts_path),
-            "convention": (layer.convention, site.context.convention),
+            "route_norm": (layer.route_norm, site.context.route_norm),
         }
         for name, (calibrated, found) in fields.items():
             if calibrated != found:

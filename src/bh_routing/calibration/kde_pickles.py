@@ -106,8 +106,7 @@ class KDECalibration(Calibration):
 
     def fit(self, settings: NullSettings) -> Fitted:
         """The distributions of the files."""
-        scale_LE, offset_LE = self.affine(settings)
-        return Fitted(self.nulls, scale_LE, offset_LE)
+        return Fitted(self.nulls, self.offsets(settings))
 
     def _index(self, layer: str | int) -> int:
         if isinstance(layer, int) and 0 <= layer < self.num_layers:
@@ -205,7 +204,11 @@ def from_kde_pickles(
     nulls = tuple(grid_null(files[i]) for i in range(len(files)))
     layers = tuple(
         LayerRecord(
-            path=f"layer {i}", experts_path=None, top_k=num_experts, score="softmax", convention="unknown"
+            path=f"layer {i}",
+            experts_path=None,
+            top_k=num_experts,
+            score_func="softmax",
+            route_norm="unknown",
         )
         for i in range(len(files))
     )

@@ -240,7 +240,7 @@ class _Collector:
         self.plan, self.num_experts, self.slots = plan, num_experts, slots
         self.temperature, self.trim = temperature, trim
         self.counts = {
-            layer.path: LayerCounts(layer.path, num_experts, layer.context.score, temperature, trim)
+            layer.path: LayerCounts(layer.path, num_experts, layer.context.score_func, temperature, trim)
             for layer in plan.layers
         }
         self.moments = {layer.path: LayerMoments(num_experts) for layer in plan.layers} if outputs else {}
@@ -331,8 +331,8 @@ class _Collector:
                     path=layer.path,
                     experts_path=layer.experts_path,
                     top_k=layer.context.top_k,
-                    score=layer.context.score,
-                    convention=layer.context.convention,
+                    score_func=layer.context.score_func,
+                    route_norm=layer.context.route_norm,
                 )
                 for layer in self.plan.layers
             ),

@@ -109,7 +109,7 @@ def without_kept_tokens(calibration: Calibration) -> Calibration:
     parts = []
     for index, layer in enumerate(calibration.layers):
         counts = LayerCounts(
-            layer.path, calibration.num_experts, layer.score, calibration.temperature, calibration.trim
+            layer.path, calibration.num_experts, layer.score_func, calibration.temperature, calibration.trim
         )
         counts.update(
             reservoir.logits_NLE[:, index].float(), reservoir.experts_NLK[:, index, : layer.top_k].long()
@@ -175,13 +175,13 @@ def _densities(axis: Axes, calibration: Calibration, chosen: NullSettings, row: 
         axis.set_yticks([])
         return
     kind = "logit" if chosen.statistic == "logit" else "logprob"
-    scale_LE, offset_LE = calibration.affine(chosen)
+    offset_LE = calibration.offsets(chosen)
     shown = {
         f"null ({chosen.null})": (calibration.null_counts(chosen), NULL),
         "selected by the model": (calibration.histograms[kind]["selected"], SELECTED),
     }
     for label, (counts, colour) in shown.items():
-        pooled = pool_counts(counts, scale_LE, offset_LE, row)
+        pooled = pool_counts(counts, offset_LE, row)
         if pooled.num:
             # four bins at a time: of 1/16
             num = len(pooled.counts_G) // 4 * 4

@@ -84,7 +84,7 @@ def measure_strength(
     policy.bind(plan.contexts)
     means = calibration.mean_outputs(1.0)
     # Kept experts keep their own weights, as in BHRoutingIntegration with compensation.
-    patch = RoutingPatch(plan.with_convention("raw"), policy, means=means)
+    patch = RoutingPatch(plan.with_route_norm("none"), policy, means=means)
     sums = [0.0] * len(STRENGTHS)
     for batch in batches:
         with torch.inference_mode():

@@ -1,5 +1,5 @@
-"""Print what there is: the plan of a model (every router with path, class, experts, top_k, score and weight
-convention; nothing is patched), or the content of a calibration file.
+"""Print what there is: the plan of a model (every router with path, class, experts, top_k, score function and
+normalisation; nothing is patched), or the content of a calibration file.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def run(args: argparse.Namespace) -> None:
     common.print_table(common.make_console(), table)
     print()
     common.print_text(
-        "weights: raw = the selected experts' scores as they are; renormalised = rescaled to a fixed sum."
+        "weights: none = the selected experts' scores as they are; renormalised = rescaled to a fixed sum."
     )
     common.print_text("widen: whether max_k may exceed top_k.")
 

@@ -25,7 +25,7 @@ def check_backend(backend: str) -> None:
 
 
 def decision_function(
-    backend: Backend, device: torch.device, *, num_experts: int, statistic: str, score: str
+    backend: Backend, device: torch.device, *, num_experts: int, statistic: str, score_func: str
 ) -> Callable[..., RoutingDecision]:
     """The function that decides for a router on this device: `decide.decide_by_table` or its fused twin.
 
@@ -49,12 +49,12 @@ def decision_function(
             "backend='triton' needs Triton, which is not installed; pip install 'bh-routing[triton]', or use "
             "backend='torch'."
         ) from error
-    if triton_decide.supports(num_experts, statistic, score):
+    if triton_decide.supports(num_experts, statistic, score_func):
         if triton_decide.runs_on(device):
             return triton_decide.decide_by_table
         came = f"the device {device}"
     else:
-        came = f"{num_experts} experts and the statistic {statistic!r} of {score!r} scores"
+        came = f"{num_experts} experts and the statistic {statistic!r} of {score_func!r} scores"
     if backend == "auto":
         return decide_by_table
     raise InvalidParameterError(

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..stats.procedures import Rule, count_passing
 from ..stats.pvalues import at_least_float32
-from ..stats.statistic import affine_statistic, base_statistic
+from ..stats.statistic import full_statistic
 from .types import Clamp, PlainRule, RoutingDecision
 from .weights import apply_weight_rule
 
@@ -55,18 +55,17 @@ def decide_by_table(
     own_weights_TK: Tensor,
     own_experts_TK: Tensor,
     thresholds_E: Tensor,
-    scale_E: Tensor,
     offset_E: Tensor,
     *,
     empty: int,
     statistic: str = "logprob",
-    score: str = "softmax",
+    score_func: str = "softmax",
     temperature: float = 1.0,
     rule: Rule = "step_up",
     min_k: int = 1,
     max_k: int | None = None,
     clamp: Clamp = "after",
-    weights: PlainRule = "raw",
+    weights: PlainRule = "own",
 ) -> RoutingDecision:
     """From logits and the router's own choice to the decision that keeps some of its slots, in its own order.
 
@@ -74,23 +73,22 @@ def decide_by_table(
     ----------
     logits_TE, own_weights_TK, own_experts_TK : Tensor
         What the router returned.
-    thresholds_E, scale_E, offset_E : Tensor
+    thresholds_E, offset_E : Tensor
         float32 [E], one row of a `bh_routing.DecisionTable`.
     empty : int
         The index that dropped slots get.
-    statistic, score, temperature
+    statistic, score_func, temperature
         As in `bh_routing.stats.statistic.base_statistic`.
     rule, min_k, max_k, clamp
         As in `keep_by_table`.
-    weights : "raw", "preserve" or "sum"
+    weights : "own", "preserve" or "sum"
         As in `bh_routing.decision.weights.apply_weight_rule`.
 
     Notes
     -----
     Tokens with non-finite logits keep the router's own choice.
     """
-    base_TE = base_statistic(logits_TE, statistic, score, temperature)
-    statistic_TE = affine_statistic(base_TE, scale_E, offset_E)
+    statistic_TE = full_statistic(logits_TE, offset_E, statistic, score_func, temperature)
     kept = keep_by_table(
         statistic_TE.gather(-1, own_experts_TK),
         thresholds_E,
@@ -137,10 +135,10 @@ def drop_own(
     empty: int,
 ) -> RoutingDecision:
     """The decision that drops these of the router's own slots."""
-    if weights == "raw":
+    if weights == "own":
         weights_TK = own_weights_TK.masked_fill(dropped_TK, 0.0)
     else:
-        weights_TK = apply_weight_rule(own_weights_TK, ~dropped_TK, weights, "raw")
+        weights_TK = apply_weight_rule(own_weights_TK, ~dropped_TK, weights, "none")
     return RoutingDecision(
         weights_TK=weights_TK,
         experts_TK=own_experts_TK.masked_fill(dropped_TK, empty),

@@ -19,10 +19,9 @@ from .types import Clamp, PlainRule, RoutingDecision
 
 
 class HostRow(NamedTuple):
-    """One row of a decision table as Python floats: thresholds, scale and offset, E each."""
+    """One row of a decision table as Python floats: thresholds and offsets, E each."""
 
     thresholds: list[float]
-    scale: list[float]
     offset: list[float]
 
 
@@ -34,13 +33,13 @@ def decide_one_token(
     *,
     empty: int,
     statistic: str = "logprob",
-    score: str = "softmax",
+    score_func: str = "softmax",
     temperature: float = 1.0,
     rule: Rule = "step_up",
     min_k: int = 1,
     max_k: int | None = None,
     clamp: Clamp = "after",
-    weights: PlainRule = "raw",
+    weights: PlainRule = "own",
 ) -> RoutingDecision:
     """`decide_by_table` for one token on the host, in plain Python.
 
@@ -61,13 +60,13 @@ def decide_one_token(
             logits = [x / temperature for x in logits]
         chosen = [logits[expert] for expert in own]
         if statistic != "logit":
-            if score in _HOST_SCORES:
-                chosen = _HOST_SCORES[score](chosen, logits)
+            if score_func in _HOST_SCORES:
+                chosen = _HOST_SCORES[score_func](chosen, logits)
             else:
-                scores = base_statistic(logits_1E, statistic, score, temperature).tolist()[0]
+                scores = base_statistic(logits_1E, statistic, score_func, temperature).tolist()[0]
                 chosen = [scores[expert] for expert in own]
-        scale, offset = row.scale, row.offset
-        found = [x * scale[expert] + offset[expert] for x, expert in zip(chosen, own, strict=True)]
+        offset = row.offset
+        found = [x + offset[expert] for x, expert in zip(chosen, own, strict=True)]
         order = sorted(range(num), key=found.__getitem__, reverse=True)  # stable: ties keep their order
         within = 0  # the largest passing rank up to the clamp
         for rank, (slot, threshold) in enumerate(zip(order, row.thresholds, strict=False), 1):

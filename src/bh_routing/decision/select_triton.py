@@ -22,7 +22,7 @@ from ..stats.procedures import Rule
 from .types import Clamp, PlainRule, RoutingDecision
 
 MOST_EXPERTS = 512
-SCORES = ("softmax", "sigmoid")
+SCORE_FUNCS = ("softmax", "sigmoid")
 
 Results = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
@@ -33,7 +33,6 @@ def _decide(
     own_weights_ptr,
     own_experts_ptr,
     thresholds_ptr,
-    scale_ptr,
     offset_ptr,
     weights_ptr,
     experts_ptr,
@@ -49,7 +48,7 @@ def _decide(
     BLOCK_E: tl.constexpr,
     BLOCK_K: tl.constexpr,
     EMPTY: tl.constexpr,
-    SCORE: tl.constexpr,  # "logit": the logit itself; else the log of the score
+    SCORE_FUNC: tl.constexpr,  # "logit": the logit itself; else the log of the score
     TEMPERED: tl.constexpr,
     STEP_DOWN: tl.constexpr,
     MIN_K: tl.constexpr,
@@ -74,11 +73,11 @@ def _decide(
     if TEMPERED:
         x_TE = tl.div_rn(x_TE, temperature)
         x_TK = tl.div_rn(x_TK, temperature)
-    if SCORE == "softmax":
+    if SCORE_FUNC == "softmax":
         x_TE = tl.where((e_E < EXPERTS)[None, :], x_TE, float("-inf"))
         top_T1 = tl.max(x_TE, 1)[:, None]
         x_TK = x_TK - top_T1 - tl.log(tl.sum(tl.exp(x_TE - top_T1), 1))[:, None]
-    elif SCORE == "sigmoid":  # min(x, 0) - log1p(exp(-|x|)), the latter after Kahan
+    elif SCORE_FUNC == "sigmoid":  # min(x, 0) - log1p(exp(-|x|)), the latter after Kahan
         small_TK = tl.exp(-tl.abs(x_TK))
         one_TK = 1.0 + small_TK
         rest_TK = one_TK - 1.0
@@ -88,9 +87,8 @@ def _decide(
             tl.log(one_TK) * tl.div_rn(small_TK, tl.where(rest_TK == 0.0, 1.0, rest_TK)),
         )
         x_TK = tl.minimum(x_TK, 0.0) - log_TK
-    scale_TK = tl.load(scale_ptr + own_TK, mask=mask_TK, other=0.0)
     offset_TK = tl.load(offset_ptr + own_TK, mask=mask_TK, other=0.0)
-    s_TK = tl.where(slot_1K, x_TK * scale_TK + offset_TK, float("-inf"))
+    s_TK = tl.where(slot_1K, x_TK + offset_TK, float("-inf"))
 
     # Rank by comparing all pairs: ties keep the order of the slots.
     before_KK = (k_K[None, :] < k_K[:, None])[None, :, :]
@@ -113,7 +111,7 @@ def _decide(
 
     own_weight_TK = tl.load(own_weights_ptr + at_TK, mask=mask_TK, other=0.0)
     weight_TK = tl.where(drop_TK, 0.0, own_weight_TK)
-    if WEIGHTS != "raw":
+    if WEIGHTS != "own":
         kept_TK = weight_TK.to(tl.float32)
         total_T = tl.sum(kept_TK, 1)
         if WEIGHTS == "preserve":
@@ -140,10 +138,9 @@ def _operation(
     own_weights_TK: Tensor,
     own_experts_TK: Tensor,
     thresholds_E: Tensor,
-    scale_E: Tensor,
     offset_E: Tensor,
     empty: int,
-    score: str,
+    score_func: str,
     temperature: float,
     rule: str,
     min_k: int,
@@ -163,7 +160,6 @@ def _operation(
         own_weights_TK.contiguous(),
         own_experts_TK.contiguous(),
         thresholds_E,
-        scale_E,
         offset_E,
         *results,
         tokens,
@@ -174,7 +170,7 @@ def _operation(
         BLOCK_E=block_e,
         BLOCK_K=block_k,
         EMPTY=empty,
-        SCORE=score,
+        SCORE_FUNC=score_func,
         TEMPERED=temperature != 1.0,
         STEP_DOWN=rule == "step_down",
         MIN_K=min_k,
@@ -182,7 +178,7 @@ def _operation(
         INSIDE=clamp == "inside",
         WEIGHTS=weights,
         num_warps=1,
-        enable_fp_fusion=False,  # scale * x + offset is rounded twice, as in the reference
+        enable_fp_fusion=False,  # every step is rounded, as in the reference
     )
     return results
 
@@ -222,7 +218,7 @@ def _backward(ctx, grad_TK, *others):
     """
     own_weights_TK, dropped_TK = ctx.saved_tensors
     kept_grad_TK = grad_TK.masked_fill(dropped_TK, 0.0)
-    if ctx.weights != "raw":
+    if ctx.weights != "own":
         weights_TK = own_weights_TK.to(torch.promote_types(own_weights_TK.dtype, torch.float32))
         kept_TK = weights_TK.masked_fill(dropped_TK, 0.0)
         total_T1 = kept_TK.sum(-1, keepdim=True)
@@ -239,15 +235,15 @@ def _backward(ctx, grad_TK, *others):
             whole_T1 = ~dropped_TK.any(-1, keepdim=True)
             scaled_TK = torch.where(whole_T1, kept_grad_TK.to(scaled_TK.dtype), scaled_TK)
         kept_grad_TK = scaled_TK.to(own_weights_TK.dtype)
-    return (None, kept_grad_TK, *([None] * 12))
+    return (None, kept_grad_TK, *([None] * 11))
 
 
 _operation.register_autograd(_backward, setup_context=_save)
 
 
-def supports(num_experts: int, statistic: str, score: str) -> bool:
+def supports(num_experts: int, statistic: str, score_func: str) -> bool:
     """Whether the kernel computes this decision; the others take the PyTorch path."""
-    return num_experts <= MOST_EXPERTS and (statistic == "logit" or score in SCORES)
+    return num_experts <= MOST_EXPERTS and (statistic == "logit" or score_func in SCORE_FUNCS)
 
 
 def runs_on(device: torch.device) -> bool:
@@ -260,18 +256,17 @@ def decide_by_table(
     own_weights_TK: Tensor,
     own_experts_TK: Tensor,
     thresholds_E: Tensor,
-    scale_E: Tensor,
     offset_E: Tensor,
     *,
     empty: int,
     statistic: str = "logprob",
-    score: str = "softmax",
+    score_func: str = "softmax",
     temperature: float = 1.0,
     rule: Rule = "step_up",
     min_k: int = 1,
     max_k: int | None = None,
     clamp: Clamp = "after",
-    weights: PlainRule = "raw",
+    weights: PlainRule = "own",
 ) -> RoutingDecision:
     """`bh_routing.decision.select.decide_by_table`, fused.
 
@@ -281,21 +276,20 @@ def decide_by_table(
         For what the kernel does not compute (see `supports`), or logits in float64.
     """
     num_experts, slots = logits_TE.shape[1], own_experts_TK.shape[1]
-    if not supports(num_experts, statistic, score) or logits_TE.dtype == torch.float64:
+    if not supports(num_experts, statistic, score_func) or logits_TE.dtype == torch.float64:
         raise InvalidInputError(
             f"the fused decision serves at most {MOST_EXPERTS} experts, the statistic 'logit' or the scores "
-            f"{' and '.join(SCORES)}, and logits of at most 32 bits; got {num_experts} experts, {statistic!r} of "
-            f"{score!r} and {logits_TE.dtype}. Use backend='torch'."
+            f"{' and '.join(SCORE_FUNCS)}, and logits of at most 32 bits; got {num_experts} experts, {statistic!r} of "
+            f"{score_func!r} and {logits_TE.dtype}. Use backend='torch'."
         )
     weights_TK, experts_TK, counts_T, raw_counts_T, dropped_TK, lost_T = _operation(
         logits_TE,
         own_weights_TK,
         own_experts_TK,
         thresholds_E,
-        scale_E,
         offset_E,
         empty,
-        "logit" if statistic == "logit" else score,
+        "logit" if statistic == "logit" else score_func,
         float(temperature),
         rule,
         min_k,
@@ -316,4 +310,4 @@ def decide_by_table(
     )
 
 
-__all__ = ["MOST_EXPERTS", "SCORES", "decide_by_table", "runs_on", "supports"]
+__all__ = ["MOST_EXPERTS", "SCORE_FUNCS", "decide_by_table", "runs_on", "supports"]

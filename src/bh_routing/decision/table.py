@@ -36,8 +36,8 @@ class DecisionTable:
     rule : "step_up" or "step_down"
     statistic : str
         One of `STATISTICS`.
-    scale_LE, offset_LE : Tensor
-        float32 [L, E]: s = scale * x + offset.
+    offset_LE : Tensor
+        float32 [L, E]: the statistic is its base + offset.
     paths : tuple of str
         The router's module path of each layer; empty for a table that fits any layer in order.
     temperature : float
@@ -51,7 +51,6 @@ class DecisionTable:
     thresholds_LE: Tensor
     rule: Rule = "step_up"
     statistic: str = "logprob"
-    scale_LE: Tensor
     offset_LE: Tensor
     paths: tuple[str, ...] = ()
     temperature: float = 1.0
@@ -63,7 +62,7 @@ class DecisionTable:
         if self.rule not in ("step_up", "step_down"):
             raise InvalidParameterError(f"rule must be 'step_up' or 'step_down', got {self.rule!r}.")
         shape = tuple(self.thresholds_LE.shape)
-        for name in ("thresholds_LE", "scale_LE", "offset_LE"):
+        for name in ("thresholds_LE", "offset_LE"):
             tensor = getattr(self, name)
             if tensor.dtype != torch.float32 or tensor.dim() != 2 or tuple(tensor.shape) != shape:
                 raise InvalidInputError(
@@ -140,7 +139,6 @@ class DecisionTable:
         return cls(
             thresholds_LE=thresholds_LE.to(torch.float32),
             statistic=statistic,
-            scale_LE=torch.ones(thresholds_LE.shape, dtype=torch.float32),
             offset_LE=torch.zeros(thresholds_LE.shape, dtype=torch.float32),
             label=label,
         )

@@ -18,10 +18,10 @@ Clamp = Literal["after", "inside"]
 WeightRule = Literal["model", "preserve", "sum"]
 
 
-Convention = Literal["raw", "renormalised", "unknown"]
+RouteNorm = Literal["none", "renormalised", "unknown"]
 
 
-PlainRule = Literal["raw", "preserve", "sum"]
+PlainRule = Literal["own", "preserve", "sum"]
 
 
 PAD = -1  # marks an unused slot in the public functions' results; it never reaches a model

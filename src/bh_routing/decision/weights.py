@@ -9,15 +9,15 @@ import torch
 from torch import Tensor
 
 from ..stats.pvalues import at_least_float32
-from .types import Convention, PlainRule, WeightRule
+from .types import PlainRule, RouteNorm, WeightRule
 
-_CONVENTIONS: dict[str, PlainRule] = {"raw": "raw", "renormalised": "preserve", "unknown": "sum"}
+_MODEL_RULES: dict[RouteNorm, PlainRule] = {"none": "own", "renormalised": "preserve", "unknown": "sum"}
 
 
-def plain_rule(rule: WeightRule | PlainRule, convention: Convention) -> PlainRule:
-    """What a weight rule does under a model's convention: keep raw weights, the row's sum, or a sum of 1."""
+def plain_rule(rule: WeightRule | PlainRule, route_norm: RouteNorm) -> PlainRule:
+    """What a weight rule does in a model of this ``route_norm``: leave the kept weights, or keep the row's sum, or make it 1."""
     if rule == "model":
-        return _CONVENTIONS[convention]
+        return _MODEL_RULES[route_norm]
     return rule
 
 
@@ -25,21 +25,21 @@ def apply_weight_rule(
     own_weights_TK: Tensor,
     kept_TK: Tensor,
     rule: WeightRule | PlainRule,
-    convention: Convention,
+    route_norm: RouteNorm,
     kept_weights_TK: Tensor | None = None,
 ) -> Tensor:
     """Weights of the kept slots, 0 elsewhere, [T, K'] in the dtype of the router's own weights.
 
-    ``model`` follows the model's convention: raw weights where it does not renormalise, a row that keeps its
+    ``model`` does as the model does: kept weights as they are where it does not renormalise, a row that keeps its
     sum where it does (for a renormalising router that is the renormalisation over the selected, any scaling
-    factor included), a sum of 1 for a mock that states no convention. ``preserve`` keeps the row's sum,
+    factor included), a sum of 1 for a mock that states nothing. ``preserve`` keeps the row's sum,
     ``sum`` makes it 1. Except under ``sum``, a row of which nothing was dropped is returned bit for bit.
     ``kept_weights_TK``: the weights that `kept_TK` refers to where they are not the router's own slots.
     """
     weights_TK = own_weights_TK if kept_weights_TK is None else kept_weights_TK
     masked_TK = weights_TK.masked_fill(~kept_TK, 0.0)
-    plain = plain_rule(rule, convention)
-    if plain == "raw":
+    plain = plain_rule(rule, route_norm)
+    if plain == "own":
         return masked_TK
     total_T1 = at_least_float32(masked_TK).sum(-1, keepdim=True)
     target_T1 = (

@@ -110,7 +110,7 @@ def threshold_variants(
     def collect(
         layer: Any, logits_TE: Tensor, own_weights_TK: Tensor, own_experts_TK: Tensor, mask_T: Any
     ) -> None:
-        base_TE = base_statistic(logits_TE, "logprob", layer.context.score)
+        base_TE = base_statistic(logits_TE, "logprob", layer.context.score_func)
         scores[layer.path].append(base_TE.gather(-1, own_experts_TK).float().cpu())
 
     with torch.no_grad(), watch(plan, collect):
@@ -129,7 +129,6 @@ def threshold_variants(
         thresholds_LE = torch.stack(rows)
         table = DecisionTable(
             thresholds_LE=thresholds_LE,
-            scale_LE=torch.ones_like(thresholds_LE),
             offset_LE=torch.zeros_like(thresholds_LE),
             paths=tuple(layer.path for layer in plan.layers),
             label=f"{budget:g} experts by a threshold",

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from ..calibration.calibration import Calibration
 
 FORMAT, FORMAT_VERSION = "bh-routing record", 1
-_CONTEXT = ("path", "index", "num_experts", "empty", "top_k", "convention", "score", "scale")
+_CONTEXT = ("path", "index", "num_experts", "empty", "top_k", "route_norm", "score_func", "route_scale")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -77,7 +77,7 @@ class RoutingLog:
         ratios = []
         for context in self.contexts:
             logits_NE, _, own_NK = self.layer(context.index)
-            log_NK = LOG_SCORES[context.score](at_least_float32(logits_NE)).gather(-1, own_NK)
+            log_NK = LOG_SCORES[context.score_func](at_least_float32(logits_NE)).gather(-1, own_NK)
             log_NK = log_NK.sort(-1, descending=True).values
             ratios.append((log_NK - log_NK[:, :1]).exp())
         return ratios
@@ -104,17 +104,17 @@ class RoutingLog:
                 num_experts=calibration.num_experts,
                 empty=calibration.num_experts,
                 top_k=layer.top_k,
-                convention=layer.convention,  # type: ignore[arg-type]
-                score=layer.score,
+                route_norm=layer.route_norm,  # type: ignore[arg-type]
+                score_func=layer.score_func,
             )
             for i, layer in enumerate(calibration.layers)
         )
         weights = torch.zeros(reservoir.experts_NLK.shape)
         for context in contexts:
             own_NK = reservoir.experts_NLK[:, context.index, : context.top_k].long()
-            log_NE = LOG_SCORES[context.score](reservoir.logits_NLE[:, context.index].float())
+            log_NE = LOG_SCORES[context.score_func](reservoir.logits_NLE[:, context.index].float())
             own = log_NE.gather(-1, own_NK).exp()
-            if context.convention == "renormalised":
+            if context.route_norm == "renormalised":
                 own = own / own.sum(-1, keepdim=True)
             weights[:, context.index, : context.top_k] = own
         return cls(

@@ -84,4 +84,4 @@ class CompensatedIntegration(RoutingIntegration):
     """Any policy with the mean outputs of dropped experts added back: kept weights stay the model's own."""
 
     def _make_plan(self) -> PatchPlan:
-        return super()._make_plan().with_convention("raw")
+        return super()._make_plan().with_route_norm("none")

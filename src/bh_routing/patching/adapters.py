@@ -4,7 +4,7 @@ Shape legend: T tokens, E experts, K slots per token.
 
 There is one adapter per kind of contract, found by structure, never by a family's name. What differs is where
 the routing can be read and replaced (`RouterCall`), and which index the experts leave out (`ExpertIds`).
-Scores, conventions and scaling need no adapter: they are read off the numbers (`bh_routing.patching.contract`).
+Score function, normalisation and scaling need no adapter: they are read off the numbers (`bh_routing.patching.contract`).
 """
 
 from __future__ import annotations

@@ -7,8 +7,8 @@ int64 [T, K], possibly with extras. Most families return them in that order; the
 mock written from it) as (weights, indices, logits); some families of older transformers as (indices, weights,
 logits). In all, the weights stand right beside the indices.
 
-Scores and conventions are not looked up by family: the router is run on random tokens, and what it did is read
-off the numbers (`read_convention`).
+Score function and normalisation are not looked up by family: the router is run on random tokens, and what it did
+is read off the numbers (`read_weighting`).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..decision.types import Convention
+from ..decision.types import RouteNorm
 from ..errors import UnsupportedModelError
 from ..stats.statistic import LOG_SCORES
 from .instance import InstancePatch, execution_device, find_patch
@@ -98,25 +98,25 @@ class Reading(NamedTuple):
 
     Attributes
     ----------
-    score : str
+    score_func : str
         A key of `bh_routing.stats.statistic.LOG_SCORES`: what the weights are made of.
-    convention : "raw", "renormalised" or "unknown"
-        ``raw``: a weight does not depend on which other experts were selected. ``renormalised``: a token's
+    route_norm : "none", "renormalised" or "unknown"
+        ``none``: a weight does not depend on which other experts were selected. ``renormalised``: a token's
         weights are scaled to a constant sum over its selected experts.
-    scale : float
-        ``raw``: weight / score. ``renormalised``: the constant sum.
+    route_scale : float
+        ``none``: weight / score. ``renormalised``: the constant sum.
     joint : bool
-        Weights are normalised together with something outside the selection (shared experts): the convention
-        is ``raw`` then, because dropping one expert leaves the others' share alone.
+        Weights are normalised together with something outside the selection (shared experts): ``route_norm`` is
+        ``none`` then, because dropping one expert leaves the others' share alone.
     plain : bool
         The selected experts are the K largest of that very score: nothing else takes part in the choice.
     per_expert : str
         Name of the vector [E] of factors that the renormalised weights were multiplied by, "" if none.
     """
 
-    score: str = "softmax"
-    convention: Convention = "unknown"
-    scale: float = 1.0
+    score_func: str = "softmax"
+    route_norm: RouteNorm = "unknown"
+    route_scale: float = 1.0
     joint: bool = False
     plain: bool = False
     per_expert: str = ""
@@ -124,7 +124,7 @@ class Reading(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Contract:
-    """What a probe found out about a router: where its tensors are, sizes, score and convention."""
+    """What a probe found out about a router: where its tensors are, sizes, and how it makes weights."""
 
     positions: RouterOutputs | None
     num_logits: int
@@ -208,7 +208,7 @@ def probe(
                 positions=positions,
                 num_logits=logits_TE.shape[-1],
                 top_k=experts_TK.shape[-1],
-                reading=read_convention(logits_TE, weights_TK, experts_TK, vectors),
+                reading=read_weighting(logits_TE, weights_TK, experts_TK, vectors),
             )
     return None
 
@@ -273,7 +273,7 @@ def call_through(
     return capture.call, bypassed
 
 
-def read_convention(
+def read_weighting(
     logits_TE: Tensor,
     weights_TK: Tensor,
     experts_TK: Tensor,
@@ -281,13 +281,13 @@ def read_convention(
 ) -> Reading:
     """Which score the weights are made of, and what happens to them after the selection.
 
-    With r = log(weight) - log(score) for each known score: weights are raw if r is one constant for all tokens
+    With r = log(weight) - log(score) for each known score: weights are left alone if r is one constant for all tokens
     and slots (the scaling factor), renormalised if r is constant within each token and the weights' sum is the
     same for all tokens (a softmax over the selected logits is that case of a softmax over all), and normalised
     jointly with something else if r is constant within each token and the sum is not. If nothing fits, each of
     `vectors` [E] is tried as a factor per expert on renormalised weights.
 
-    Nothing is claimed (``convention="unknown"``) for a router whose logits are all equal, or whose weights fit
+    Nothing is claimed (``route_norm="unknown"``) for a router whose logits are all equal, or whose weights fit
     no known score.
     """
     unknown = Reading()
@@ -299,16 +299,16 @@ def read_convention(
     if not bool(torch.isfinite(x_TE).all()) or float((x_TE.amax(-1) - x_TE.amin(-1)).max()) < 1e-6:
         return unknown
     probabilities = float(x_TE.min()) >= 0 and float((x_TE.sum(-1) - 1).abs().max()) < tolerance
-    scores = ("probability",) if probabilities else ("softmax", "sigmoid", "sqrtsoftplus")
+    names = ("probability",) if probabilities else ("softmax", "sigmoid", "sqrtsoftplus")
     usable_TK = weights_TK > 1e-4 * weights_TK.amax()
     if not bool(usable_TK.any()):
         return unknown
-    log_scores = {score: LOG_SCORES[score](x_TE) for score in scores}
+    log_scores = {name: LOG_SCORES[name](x_TE) for name in names}
     for factors in ({"": None} | dict(vectors or {})).items():
         fits = [
             fit
-            for score, log_TE in log_scores.items()
-            if (fit := _fit(score, log_TE, weights_TK, experts_TK, usable_TK, factors, tolerance)) is not None
+            for name, log_TE in log_scores.items()
+            if (fit := _fit(name, log_TE, weights_TK, experts_TK, usable_TK, factors, tolerance)) is not None
         ]
         if fits:
             return min(fits, key=lambda fit: fit[0])[1]
@@ -316,7 +316,7 @@ def read_convention(
 
 
 def _fit(
-    score: str,
+    score_func: str,
     log_TE: Tensor,
     weights_TK: Tensor,
     experts_TK: Tensor,
@@ -341,12 +341,16 @@ def _fit(
     constant = float((sum_T / total - 1).abs().max()) < tolerance if total > 0 else False
     plain = vector_E is None and _largest_chosen(log_TE, experts_TK, tolerance)
     if across < tolerance and vector_E is None:
-        return (0, across), Reading(score, "raw", _near_one(float(center.exp()), tolerance), False, plain)
+        return (0, across), Reading(
+            score_func, "none", _near_one(float(center.exp()), tolerance), False, plain
+        )
     if within < tolerance and constant:
-        return (1, within), Reading(score, "renormalised", _near_one(total, tolerance), False, plain, name)
+        return (1, within), Reading(
+            score_func, "renormalised", _near_one(total, tolerance), False, plain, name
+        )
     # One slot is always constant within its token: that explains nothing.
     if within < tolerance and weights_TK.shape[-1] > 1 and vector_E is None:
-        return (2, within), Reading(score, "raw", 1.0, True, False)
+        return (2, within), Reading(score_func, "none", 1.0, True, False)
     return None
 
 

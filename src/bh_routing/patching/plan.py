@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..decision.types import Convention
+from ..decision.types import RouteNorm
 from ..errors import UnsupportedModelError
 from ..policies import RoutingContext
 from .adapters import ExpertIds, RouterCall, expert_ids, router_call, with_logits_again
@@ -29,7 +29,7 @@ class LayerPlan:
     experts_path, experts : str, nn.Module or None
         The experts beside it (None for a bare mock).
     context : RoutingContext
-        Sizes, convention and device, as a policy sees them.
+        Sizes, normalisation and device, as a policy sees them.
     owner : nn.Module or None
         The nearest transformers model around the router: its forward tells the mask and the shape.
     probed : bool
@@ -76,7 +76,7 @@ class LayerPlan:
             self.positions = positions
         else:
             logits, weights, experts = self.positions.read(outputs)
-        if self.reading.score == "probability":
+        if self.reading.score_func == "probability":
             logits = logits.clamp_min(torch.finfo(logits.dtype).tiny).log()
         return logits, weights, experts
 
@@ -97,7 +97,7 @@ class LayerPlan:
     def expert_factors_E(self) -> torch.Tensor | None:
         """Factors per expert on the renormalised weights, [E], where the router has them."""
         name = self.reading.per_expert
-        if not name or self.context.convention != "renormalised":
+        if not name or self.context.route_norm != "renormalised":
             return None
         return self.router.get_parameter(name)
 
@@ -114,10 +114,10 @@ class PatchPlan:
         """The routers as a policy sees them."""
         return [layer.context for layer in self.layers]
 
-    def with_convention(self, convention: Convention) -> PatchPlan:
-        """The same plan with another weight convention in every layer's context."""
+    def with_route_norm(self, route_norm: RouteNorm) -> PatchPlan:
+        """The same plan with another ``route_norm`` in every layer's context."""
         layers = tuple(
-            replace(layer, context=replace(layer.context, convention=convention)) for layer in self.layers
+            replace(layer, context=replace(layer.context, route_norm=route_norm)) for layer in self.layers
         )
         return replace(self, layers=layers)
 
@@ -137,8 +137,8 @@ class PatchPlan:
                 "class": type(layer.router).__name__,
                 "experts": layer.context.num_experts,
                 "top_k": layer.context.top_k,
-                "score": layer.context.score,
-                "weights": layer.context.convention,
+                "score": layer.context.score_func,
+                "weights": layer.context.route_norm,
                 "widen": "yes" if layer.context.can_widen else "no",
             }
             for layer in self.layers
@@ -215,9 +215,9 @@ def _plan_layer(model: nn.Module, site: RouterSite, index: int, owner: nn.Module
             num_experts=contract.num_logits,
             empty=ids.empty,
             top_k=contract.top_k,
-            convention=_convention(router, reading, mock=owner is None),
-            score="softmax" if reading.score == "probability" else reading.score,
-            scale=reading.scale if reading.convention == "raw" else 1.0,
+            route_norm=_route_norm(router, reading, mock=owner is None),
+            score_func="softmax" if reading.score_func == "probability" else reading.score_func,
+            route_scale=reading.route_scale if reading.route_norm == "none" else 1.0,
             can_widen=reading.plain and contract.num_logits == ids.empty,
             device=execution_device(router),
         ),
@@ -248,17 +248,17 @@ def _probe_again(site: RouterSite, call: RouterCall | None, config: Any) -> Cont
         contract = _probe(site, call, config)
     except UnsupportedModelError:
         return None
-    return None if contract is None or contract.reading.convention == "unknown" else contract
+    return None if contract is None or contract.reading.route_norm == "unknown" else contract
 
 
-def _convention(router: nn.Module, reading: Reading, *, mock: bool) -> Convention:
+def _route_norm(router: nn.Module, reading: Reading, *, mock: bool) -> RouteNorm:
     """What the numbers say; else what the router states; else nothing (mock) or weights left alone (model)."""
     stated = getattr(router, "norm_topk_prob", None)
-    if not mock and reading.convention != "unknown":
-        return reading.convention
+    if not mock and reading.route_norm != "unknown":
+        return reading.route_norm
     if isinstance(stated, bool):
-        return "renormalised" if stated else "raw"
-    return "unknown" if mock else "raw"
+        return "renormalised" if stated else "none"
+    return "unknown" if mock else "none"
 
 
 def _contract_from_attributes(

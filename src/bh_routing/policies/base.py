@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..decision.select import Kept, keep_own, not_finite
-from ..decision.types import Clamp, Convention, RoutingDecision, WeightRule, check_clamp, check_k
+from ..decision.types import Clamp, RouteNorm, RoutingDecision, WeightRule, check_clamp, check_k
 from ..decision.weights import apply_weight_rule, plain_rule
 from ..errors import InvalidParameterError
 from ..stats.pvalues import at_least_float32
@@ -37,12 +37,12 @@ class RoutingContext:
         The index an empty slot carries (``experts.num_experts``).
     top_k : int
         K, the router's own number of slots.
-    convention : "raw", "renormalised" or "unknown"
-        What the model does with the selected scores.
-    score : str
-        A key of `bh_routing.stats.statistic.LOG_SCORES`.
-    scale : float
-        A raw weight is the score times this.
+    route_norm : "none", "renormalised" or "unknown"
+        Whether the model rescales the selected scores to a constant sum.
+    score_func : str
+        How logits become scores: a key of `bh_routing.stats.statistic.LOG_SCORES`.
+    route_scale : float
+        A weight that is not renormalised is its score times this.
     can_widen : bool
         Whether scores of experts beyond the router's own choice are known (plain softmax or sigmoid).
     device : torch.device
@@ -59,9 +59,9 @@ class RoutingContext:
     num_experts: int
     empty: int
     top_k: int
-    convention: Convention = "unknown"
-    score: str = "softmax"
-    scale: float = 1.0
+    route_norm: RouteNorm = "unknown"
+    score_func: str = "softmax"
+    route_scale: float = 1.0
     can_widen: bool = False
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     shape: tuple[int, int] | None = None
@@ -135,7 +135,7 @@ class RoutingPolicy(ABC):
             not_finite(logits_TE),
             own_weights_TK,
             own_experts_TK,
-            weights=plain_rule(self.weights, context.convention),
+            weights=plain_rule(self.weights, context.route_norm),
             empty=context.empty,
         )
 
@@ -158,7 +158,7 @@ class RoutingPolicy(ABC):
             own_weights_TK,
             kept.keep_TK,
             self.weights,
-            context.convention,
+            context.route_norm,
             scores_TC.to(own_weights_TK.dtype),
         )
         experts_TC = experts_TC.masked_fill(~kept.keep_TK, context.empty)
@@ -232,7 +232,7 @@ class CountPolicy(RoutingPolicy):
         """Turn a decision over all E experts into one over the max_k most significant."""
         assert self.max_k is not None
         experts_TC = statistic_TE.argsort(dim=-1, descending=True, stable=True)[:, : self.max_k]
-        scores_TE = LOG_SCORES[context.score](at_least_float32(logits_TE)).exp() * context.scale
+        scores_TE = LOG_SCORES[context.score_func](at_least_float32(logits_TE)).exp() * context.route_scale
         return self.widen(
             Kept(kept_TE.keep_TK.gather(-1, experts_TC), kept_TE.counts_T, kept_TE.raw_counts_T),
             scores_TE.gather(-1, experts_TC),

@@ -19,7 +19,7 @@ from ..decision.table import DecisionTable
 from ..decision.types import Clamp, RoutingDecision, WeightRule
 from ..decision.weights import plain_rule
 from ..errors import InvalidParameterError
-from ..stats.statistic import affine_statistic, base_statistic
+from ..stats.statistic import full_statistic
 from .base import CountPolicy, RoutingContext
 
 
@@ -52,7 +52,7 @@ class TablePolicy(CountPolicy):
         check_backend(backend)
         self.table = table
         self.backend = backend
-        self._rows: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
+        self._rows: dict[str, tuple[Tensor, Tensor]] = {}
         self._functions: dict[str, Callable[..., RoutingDecision]] = {}
         self._settings: dict[str, dict[str, Any]] = {}
         self._host: dict[str, Callable[..., RoutingDecision]] = {}
@@ -66,7 +66,7 @@ class TablePolicy(CountPolicy):
                 c.device,
                 num_experts=c.num_experts,
                 statistic=self.table.statistic,
-                score=c.score,
+                score_func=c.score_func,
             )
             for c in contexts
         }
@@ -79,13 +79,13 @@ class TablePolicy(CountPolicy):
         return {
             "empty": context.empty,
             "statistic": self.table.statistic,
-            "score": context.score,
+            "score_func": context.score_func,
             "temperature": self.table.temperature,
             "rule": self.table.rule,
             "min_k": self.min_k,
             "max_k": self.max_k,
             "clamp": self.clamp,
-            "weights": plain_rule(self.weights, context.convention),
+            "weights": plain_rule(self.weights, context.route_norm),
         }
 
     def _read_rows(self) -> None:
@@ -98,16 +98,16 @@ class TablePolicy(CountPolicy):
             if self._functions[path] is decide_by_table and row[0].device.type == "cpu"
         }
 
-    def _row(self, table: DecisionTable, context: RoutingContext) -> tuple[Tensor, Tensor, Tensor]:
+    def _row(self, table: DecisionTable, context: RoutingContext) -> tuple[Tensor, Tensor]:
         row = table.row(context.path, context.index)
         if table.num_experts != context.num_experts:
             raise InvalidParameterError(
                 f"the table has {table.num_experts} experts, router {context.path} has {context.num_experts}; "
                 "calibrate this model itself."
             )
-        return tuple(
-            getattr(table, name)[row].clone().to(context.device)
-            for name in ("thresholds_LE", "scale_LE", "offset_LE")
+        return (
+            table.thresholds_LE[row].clone().to(context.device),
+            table.offset_LE[row].clone().to(context.device),
         )
 
     def thresholds_of(self, context: RoutingContext) -> Tensor:
@@ -116,10 +116,9 @@ class TablePolicy(CountPolicy):
 
     def statistic(self, logits_TE: Tensor, context: RoutingContext) -> Tensor:
         """What is compared with the thresholds, [T, E], float32 at least; differentiable."""
-        _, scale_E, offset_E = self._rows[context.path]
+        _, offset_E = self._rows[context.path]
         table = self.table
-        base_TE = base_statistic(logits_TE, table.statistic, context.score, table.temperature)
-        return affine_statistic(base_TE, scale_E, offset_E)
+        return full_statistic(logits_TE, offset_E, table.statistic, context.score_func, table.temperature)
 
     def set_table(self, table: DecisionTable) -> None:
         """Write another table's thresholds into the same buffers: no re-patching, no recompiling.
@@ -135,10 +134,10 @@ class TablePolicy(CountPolicy):
                 raise InvalidParameterError(
                     f"the new table has {name}={new!r}, the one in use {old!r}; unpatch and patch anew for that."
                 )
-        for index, (path, buffers) in enumerate(self._rows.items()):
+        for index, (path, (thresholds_E, offset_E)) in enumerate(self._rows.items()):
             row = table.row(path, index)
-            for buffer, name in zip(buffers, ("thresholds_LE", "scale_LE", "offset_LE"), strict=True):
-                buffer.copy_(getattr(table, name)[row])
+            thresholds_E.copy_(table.thresholds_LE[row])
+            offset_E.copy_(table.offset_LE[row])
         self.table = table
         self._read_rows()
 

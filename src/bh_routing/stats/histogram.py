@@ -109,31 +109,30 @@ class PooledCounts:
         return float(np.interp(share * below[-1], below, self.edges_G))
 
 
-def pool_counts(histogram: Histogram, scale_LE: Tensor, offset_LE: Tensor, layer: int | None) -> PooledCounts:
-    """Counts of s = scale * x + offset over the experts of one layer, or of all (``layer=None``).
+def pool_counts(histogram: Histogram, offset_LE: Tensor, layer: int | None) -> PooledCounts:
+    """Counts of s = x + offset over the experts of one layer, or of all (``layer=None``).
 
-    Each expert's bins are mapped by its own scale and offset. Where every map is the identity the counts are
-    the integers that were collected; else each count is spread evenly over its own bin's image and collected
-    on a common grid of the same width.
+    Each expert's bins are shifted by its own offset. Where every offset is 0 the counts are the integers that
+    were collected; else each count is spread evenly over its own shifted bin and collected on a common grid of
+    the same width.
     """
     rows = slice(None) if layer is None else slice(layer, layer + 1)
     counts_RB = histogram.counts_LEB[rows].flatten(0, 1).numpy()
-    scale_R = scale_LE[rows].flatten().double().numpy()
     offset_R = offset_LE[rows].flatten().double().numpy()
     num = int(counts_RB.sum())
     edges = histogram.edges
-    if np.all(scale_R == 1.0) and np.all(offset_R == 0.0):
+    if np.all(offset_R == 0.0):
         grid, counts_G = edges, counts_RB.sum(0).astype(np.float64)
     else:
         width = 1.0 / BINS_PER_UNIT
-        first = math.floor(float((edges[0] * scale_R + offset_R).min()) / width) - 1
-        last = math.ceil(float((edges[-1] * scale_R + offset_R).max()) / width) + 1
+        first = math.floor(float(edges[0] + offset_R.min()) / width) - 1
+        last = math.ceil(float(edges[-1] + offset_R.max()) / width) + 1
         grid = np.arange(first, last + 1, dtype=np.float64) * width
         below = np.zeros_like(grid)
-        for counts_B, scale, offset in zip(counts_RB, scale_R, offset_R, strict=True):
+        for counts_B, offset in zip(counts_RB, offset_R, strict=True):
             if counts_B.any():
                 cumulative = np.concatenate(([0.0], counts_B.cumsum()))
-                below += np.interp(grid, edges * scale + offset, cumulative)
+                below += np.interp(grid, edges + offset, cumulative)
         counts_G = np.diff(below)
     # Empty bins at the ends are no part of the null: where its samples end, its tail begins.
     used = counts_G.nonzero()[0]

@@ -3,8 +3,8 @@
 Shape legend: T tokens, E experts, L routed layers.
 
 The base statistic x is the router logit ("logit") or the log of the routing score ("logprob"), after the
-logits were divided by the temperature. The statistic is s = scale * x + offset, one affine map per (layer,
-expert); "contribution" is the log score plus the log of the expert's calibrated size.
+logits were divided by the temperature. The statistic is s = x + offset, one offset per (layer, expert);
+"contribution" is the log score plus the log of the expert's calibrated size.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ def check_statistic(statistic: str) -> None:
         )
 
 
-def base_statistic(logits_TE: Tensor, statistic: str, score: str, temperature: float = 1.0) -> Tensor:
-    """The statistic before its scale and offset, [T, E], float32 at least.
+def base_statistic(logits_TE: Tensor, statistic: str, score_func: str, temperature: float = 1.0) -> Tensor:
+    """The statistic before its offset, [T, E], float32 at least.
 
     ``logit``: logits / temperature. ``logprob`` and ``contribution``: the log of the score (`LOG_SCORES`) of
     logits / temperature.
@@ -47,12 +47,14 @@ def base_statistic(logits_TE: Tensor, statistic: str, score: str, temperature: f
     x_TE = at_least_float32(logits_TE)
     if temperature != 1.0:
         x_TE = x_TE / temperature
-    return x_TE if statistic == "logit" else LOG_SCORES[score](x_TE)
+    return x_TE if statistic == "logit" else LOG_SCORES[score_func](x_TE)
 
 
-def affine_statistic(base: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
-    """s = scale * x + offset in float32: the one place where it is rounded.
+def full_statistic(
+    logits_TE: Tensor, offset_E: Tensor, statistic: str, score_func: str, temperature: float = 1.0
+) -> Tensor:
+    """`base_statistic` + offset in float32, [T, E]: the one place where it is rounded.
 
     Thresholds are found for these float32 values, so that comparing with them says what the p-values say.
     """
-    return base.float() * scale + offset
+    return base_statistic(logits_TE, statistic, score_func, temperature).float() + offset_E

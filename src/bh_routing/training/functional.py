@@ -45,7 +45,7 @@ class RouterSums(NamedTuple):
 
 
 def router_sums(
-    logits_TE: Tensor, experts_TK: Tensor, real_T: Tensor | None = None, score: str = "softmax"
+    logits_TE: Tensor, experts_TK: Tensor, real_T: Tensor | None = None, score_func: str = "softmax"
 ) -> RouterSums:
     """The sums of one layer.
 
@@ -57,7 +57,7 @@ def router_sums(
         int64, the experts that run; a slot with E or more, or with -1, is empty.
     real_T : Tensor, optional
         bool, False for tokens that do not count.
-    score : str
+    score_func : str
         A key of `bh_routing.stats.statistic.LOG_SCORES`; scores are normalised to probabilities.
     """
     logits_TE = at_least_float32(logits_TE)
@@ -67,8 +67,8 @@ def router_sums(
     real_T1 = real_T.unsqueeze(-1)
     logits_TE = torch.where(real_T1, logits_TE, 0.0)  # what does not count may be NaN
     probability_TE = logits_TE.softmax(-1)
-    if score != "softmax":
-        scores_TE = LOG_SCORES[score](logits_TE).exp()
+    if score_func != "softmax":
+        scores_TE = LOG_SCORES[score_func](logits_TE).exp()
         probability_TE = scores_TE / scores_TE.sum(-1, keepdim=True)
     weight_T = real_T.to(logits_TE.dtype)
     runs_TK = (experts_TK >= 0) & (experts_TK < num_experts) & real_T1
@@ -113,7 +113,7 @@ def load_balancing_loss(
     *,
     top_k: int,
     mask_T: Tensor | None = None,
-    score: str = "softmax",
+    score_func: str = "softmax",
     scope: BalanceScope = "model",
 ) -> Tensor:
     """Load balancing for a variable number of experts per token.
@@ -133,7 +133,7 @@ def load_balancing_loss(
         K, the router's own number of slots.
     mask_T : Tensor, optional
         bool (or 0 and 1), False for padding.
-    score : str
+    score_func : str
         As in `router_sums`.
     scope : {"model", "layer"}
         ``"model"`` adds up all layers before it compares load and probability, as transformers does, so that one
@@ -161,7 +161,7 @@ def load_balancing_loss(
         raise InvalidInputError(
             f"expected logits and experts of the same layers, at least one, got {len(logits)} and {len(experts)}."
         )
-    sums = [router_sums(x, e, real_T, score) for x, e in zip(logits, experts, strict=True)]
+    sums = [router_sums(x, e, real_T, score_func) for x, e in zip(logits, experts, strict=True)]
     load_LE, probability_LE, _, tokens_L = (torch.stack(column) for column in zip(*sums, strict=True))
     return balance_of(load_LE, probability_LE, tokens_L, tokens_L * top_k, scope)
 

@@ -232,7 +232,7 @@ class AdaptiveRoutingLoss:
     def _row(self, path: str, seen: Seen) -> Tensor:
         """One layer's sums over tokens: load, probability, z, tokens, expected and actual experts; [2E + 4]."""
         context = next(layer.context for layer in self.integrator.plan.layers if layer.path == path)
-        sums = router_sums(seen.logits_TE, seen.experts_TK, seen.real_T, context.score)
+        sums = router_sums(seen.logits_TE, seen.experts_TK, seen.real_T, context.score_func)
         weight_T = seen.real_T.to(sums.z.dtype)
         hard = (seen.counts_T * weight_T).sum()
         soft = hard.detach()

@@ -133,7 +133,7 @@ def recounted(old: Calibration, layers: list[Held], seed: int) -> Calibration:
     """A calibration with the counts and the reservoir of these tokens, and everything else as it was."""
     per_layer = []
     for record, held in zip(old.layers, layers, strict=True):
-        counts = LayerCounts(record.path, old.num_experts, record.score, old.temperature, old.trim)
+        counts = LayerCounts(record.path, old.num_experts, record.score_func, old.temperature, old.trim)
         counts.update(held.logits_NE.float(), held.experts_NK.long())
         per_layer.append(counts.histograms())
     tokens = min(len(held.real_N) for held in layers)

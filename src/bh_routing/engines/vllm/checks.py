@@ -79,7 +79,7 @@ def read_facts(runner: Any) -> LayerFacts:
         router=kind,
         num_experts=runner.moe_config.num_logical_experts,
         top_k=router.top_k,
-        score=getattr(router, "scoring_func", None),
+        score_func=getattr(router, "scoring_func", None),
         renormalize=bool(getattr(router, "renormalize", False)),
         hidden_size=runner.moe_config.hidden_dim_unpadded or runner.moe_config.hidden_dim,
         dtype=runner.moe_config.in_dtype,

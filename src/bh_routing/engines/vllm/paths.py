@@ -37,7 +37,7 @@ def match_layer(name: str, layers: Sequence[LayerRecord]) -> int:
     --------
     >>> from bh_routing.calibration.data import LayerRecord
     >>> layers = [LayerRecord(path=f"model.layers.{i}.mlp.gate", experts_path=f"model.layers.{i}.mlp.experts",
-    ...                       top_k=8, score="softmax", convention="raw") for i in range(12)]
+    ...                       top_k=8, score_func="softmax", route_norm="none") for i in range(12)]
     >>> match_layer("language_model.model.layers.11.mlp.experts", layers)
     11
     """

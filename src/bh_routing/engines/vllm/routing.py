@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ...calibration.calibration import Calibration
 from ...decision.compensation import check_strength, compensation
-from ...decision.types import Convention, RoutingDecision
+from ...decision.types import RouteNorm, RoutingDecision
 from ...errors import CalibrationMismatchError, InvalidParameterError, UnsupportedModelError
 from ...policies import PValuePolicy, RoutingContext, RoutingPolicy, TablePolicy
 from ...stats.procedures import check_one_level
@@ -41,7 +41,7 @@ class LayerFacts:
     router : str
         The router's class.
     num_experts, top_k : int
-    score : str or None
+    score_func : str or None
         What turns logits into weights; None: unknown.
     renormalize : bool
         Whether the selected weights are made to sum to a constant.
@@ -55,7 +55,7 @@ class LayerFacts:
     router: str
     num_experts: int
     top_k: int
-    score: str | None
+    score_func: str | None
     renormalize: bool
     hidden_size: int = 0
     dtype: torch.dtype = torch.float32
@@ -122,7 +122,7 @@ def filled(decision: RoutingDecision, dtype: torch.dtype = torch.int64) -> Tenso
     --------
     >>> import torch
     >>> from bh_routing.policies import RoutingContext, TopKPolicy
-    >>> context = RoutingContext(path="gate", index=0, num_experts=4, empty=4, top_k=3, convention="raw")
+    >>> context = RoutingContext(path="gate", index=0, num_experts=4, empty=4, top_k=3, route_norm="none")
     >>> weights, experts = torch.tensor([[0.1, 0.5, 0.2]]), torch.tensor([[3, 0, 2]])
     >>> filled(TopKPolicy(2).decide(torch.zeros(1, 4), weights, experts, context))
     tensor([[0, 0, 2]])
@@ -171,29 +171,29 @@ class EngineRouting:
         CalibrationMismatchError, UnsupportedModelError
             If the calibration does not fit it, naming the layer and the field.
         """
-        index, path, score = len(self.layers), facts.name, facts.score or "softmax"
+        index, path, score_func = len(self.layers), facts.name, facts.score_func or "softmax"
         if self.calibration is not None:
             if self._left_out(facts.name):
                 self.left_out.append(facts.name)
                 return None
-            index, path, score = self._check(self.calibration, facts)
+            index, path, score_func = self._check(self.calibration, facts)
         limit = max(filter(None, (self.settings.min_k, self.settings.max_k, self.settings.top_k)))
         if limit > facts.top_k:
             raise InvalidParameterError(
                 f"layer {facts.name} selects {facts.top_k} experts, and vLLM's buffers have room for no more: "
                 f"expected min_k, max_k and top_k up to that, got {limit}."
             )
-        convention: Convention = "renormalised" if facts.renormalize else "raw"
+        route_norm: RouteNorm = "renormalised" if facts.renormalize else "none"
         if self.compensates and self.settings.weights == "model":
-            convention = "raw"  # the weight of what is dropped is still used
+            route_norm = "none"  # the weight of what is dropped is still used
         context = RoutingContext(
             path=path,
             index=index,
             num_experts=facts.num_experts,
             empty=facts.num_experts,
             top_k=facts.top_k,
-            convention=convention,
-            score=score,
+            route_norm=route_norm,
+            score_func=score_func,
         )
         layer = LayerRouting(self, facts, context)
         self.layers.append(layer)
@@ -205,7 +205,7 @@ class EngineRouting:
         return any(path.rpartition(".")[0] == parent for path in self.calibration.left_out)
 
     def _check(self, calibration: Calibration, facts: LayerFacts) -> tuple[int, str, str]:
-        """Row, router path and score of a layer in the calibration."""
+        """Row, router path and score function of a layer in the calibration."""
         row = match_layer(facts.name, calibration.layers)
         record = calibration.layers[row]
         taken = [layer.facts.name for layer in self.layers if layer.context.path == record.path]
@@ -214,16 +214,16 @@ class EngineRouting:
                 f"two layers of the model, {taken[0]!r} and {facts.name!r}, fit the calibrated layer "
                 f"{record.path!r}; this model cannot be served with this calibration."
             )
-        if facts.score is None:
+        if facts.score_func is None:
             raise UnsupportedModelError(
                 f"layer {facts.name}: its router, {facts.router}, does not say how it turns logits into weights, "
-                f"and the calibration's thresholds are on {record.score} scores; this model is not supported."
+                f"and the calibration's thresholds are on {record.score_func} scores; this model is not supported."
             )
         fields = {
             "num_experts": (calibration.num_experts, facts.num_experts),
             "top_k": (record.top_k, facts.top_k),
-            "score": (record.score, facts.score),
-            "convention": (record.convention, "renormalised" if facts.renormalize else "raw"),
+            "score_func": (record.score_func, facts.score_func),
+            "route_norm": (record.route_norm, "renormalised" if facts.renormalize else "none"),
         }
         for name, (calibrated, found) in fields.items():
             if calibrated != found:
@@ -231,7 +231,7 @@ class EngineRouting:
                     f"the calibration does not fit layer {facts.name}: {name} was {calibrated!r} when it was made, "
                     f"the model has {found!r}; calibrate this model."
                 )
-        return row, record.path, record.score
+        return row, record.path, record.score_func
 
     def check_complete(self) -> None:
         """Raise `CalibrationMismatchError` unless every calibrated layer is one of the model's."""

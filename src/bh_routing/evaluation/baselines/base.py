@@ -65,7 +65,7 @@ class Baseline(RoutingPolicy):
 
 def own_scores(logits_TE: Tensor, own_experts_TK: Tensor, context: RoutingContext) -> Tensor:
     """Routing scores (softmax probabilities over all E, or sigmoids) of the router's own choice, [T, K]."""
-    log_TE = LOG_SCORES[context.score](at_least_float32(logits_TE))
+    log_TE = LOG_SCORES[context.score_func](at_least_float32(logits_TE))
     return log_TE.gather(-1, own_experts_TK).exp()
 
 
