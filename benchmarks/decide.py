@@ -9,15 +9,12 @@ to softmax + top-k of the same round.
 
 from __future__ import annotations
 
-import argparse
 import statistics
-import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
-from machine import describe_machine
-from pages import markdown_table, write_block
+from machine import Times, describe_machine, in_turn, ratio
+from pages import arguments, markdown_table, publish
 from torch import Tensor
 
 from bh_routing import DecisionTable, PValuePolicy, RoutingContext, TablePolicy, TopKPolicy
@@ -64,35 +61,17 @@ def candidates(logits_TE: Tensor) -> dict[str, Callable[[], object]]:
 
 
 @torch.inference_mode()
-def measure(tokens: int, device: torch.device, seconds: float) -> dict[str, list[float]]:
-    """Microseconds per call and candidate, one value per round."""
+def measure(tokens: int, device: torch.device, seconds: float) -> Times:
+    """Seconds per call and candidate, one value per round."""
     logits_TE = (2.0 * torch.randn(tokens, EXPERTS, generator=torch.Generator().manual_seed(0))).to(device)
-    calls = list(candidates(logits_TE).items())
-    times: dict[str, list[float]] = {name: [] for name, _ in calls}
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    end = time.perf_counter() + seconds
-    round_ = 0
-    while round_ < 30 or time.perf_counter() < end:
-        turn = round_ % len(calls)
-        for name, call in calls[turn:] + calls[:turn]:
-            wait()
-            start = time.perf_counter()
-            call()
-            wait()
-            if round_ >= 5:  # warm-up
-                times[name].append((time.perf_counter() - start) * 1e6)
-        round_ += 1
-    return times
+    return in_turn(candidates(logits_TE), seconds, rounds=30, warm_up=5, before=wait, after=wait)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser = arguments(__doc__)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--seconds", type=float, default=3.0, help="per number of tokens (default 3)")
-    parser.add_argument("--write", type=Path, metavar="PAGE", help="put the table into this page")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     device = torch.device(args.device)
@@ -102,9 +81,8 @@ def main() -> None:
     for name in measured[1]:
         cells = [name]
         for times in measured.values():
-            ratio = statistics.median(t / b for t, b in zip(times[name], times[BASE], strict=True))
-            brackets = "" if name == BASE else f" ({ratio:.1f}x)"
-            cells.append(f"{statistics.median(times[name]):,.0f}{brackets}")
+            brackets = "" if name == BASE else f" ({ratio(times, name, BASE):.1f}x)"
+            cells.append(f"{statistics.median(times[name]) * 1e6:,.0f}{brackets}")
         rows.append(cells)
     where = describe_machine(args.threads)
     if device.type == "cuda":
@@ -114,9 +92,7 @@ def main() -> None:
         markdown_table(["microseconds per call (median)", *(f"T = {t:,}" for t in TOKENS)], rows)
         + f"\n\nE = {EXPERTS}, top-{TOP_K}, float32; at least {rounds} rounds. {where}."
     )
-    print(text)
-    if args.write:
-        write_block(args.write, f"decide-{device.type}", text)
+    publish(args.write, f"decide-{device.type}", text)
 
 
 if __name__ == "__main__":

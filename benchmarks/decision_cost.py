@@ -7,16 +7,14 @@ All on the logits of 64 experts and top-8, bfloat16, with a calibrated kind of t
 
 from __future__ import annotations
 
-import argparse
+import itertools
 import statistics
-import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
-from machine import describe_machine
-from pages import markdown_table, write_block
+from machine import describe_machine, in_turn, ratio
+from pages import arguments, markdown_table, publish
 from torch import Tensor
 
 from bh_routing import DecisionTable, RoutingContext, TablePolicy, Telemetry
@@ -29,31 +27,7 @@ EXPERTS, TOP_K = 64, 8
 
 def microseconds(call: Callable[[], object], seconds: float = 0.5) -> float:
     """Median of single calls."""
-    for _ in range(3):
-        call()
-    times: list[float] = []
-    end = time.perf_counter() + seconds
-    while len(times) < 20 or time.perf_counter() < end:
-        start = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times) * 1e6
-
-
-def in_turn(calls: dict[str, Callable[[], object]], seconds: float = 1.5) -> dict[str, list[float]]:
-    """Microseconds of each call, one value per round; the calls take turns."""
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    end = time.perf_counter() + seconds
-    turn = 0
-    while turn < 40 or time.perf_counter() < end:
-        names = list(calls)
-        for name in names[turn % len(names) :] + names[: turn % len(names)]:
-            start = time.perf_counter()
-            calls[name]()
-            if turn >= 3:
-                times[name].append((time.perf_counter() - start) * 1e6)
-        turn += 1
-    return times
+    return statistics.median(in_turn({"": call}, seconds, rounds=23)[""]) * 1e6
 
 
 class Setting:
@@ -99,11 +73,11 @@ def by_tokens(s: Setting) -> str:
                 "decide": lambda outputs=outputs: s.policy.decide(*outputs, s.context),
                 "count": lambda t=telemetry, d=decision: t.update(s.context, d),
                 "plain": lambda outputs=outputs: torch.softmax(outputs[0].float(), -1).topk(TOP_K, -1),
-            }
+            },
+            1.5,
         )
-        ratio = statistics.median(a / b for a, b in zip(times["decide"], times["plain"], strict=True))
-        decide, count, plain = (statistics.median(times[name]) for name in ("decide", "count", "plain"))
-        cells = [decide, count, plain, ratio, (decide + count) / tokens]
+        decide, count, plain = (statistics.median(times[name]) * 1e6 for name in ("decide", "count", "plain"))
+        cells = [decide, count, plain, ratio(times, "decide", "plain"), (decide + count) / tokens]
         rows.append([f"{tokens:,}", *(f"{c:,.1f}" for c in cells[:3]), f"{cells[3]:.2f}", f"{cells[4]:.3f}"])
     header = ["tokens", "decision, µs", "statistics, µs", "softmax + top-k, µs", "ratio", "µs per token"]
     return markdown_table(header, rows)
@@ -166,17 +140,15 @@ def cold(s: Setting) -> str:
         "decision, on the host": lambda: s.policy.decide(*outputs, s.context),
         "statistics": lambda: telemetry.update(s.context, decision),
     }
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for turn in range(60):
-        names = list(calls)
-        for name in names[turn % len(names) :] + names[: turn % len(names)]:
-            for matrix in matrices[turn % 4 * 4 : turn % 4 * 4 + 4]:
-                torch.nn.functional.linear(row, matrix)
-            start = time.perf_counter()
-            calls[name]()
-            times[name].append((time.perf_counter() - start) * 1e6)
+    quarters = itertools.cycle(matrices.split(4))
+
+    def empty_caches() -> None:
+        for matrix in next(quarters):
+            torch.nn.functional.linear(row, matrix)
+
+    times = in_turn(calls, 0.0, rounds=63, before=empty_caches)
     rows = [
-        [name, f"{microseconds(call, 0.2):.1f}", f"{statistics.median(times[name]):.0f}"]
+        [name, f"{microseconds(call, 0.2):.1f}", f"{statistics.median(times[name]) * 1e6:.0f}"]
         for name, call in calls.items()
     ]
     return markdown_table(["one token, µs", "alone", "after 34 MB of products"], rows)
@@ -208,20 +180,13 @@ def repeats(s: Setting) -> str:
 
 @torch.inference_mode()
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--write", type=Path, metavar="PAGE", help="put the tables into this page")
-    args = parser.parse_args()
+    args = arguments(__doc__).parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     setting = Setting()
     for part in (by_tokens, by_level, by_step, cold, repeats):
         text = f"{part(setting)}\n\n{describe_machine(args.threads)}."
-        print(f"\n{text}", flush=True)
-        if args.write:
-            write_block(args.write, part.__name__.replace("_", "-"), text)
+        publish(args.write, part.__name__.replace("_", "-"), text)
 
 
 if __name__ == "__main__":

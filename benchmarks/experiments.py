@@ -9,7 +9,6 @@ can be run side by side, and the page written afterwards. A page that is not the
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import sys
 import time
@@ -17,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pages import markdown_table, write_block
+from machine import Times, in_turn, ratio
+from pages import arguments, markdown_table, publish
 
 from bh_routing import Calibration
 from bh_routing.cli.common import make_progress
@@ -46,70 +46,6 @@ AGAINST = (  # whom BH is compared with
 MAX_TOKENS = 50_000  # of each text, unless --max-tokens says otherwise
 ROUNDS = 40  # of what the harness costs
 WINDOW = 256  # tokens; what olmoe-nano was trained on
-
-
-PAGE = """\
-# Results on olmoe-nano
-
-Every policy at five budgets on the embedded model, on two texts that neither the training nor the calibration saw: the second
-half of `books-valid` (two authors who are not in the training text) and the test text of WikiText-2, which is another kind of
-text. Budgets are solved, and layers profiled, on `books-calibration`. [experiments.md](experiments.md) says what the policies
-and the figures are.
-
-    python benchmarks/experiments.py --data DIR -o results --write docs/results.md
-
-Read a cell as: rise of perplexity over the full model (8 experts), then whether that is better (▼) or worse (▲) than plain
-top-k at the same number of experts or within noise of it (~), where the number of experts that the policy realised on this text (in
-brackets) is within 2.5 % of top-k's, or where it is better with fewer or worse with more; no mark where more experts bought less loss. Policies in the order of their rise at 4 experts.
-
-## Read plainly
-
-- **On text of the calibration's kind BH is the best rule at every budget**, and spends 1 to 3 % fewer experts than it was given.
-  At 4 of 8 experts it loses 0.8 % of perplexity where top-k loses 2.2 %; at 2 experts 5.3 % against 10.0 %. Against
-  Alloc-MoE, the best of the others (at 2 a plain threshold is), it is 0.3 % better at 4 and 2.5 % at 2 experts, outside noise at every budget.
-- **Most of that is the selection**: without compensation +1.0 % and +6.7 %, ahead of the others too, though at 5 and 6 experts all
-  good rules are within half a percent of each other. Compensation does less for plain top-k (10.0 to 8.6 %).
-- **On another kind of text compensation does harm.** WikiText-2 is foreign to this model (perplexity 175 instead of 37). The mean outputs
-  were fitted on novels, and with them BH is 0.8 % worse than top-k at 4 experts and 4.6 % worse at 2. Without them it is ahead of top-k again,
-  level with Alloc-MoE at 2 and 3 experts and a little behind it at 5 and 6. For such text: calibrate on it, or `compensation=False`.
-- **Budgets are solved on calibration text.** On WikiText-2 they come out up to 11 % high (4.37 for 4), as for every rule that looks at the
-  router's confidence; top-k, SeqTopK, LExI and Alloc-MoE keep theirs. That is what their ▼ there is worth, and the missing marks elsewhere.
-- Top-p, entropy buckets (Adaptive-K) and NAEE's ratio lose more than plain top-k at the same number, on both texts; a plain
-  threshold on the probability is better than all three.
-- **The original design's default** (`original`: p = 1 - softmax, weights that sum to 1) keeps one expert and doubles the perplexity. Making the
-  weights sum to 1 (`normalised`) costs 3.6 % with all 8 experts: this model was trained without.
-
-All this is one model of four layers and 7 M parameters. `examples/olmoe_1b_7b.py` is the same study for OLMoE-1B-7B.
-
-## books-valid, second half
-
-<!-- begin books-valid: python benchmarks/experiments.py --data DIR -o results --write docs/results.md -->
-<!-- end books-valid -->
-
-![Rise of perplexity against experts per token, books-valid](results-books-valid.svg)
-
-BH with compensation (the default) against others at the same budget: relative difference of perplexity, negative where BH is
-better, 95 % interval of a paired bootstrap over 512-token blocks, ~ where it holds 0. The realised numbers of experts differ by
-what the first table shows.
-
-<!-- begin books-valid-noise: python benchmarks/experiments.py --data DIR -o results --write docs/results.md -->
-<!-- end books-valid-noise -->
-
-## WikiText-2, test
-
-<!-- begin wikitext2-test: python benchmarks/experiments.py --data DIR -o results --write docs/results.md -->
-<!-- end wikitext2-test -->
-
-![Rise of perplexity against experts per token, WikiText-2](results-wikitext2-test.svg)
-
-<!-- begin wikitext2-test-noise: python benchmarks/experiments.py --data DIR -o results --write docs/results.md -->
-<!-- end wikitext2-test-noise -->
-
-## What the harness costs
-
-<!-- begin overhead: python benchmarks/experiments.py --data DIR -o results --write docs/results.md -->
-<!-- end overhead -->
-"""
 
 
 def read(data: Path, name: str) -> str:
@@ -188,14 +124,7 @@ def overhead(data: Path) -> str:
         "quiet": patched(quiet),
         "counting": patched(counting),
     }
-    times: dict[str, list[float]] = {name: [] for name in parts}
-    names = list(parts)
-    for turn in range(ROUNDS + 2):  # in turn, two rounds of warm-up
-        for name in names[turn % len(names) :] + names[: turn % len(names)]:
-            start = time.perf_counter()
-            parts[name]()
-            times[name].append(time.perf_counter() - start)
-    times = {name: values[2:] for name, values in times.items()}
+    times = in_turn(parts, 0.0, rounds=ROUNDS + 2, warm_up=2)
     base = {name: statistics.median(values) for name, values in times.items()}
     rows = [
         ["forward passes and loss", f"{base['bare'] * 1e3:.0f}", ""],
@@ -219,10 +148,9 @@ def overhead(data: Path) -> str:
     return markdown_table([f"16 windows of {WINDOW} tokens", f"ms, median of {ROUNDS}", "added"], rows)
 
 
-def _more(times: dict[str, list[float]], name: str, than: str) -> str:
+def _more(times: Times, name: str, than: str) -> str:
     """Median over rounds of the ratio within the round."""
-    ratio = statistics.median(a / b for a, b in zip(times[name], times[than], strict=True))
-    return f"{ratio - 1:+.1%}"
+    return f"{ratio(times, name, than) - 1:+.1%}"
 
 
 def table(output: Path, name: str) -> str:
@@ -294,33 +222,28 @@ def _without_budget(policy: str) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = arguments(__doc__, threads=False)
     parser.add_argument("--data", type=Path, required=True, metavar="DIR")
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="FOLDER")
     parser.add_argument("--calibration", type=Path, metavar="FILE", help="default: olmoe-nano's own")
     parser.add_argument("--max-tokens", type=int, default=MAX_TOKENS, metavar="N")
     parser.add_argument("--only", choices=TEXTS)
-    parser.add_argument("--write", type=Path, metavar="PAGE")
     args = parser.parse_args()
     for name in TEXTS:
         if args.only in (None, name):
             run(args.data, args.output, name, args.calibration, args.max_tokens)
     if args.write is None:
         return
-    if not args.write.exists():
-        args.write.write_text(PAGE, encoding="utf-8")
     for name in TEXTS:
         folder = ResultsFolder(args.output / name)
-        write_block(args.write, name, table(args.output, name))
-        write_block(args.write, f"{name}-noise", noise(args.output, name))
+        publish(args.write, name, table(args.output, name))
+        publish(args.write, f"{name}-noise", noise(args.output, name))
         drawn = plots(folder.records())[f"pareto-{name}"]
         (args.write.parent / f"results-{name}.svg").write_text(drawn, encoding="utf-8")
         (folder.path / "report.html").write_text(
             make_report(folder.records(), folder.run()), encoding="utf-8"
         )
-    write_block(args.write, "overhead", overhead(args.data))
+    publish(args.write, "overhead", overhead(args.data))
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 from machine import describe_machine
-from pages import markdown_table, write_block
+from pages import arguments, markdown_table, publish
 
 from bh_routing import BHRoutingIntegration, Calibration, calibrate
 from bh_routing.cli.loading import load_model
@@ -295,9 +295,7 @@ def draw(records: dict[str, Any], found: dict[str, Any], path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = arguments(__doc__, threads=False)
     add = parser.add_argument
     add("what", choices=("train", "judge", "page"))
     add("--arm", choices=("routed", "control"), default="routed")
@@ -319,7 +317,6 @@ def main() -> None:
     add("--tokens", type=int, default=131_072, help="of the half that is judged on")
     add("--half", type=int, choices=(1, 2), default=2)
     add("--seed", type=int, default=0)
-    add("--write", type=Path, help="page: where the tables go; the picture goes beside it")
     args = parser.parse_args()
     torch.set_num_threads(1)
     args.out.mkdir(parents=True, exist_ok=True)
@@ -335,10 +332,9 @@ def main() -> None:
         for name in ("control", "routed")
     }
     text = tables(found, records)
-    print(text)
-    if args.write:
+    publish(args.write, "finetune", text)
+    if args.write:  # the picture beside it
         draw(records, found, args.write.with_name("training.png"))
-        write_block(args.write, "finetune", text)
 
 
 if __name__ == "__main__":

@@ -1,14 +1,52 @@
-"""The machine a benchmark ran on, for the line under its table: processor, threads, versions, date; no paths."""
+"""Timing on a shared machine, where everything takes turns, and the line under a table that says which machine it was."""
 
 from __future__ import annotations
 
 import datetime
 import os
 import platform
+import statistics
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import transformers
+
+Times = dict[str, list[float]]
+
+
+def in_turn(
+    calls: dict[str, Callable[[], object]],
+    seconds: float,
+    *,
+    rounds: int = 40,
+    warm_up: int = 3,
+    before: Callable[[], object] = lambda: None,
+    after: Callable[[], object] = lambda: None,
+) -> Times:
+    """Seconds of each call, one value per round after ``warm_up``; who is first changes from round to round.
+
+    At least so many seconds and rounds. ``after`` each call is timed with it (waiting for a GPU), ``before`` is not.
+    """
+    times: Times = {name: [] for name in calls}
+    names = list(calls)
+    end, turn = time.perf_counter() + seconds, 0
+    while turn < rounds or time.perf_counter() < end:
+        for name in names[turn % len(names) :] + names[: turn % len(names)]:
+            before()
+            start = time.perf_counter()
+            calls[name]()
+            after()
+            if turn >= warm_up:
+                times[name].append(time.perf_counter() - start)
+        turn += 1
+    return times
+
+
+def ratio(times: Times, name: str, base: str) -> float:
+    """Median over rounds of the ratio within the round: times alone wander on a shared machine."""
+    return statistics.median(a / b for a, b in zip(times[name], times[base], strict=True))
 
 
 def processor() -> str:

@@ -16,16 +16,14 @@ and peak are measured in the same process. It assumes that reading and computing
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
-from machine import describe_machine
-from pages import markdown_table, write_block
+from machine import describe_machine, ratio
+from pages import arguments, markdown_table, publish
 from torch import Tensor
 from transformers import OlmoeConfig
 from transformers.models.olmoe.modeling_olmoe import OlmoeSparseMoeBlock
@@ -198,7 +196,7 @@ class Bench:
             "stock": fastest,
             "times": {name: statistics.median(ts) * 1e3 for name, ts in times.items() if name != "share"},
             "ratio": {
-                label: statistics.median(a / b for a, b in zip(times[name], times[base], strict=True))
+                label: ratio(times, name, base)
                 for label, name, base in (
                     ("all 8", "all 8", fastest),
                     ("all 8, same", "all 8", configured),
@@ -240,14 +238,10 @@ HEADER = (
 
 @torch.inference_mode()
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = arguments(__doc__)
     parser.add_argument("--dtype", action="append", choices=("bfloat16", "float32", "float16"))
     parser.add_argument("--tokens", type=int, action="append")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--seconds", type=float, default=25.0, help="per row (default 25)")
-    parser.add_argument("--write", type=Path, metavar="PAGE", help="put the table into this page")
     parser.add_argument("--block", default="moe-block", help="where in that page (default: moe-block)")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -276,9 +270,7 @@ def main() -> None:
             rows.append(cells)
         del bench
     text = f"{markdown_table(HEADER, rows)}\n\n{describe_machine(args.threads)}; reached: {'; '.join(notes)}."
-    print("\n" + text)
-    if args.write:
-        write_block(args.write, args.block, text)
+    publish(args.write, args.block, text)
 
 
 if __name__ == "__main__":

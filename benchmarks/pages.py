@@ -10,11 +10,13 @@ and a benchmark called with ``--write PAGE`` replaces what is between them.
 
 from __future__ import annotations
 
+import argparse
 import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from bh_routing.data import sample_text
@@ -22,6 +24,22 @@ from bh_routing.evaluation import cut_windows
 from bh_routing.text import TextFile
 
 WINDOW = 256  # tokens
+
+
+def arguments(doc: str | None, *, threads: bool = True) -> argparse.ArgumentParser:
+    """A parser with what all benchmarks take: --write, and --threads of those that time something."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    if threads:
+        parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--write", type=Path, metavar="PAGE", help="put the tables into this page")
+    return parser
+
+
+def publish(page: Path | None, name: str, text: str) -> None:
+    """Print a table, and put it into the block ``name`` of a page, if there is one."""
+    print(f"\n{text}", flush=True)
+    if page is not None:
+        write_block(page, name, text)
 
 
 def text_windows(tokenizer: Any, path: Path | None, limit: int | None = None) -> list[Tensor]:

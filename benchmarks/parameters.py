@@ -9,13 +9,12 @@ the 95 % interval of a paired bootstrap over windows.
 
 from __future__ import annotations
 
-import argparse
 import logging
 import sys
 from pathlib import Path
 from typing import Any
 
-from pages import WINDOW, markdown_table, text_name, text_windows, write_block
+from pages import WINDOW, arguments, markdown_table, publish, text_name, text_windows
 from torch import Tensor
 
 from bh_routing import BHRoutingIntegration, Calibration, RoutingIntegration, calibrate
@@ -58,9 +57,7 @@ def change(row: Measured, own: Measured) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = arguments(__doc__, threads=False)
     parser.add_argument("model", nargs="?", default="olmoe-nano")
     parser.add_argument("--calibration", help="default: the one that comes with the model")
     parser.add_argument("--text", type=Path, help="measure on its second half (default: the bundled text)")
@@ -70,7 +67,6 @@ def main() -> None:
     parser.add_argument(
         "--limit", type=int, default=120, help="measure on so many windows, spread evenly (default 120)"
     )
-    parser.add_argument("--write", type=Path, metavar="PAGE", help="put the tables into this page")
     args = parser.parse_args()
     logging.getLogger("bh_routing").setLevel(logging.ERROR)  # uncalibrated and at temperature 2 on purpose
 
@@ -114,20 +110,15 @@ def main() -> None:
     for name, (title, rows) in tables.items():
         measured = compare(model, windows, rows)
         texts[name] = markdown_table([title, *HEADER], experts_and_perplexity(measured, own))
-        print(f"{texts[name]}\n", flush=True)
-
     texts["temperature"] = temperatures(model, tokenizer, args.calibration_text, windows, own)
-    print(f"{texts['temperature']}\n")
     tokens = sum(w.shape[1] for w in windows)
     texts["setup"] = (
         f"Measured on `{args.model}` and {'the second half of ' if args.text else ''}{text_name(args.text)}, {tokens:,} tokens in windows of {WINDOW}; the unpatched "
         f"model runs {own.mean_experts:g} experts per token and has perplexity {own.perplexity:.2f}. In brackets: the 95 % "
         "interval of the change in percent, by a paired bootstrap over windows."
     )
-    print(texts["setup"])
-    if args.write:
-        for name, block in texts.items():
-            write_block(args.write, name, block)
+    for name, block in texts.items():
+        publish(args.write, name, block)
 
 
 def temperatures(model: Any, tokenizer: Any, text: Path | None, windows: list[Tensor], own: Measured) -> str:

@@ -17,15 +17,13 @@ counting and filling unused slots, in milliseconds.
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
-from machine import describe_machine
-from pages import markdown_table, write_block
+from machine import Times, describe_machine, ratio
+from pages import arguments, markdown_table, publish
 from torch import Tensor
 from vllm import __version__ as vllm_version
 from vllm import _custom_ops
@@ -122,7 +120,7 @@ class Layer:
 def measure(layer: Layer, tokens: int, seconds: float) -> list[str]:
     """One row of the table."""
     pieces = layer.pieces(tokens)
-    times: dict[str, list[float]] = {}
+    times: Times = {}
     experts: list[float] = []
     start, turn = time.perf_counter(), 0
     while turn < 8 or time.perf_counter() - start < seconds:
@@ -139,16 +137,13 @@ def measure(layer: Layer, tokens: int, seconds: float) -> list[str]:
     mean = statistics.fmean(experts)
     assert abs(mean - MEAN) < 0.15, mean
 
-    def ratio(name: str, other: str) -> float:
-        return statistics.median(a / b for a, b in zip(times[name], times[other], strict=True))
-
     milliseconds = {name: statistics.median(values) * 1e3 for name, values in times.items()}
     print(tokens, f"mean {mean:.2f}", milliseconds, flush=True)
     return [
         f"T = {tokens}",
         f"{milliseconds['8']:.3g}",
-        *(f"{ratio(name, '8'):.2f}" for name in ("padded", "ragged", "kept")),
-        f"{ratio('ragged', 'kept'):.3f}",
+        *(f"{ratio(times, name, '8'):.2f}" for name in ("padded", "ragged", "kept")),
+        f"{ratio(times, 'ragged', 'kept'):.3f}",
         f"{milliseconds['decision']:.2g}",
         str(turn - 2),
     ]
@@ -156,13 +151,9 @@ def measure(layer: Layer, tokens: int, seconds: float) -> list[str]:
 
 @torch.inference_mode()
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = arguments(__doc__)
     parser.add_argument("--tokens", type=int, action="append")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--seconds", type=float, default=40.0, help="per row (default 40)")
-    parser.add_argument("--write", type=Path, metavar="PAGE", help="put the table into this page")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     assert current_platform.is_cpu(), "this measures the CPU kernel"
@@ -181,9 +172,7 @@ def main() -> None:
     )
     table = markdown_table(header, rows)
     text = f"{table}\n\n{describe_machine(args.threads)}; vLLM {vllm_version}, kernel {layer.isa}."
-    print("\n" + text)
-    if args.write:
-        write_block(args.write, "vllm-throughput", text)
+    publish(args.write, "vllm-throughput", text)
 
 
 if __name__ == "__main__":

@@ -8,13 +8,12 @@ threshold per layer on the log score drives the counts; the realised mean is pri
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 from typing import Any
 
 import torch
 from machine import describe_machine
-from pages import markdown_table, write_block
+from pages import arguments, markdown_table, publish
 from transformers import OlmoeConfig, OlmoeForCausalLM
 
 from bh_routing.evaluation.bench import measure, threshold_variants
@@ -66,15 +65,11 @@ def matched_variants(model: Any, ids: torch.Tensor, tokens: int, args: Any) -> d
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = arguments(__doc__)
     parser.add_argument("--layers", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=16, help="tokens decoded per round (default 16)")
     parser.add_argument("--tokens", type=int, action="append", help="1 is decoding; default 1 and 256")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--write", type=Path, metavar="PAGE", help="put the table into this page")
     args = parser.parse_args()
     needed = 0.9 * args.layers + 2.0
     if free_gigabytes() < needed:
@@ -120,9 +115,7 @@ def main() -> None:
         f"{markdown_table(header, rows)}\n\n{args.layers} layers, {args.rounds} rounds; "
         f"{describe_machine(args.threads)}."
     )
-    print("\n" + text)
-    if args.write:
-        write_block(args.write, "whole-model", text)
+    publish(args.write, "whole-model", text)
 
 
 if __name__ == "__main__":
