@@ -10,7 +10,7 @@ import torch
 
 from bh_routing.calibration.accumulate import LayerCounts, LayerMoments, ReservoirSampler, join_moments
 from bh_routing.calibration.calibration import Calibration
-from bh_routing.calibration.data import LayerRecord, stack_layers
+from bh_routing.calibration.data import LayerRecord, join_layers
 from calibration_cases import random_logits
 
 
@@ -68,10 +68,7 @@ def synthetic_calibration() -> Callable[..., Calibration]:
                 for index in range(layers)
             ),
             "num_experts": experts,
-            "histograms": {
-                kind: {name: stack_layers([h[kind][name] for h in per_layer]) for name in per_layer[0][kind]}
-                for kind in per_layer[0]
-            },
+            "histograms": join_layers(per_layer),
             "moments": measured if moments else None,
             "reservoir": sampler.result() if reservoir else None,
             "reservoir_size": reservoir,

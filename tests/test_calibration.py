@@ -218,7 +218,7 @@ def test_budget_beyond_top_k_needs_widening(synthetic_calibration):
 
 def test_budget_between_two_steps(synthetic_calibration):
     with pytest.raises(
-        BudgetError, match=r"no level meets 2\.5 experts per token in the model within 2 %: the mean jumps"
+        BudgetError, match=r"no level comes within 2 % of 2\.5 experts per token in the model: the mean jumps"
     ):
         synthetic_calibration(reservoir=1, layers=1).solve(2.5)
 

@@ -12,7 +12,7 @@ import scipy.stats
 import torch
 
 from bh_routing.calibration.calibration import Calibration
-from bh_routing.calibration.kde_pickles import from_kde_pickles, read_arrays
+from bh_routing.calibration.kde_pickles import read_arrays
 from bh_routing.errors import CalibrationError, CalibrationFileError, CalibrationMismatchError
 from bh_routing.policies import RoutingContext, TablePolicy
 
@@ -51,17 +51,17 @@ def test_p_values_are_those_of_the_distribution(tmp_path, protocol):
 )
 def test_variants(tmp_path, suffix, variant, null):
     write(tmp_path, suffix)
-    calibration = from_kde_pickles(tmp_path, variant=variant)
+    calibration = Calibration.from_kde_pickles(tmp_path, variant=variant)
     settings = calibration.settings()
     assert (settings.statistic, settings.null, settings.scope) == ("logit", null, "layer")
     assert repr(calibration).startswith(
-        f"KDECalibration of {tmp_path}: 3 layers x 64 experts, statistic logit"
+        f"Calibration by the KDE files in {tmp_path}: 3 layers x 64 experts, statistic logit, null {null}, "
     )
 
 
 def test_table_decides_as_p_values_do(tmp_path):
     write(tmp_path)
-    calibration = from_kde_pickles(tmp_path)
+    calibration = Calibration.from_kde_pickles(tmp_path)
     logits_TE = torch.randn(400, E) * 1.2 - 3.0 + (torch.rand(400, E) < 0.07) * 4.0
     weights_TK, own_TK = logits_TE.softmax(-1).topk(8, -1)
     context = RoutingContext(
@@ -103,7 +103,7 @@ def test_anything_but_arrays_is_refused_by_name(tmp_path, content, name):
     with pytest.raises(
         CalibrationFileError, match=rf"was refused: it asks for {name}; only numpy arrays are read"
     ):
-        from_kde_pickles(tmp_path)
+        Calibration.from_kde_pickles(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -125,7 +125,7 @@ def test_anything_but_arrays_is_refused_by_name(tmp_path, content, name):
 def test_wrong_content(tmp_path, arrays, message):
     (tmp_path / "distribution_model_layer_0.pkl").write_bytes(pickle.dumps(arrays))
     with pytest.raises(CalibrationFileError, match=message):
-        from_kde_pickles(tmp_path)
+        Calibration.from_kde_pickles(tmp_path)
 
 
 @pytest.mark.parametrize("damage", [b"", b"not a pickle", pickle.dumps({"x": np.zeros(99)})[:-40]])
@@ -139,17 +139,17 @@ def test_damaged_file(tmp_path, damage):
 def test_missing_files(tmp_path):
     write(tmp_path, "_gaussian")
     with pytest.raises(CalibrationFileError, match=r"variants that are there: 'gaussian'\."):
-        from_kde_pickles(tmp_path)
+        Calibration.from_kde_pickles(tmp_path)
     (tmp_path / "distribution_model_layer_1_gaussian.pkl").unlink()
     with pytest.raises(CalibrationFileError, match="lacks layer 1 of the variant 'gaussian'"):
-        from_kde_pickles(tmp_path, variant="gaussian")
+        Calibration.from_kde_pickles(tmp_path, variant="gaussian")
     with pytest.raises(CalibrationFileError, match="there is no folder"):
-        from_kde_pickles(tmp_path / "elsewhere")
+        Calibration.from_kde_pickles(tmp_path / "elsewhere")
 
 
 def test_what_it_cannot_do(tmp_path):
     write(tmp_path)
-    calibration = from_kde_pickles(tmp_path)
+    calibration = Calibration.from_kde_pickles(tmp_path)
     with pytest.raises(CalibrationError, match="a budget is solved on the calibration's tokens"):
         calibration.solve(4.0)
     with pytest.raises(
@@ -166,8 +166,8 @@ def test_wrong_model(tmp_path, tiny_olmoe):
     from bh_routing.patching import make_plan
 
     write(tmp_path, layers=2)
-    from_kde_pickles(tmp_path, num_experts=16).check(make_plan(tiny_olmoe()))
+    Calibration.from_kde_pickles(tmp_path, num_experts=16).check(make_plan(tiny_olmoe()))
     with pytest.raises(
         CalibrationMismatchError, match="are of 2 layers with 64 experts, the model has 2 with 16"
     ):
-        from_kde_pickles(tmp_path).check(make_plan(tiny_olmoe()))
+        Calibration.from_kde_pickles(tmp_path).check(make_plan(tiny_olmoe()))

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from bh_routing.calibration.kde_pickles import from_kde_pickles
+from bh_routing.calibration import Calibration
 from bh_routing.calibration.plots import plot_calibration, without_kept_tokens
 from bh_routing.errors import InvalidParameterError
 
@@ -57,7 +57,7 @@ def test_kde_pickles(tmp_path):
     x = np.linspace(-5, 5, 400)
     cdf = 0.5 * (1 + torch.erf(torch.from_numpy(x) / 2**0.5)).numpy()
     (tmp_path / "distribution_model_layer_0.pkl").write_bytes(pickle.dumps({"x": x, "cdf": cdf}))
-    plot_calibration(from_kde_pickles(tmp_path), tmp_path / "a.svg")
+    plot_calibration(Calibration.from_kde_pickles(tmp_path), tmp_path / "a.svg")
     assert "BH thresholds over ranks" in (tmp_path / "a.svg").read_text()
 
 

@@ -167,7 +167,7 @@ def test_without_a_head_every_process_still_reaches_the_sum(tiny_olmoe, monkeypa
     monkeypatch.setattr(strength, "gather", lambda sums: reached.append(sums) or [sums])
     paths = {old.path: new.path for old, new in zip(calibration.layers, plan.layers, strict=True)}
     layers = tuple(replace(layer, path=paths[layer.path]) for layer in calibration.layers)
-    body = replace(calibration, layers=layers, _cache={})
+    body = replace(calibration, layers=layers)
     for share in (batches, []):
         assert measure_strength(model.model, plan, body, share, lambda tokens: None) == 1.0
     assert len(reached) == 2
@@ -191,7 +191,7 @@ def test_file_and_merge_keep_it(synthetic_calibration, tmp_path):
     assert Calibration.load(tmp_path / "c.safetensors").compensation_strength == 0.25
     assert "at strength 0.25" in repr(calibration)
     other = synthetic_calibration(seed=1, compensation_strength=0.75, tokens=1000)
-    calibration, other = (replace(c, reservoir=None, _cache={}) for c in (calibration, other))
+    calibration, other = (replace(c, reservoir=None) for c in (calibration, other))
     assert calibration.merge(other).compensation_strength == pytest.approx((4 * 0.25 + 0.75) / 5)
 
 

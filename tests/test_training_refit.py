@@ -142,7 +142,7 @@ def calibrate_scaled(calibration):
     from dataclasses import replace
 
     moments = replace(calibration.moments, mean_LEH=calibration.moments.mean_LEH * 2)
-    return replace(calibration, moments=moments, _cache={})
+    return replace(calibration, moments=moments)
 
 
 def test_padding_and_evaluation_are_not_held(model, calibration):

@@ -173,7 +173,7 @@ def test_a_calibration_of_other_weights_stops_start_up_with_one_sentence(vllm_en
 
     held = Calibration.load(CALIBRATION)
     other = replace(
-        held, fingerprint_LD=held.fingerprint_LD + torch.randn_like(held.fingerprint_LD), _cache={}
+        held, fingerprint_LD=held.fingerprint_LD + torch.randn_like(held.fingerprint_LD)
     )
     file = tmp_path / "other.safetensors"
     other.save(file)

@@ -6,6 +6,8 @@ Shape legend: L routed layers, T tokens of a batch, E experts, K slots of the ro
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -14,13 +16,11 @@ from ..decision.compensation import lost_and_kept
 from ..errors import CalibrationError
 from ..stats.histogram import FIRST_BIN, LAST_BIN, Histogram, bin_index
 from ..stats.statistic import base_statistic
-from .data import Moments, Reservoir
+from .data import CalibrationData, Reservoir, join_layers
+from .moments import Moments
 
 CHUNK = 1024  # tokens counted at once, so that what is in between stays in the cache
-
-
 GROWTH = 64  # a range of bins grows by whole units of the statistic
-
 
 # Bits of a logit's class within its token: 1 = inside the trimmed range, 2 = selected by the router.
 IN_TRIMMED, SELECTED = 1, 2
@@ -99,6 +99,18 @@ class LayerCounts:
             }
             result[kind] = {name: Histogram(self.start[kind], c.unsqueeze(0)) for name, c in by_set.items()}
         return result
+
+
+def recount(
+    data: CalibrationData, layers: Iterable[tuple[Tensor, Tensor]]
+) -> dict[str, dict[str, Histogram]]:
+    """``[statistic][set]`` -> counts of other tokens of the same routers: (logits [T, E], own choice [T, K]) by layer."""
+    parts = []
+    for layer, (logits_TE, own_TK) in zip(data.layers, layers, strict=True):
+        counts = LayerCounts(layer.path, data.num_experts, layer.score, data.temperature, data.trim)
+        counts.update(logits_TE.float(), own_TK[:, : layer.top_k].long())
+        parts.append(counts.histograms())
+    return join_layers(parts)
 
 
 def trimmed_range(logits_TE: Tensor, trim: int) -> tuple[Tensor, Tensor]:

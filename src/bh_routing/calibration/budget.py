@@ -1,4 +1,4 @@
-"""A budget of experts per token, solved for the level that meets it on a calibration's own tokens.
+"""Budgets: the parameter at which a mean number of experts is met, for any rule with one; and a calibration's levels.
 
 Shape legend: T tokens of the reservoir, E experts, C candidates (the own slots; all E when widening).
 """
@@ -6,9 +6,9 @@ Shape legend: T tokens of the reservoir, E experts, C candidates (the own slots;
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -17,10 +17,10 @@ from ..decision.table import DecisionTable
 from ..decision.types import Clamp
 from ..errors import BudgetError, CalibrationError, InvalidParameterError, InvalidTypeError
 from ..stats.procedures import Procedure, count_passing
-from .data import NullSettings, some_of
+from .data import CalibrationData, some_of
+from .fit import NullSettings, p_values, table_at
 
-if TYPE_CHECKING:
-    from .calibration import Calibration
+TOLERANCE = 0.02  # how far from a budget the mean may be, relative to it
 
 
 class Solution(NamedTuple):
@@ -45,43 +45,102 @@ class UnresolvedBudgetError(BudgetError):
     """The mean jumps over the budget: too many statistics share one p-value."""
 
 
+def solve_parameter(
+    kept: Callable[[float], float],
+    budget: float,
+    low: float,
+    high: float,
+    *,
+    what: str = "parameter",
+    where: str = "",
+    limits: str = "",
+    close: float = 0.0,
+) -> tuple[float, float]:
+    """The parameter of a rule at which it keeps a budget of experts per token, and how many it keeps there.
+
+    Parameters
+    ----------
+    kept : callable
+        From the parameter to the mean number of experts per token, over the tokens that the budget is meant for
+        (`bh_routing.evaluation.baselines.mean_experts` takes it of any policy, over recorded routing or a
+        calibration's reservoir). Monotone in either direction; a step function is fine, the nearest step is taken.
+    budget : float
+        Experts per token.
+    low, high : float
+        Where the parameter lies; halved forty times.
+    what, where, limits : str
+        For the errors: the parameter; whose mean it is; what else bounds it.
+    close : float
+        Stop as soon as a mean is so near to the budget, relative to it; 0 never stops early.
+
+    Raises
+    ------
+    BudgetError
+        If the mean does not come within 2 % of the budget between low and high; it tells what is reachable.
+
+    Examples
+    --------
+    >>> solve_parameter(lambda x: 8 * x, 2.0, 0.0, 1.0, close=0.001)
+    (0.25, 2.0)
+    """
+    least, most = kept(low), kept(high)
+    if least > most:
+        low, high, least, most = high, low, most, least  # from here on the mean rises from low to high
+    tolerance = TOLERANCE * abs(budget)
+    if not least - tolerance <= budget <= most + tolerance:
+        raise BudgetError(
+            f"no {what} selects {budget:g} experts per token{where} on average: {least:.3g} to {most:.3g} are "
+            f"reachable{limits}; change the budget{' or the limits' * bool(limits)}."
+        )
+    for _ in range(40):
+        if min(abs(most - budget), abs(least - budget)) < close * budget:
+            break
+        middle = (low + high) / 2
+        value = kept(middle)
+        if value < budget:
+            low, least = middle, value
+        else:
+            high, most = middle, value
+    found, reached = (low, least) if budget - least < most - budget else (high, most)
+    if abs(reached - budget) > max(tolerance, 1e-9):
+        raise UnresolvedBudgetError(
+            f"no {what} comes within 2 % of {budget:g} experts per token{where}: the mean jumps from {least:.4g} to "
+            f"{most:.4g} on the calibration text; change the budget, or calibrate on more text."
+        )
+    return found, reached
+
+
 class Counter:
     """How many experts of one layer a level selects on the reservoir."""
 
     def __init__(
-        self,
-        calibration: Calibration,
-        index: int,
-        procedure: Procedure,
-        settings: NullSettings,
-        limits: Limits,
+        self, data: CalibrationData, index: int, procedure: Procedure, settings: NullSettings, limits: Limits
     ) -> None:
-        reservoir, layer = calibration.reservoir, calibration.layers[index]
+        reservoir, layer = data.reservoir, data.layers[index]
         if reservoir is None or reservoir.num == 0:
             raise CalibrationError(
                 "a budget is solved on the calibration's tokens, and this calibration holds none; give alpha "
                 "instead, or calibrate again with a reservoir."
             )
-        self.procedure, self.limits = procedure, limits
-        fitted = calibration.fit(settings)
-        p_TE = calibration.fitted_p_values(reservoir.logits_NLE[:, index], index, settings.statistic, fitted)
+        self.procedure, self.limits, self.num_experts = procedure, limits, data.num_experts
+        p_TE = p_values(data, reservoir.logits_NLE[:, index], index, settings)
         own_TK = reservoir.experts_NLK[:, index, : layer.top_k].long()
         widens = limits.max_k is not None and limits.max_k > layer.top_k
         p_TC = p_TE if widens else p_TE.gather(-1, own_TK)
         if not widens and not procedure.has_table:
-            self.all_TE = torch.ones_like(p_TE).scatter(-1, own_TK, p_TC).sort(-1).values
-        elif not procedure.has_table:
-            self.all_TE = p_TE.sort(-1).values
-        self.sorted_TC = p_TC.sort(-1).values
-        num = self.sorted_TC.shape[-1]
+            # adaptive procedures look at all E; experts that are no candidates count as 1
+            p_TE = torch.ones_like(p_TE).scatter(-1, own_TK, p_TC)
+        self.sorted_TC = (p_TC if procedure.has_table else p_TE).sort(-1).values
+        num = p_TC.shape[-1]
         self.top = num if limits.max_k is None else min(limits.max_k, num)
-        self.num_experts = calibration.num_experts
 
     def mean(self, alpha: float) -> float:
         """Mean count at a level, after the clamp."""
         if not self.procedure.has_table:
-            raw_T = self.procedure.rejection_counts(self.all_TE, alpha)
-            return float(raw_T.clamp(self.limits.min_k, self.top).double().mean())
+            counts_T = self.procedure.rejection_counts(self.sorted_TC, alpha).clamp(
+                self.limits.min_k, self.top
+            )
+            return float(counts_T.double().mean())
         critical_E = self.procedure.critical_values(alpha, self.num_experts)
         passes_TC = self.sorted_TC <= critical_E[: self.sorted_TC.shape[-1]]
         raw_T = count_passing(passes_TC, self.procedure.rule or "step_up")
@@ -89,105 +148,90 @@ class Counter:
         return float(counts_T.double().mean())
 
 
-def bisect(counters: list[Counter], budget: float, where: str) -> tuple[float, float]:
-    """The level whose mean count is nearest to the budget, and that mean."""
+def counters(
+    data: CalibrationData, procedure: Procedure, settings: NullSettings, limits: Limits
+) -> list[Counter]:
+    """One per layer."""
+    return [Counter(data, i, procedure, settings, limits) for i in range(data.num_layers)]
 
-    def mean(log_alpha: float) -> float:
-        return sum(c.mean(math.exp(log_alpha)) for c in counters) / len(counters)
 
-    low, high = math.log(1e-300), math.log1p(-1e-12)
-    least, most = mean(low), mean(high)
-    tolerance = 0.02 * abs(budget)
-    if not least - tolerance <= budget <= most + tolerance:
-        raise BudgetError(
-            f"no level between 0 and 1 selects {budget:g} experts per token in {where} on average: on the "
-            f"calibration text {least:.3g} to {most:.3g} are reachable with "
-            f"min_k={counters[0].limits.min_k} and max_k="
-            f"{max(c.top for c in counters)}; change the budget or the limits."
-        )
-    while high - low > 1e-9:
-        middle = (low + high) / 2
-        value = mean(middle)
-        if value < budget:
-            low, least = middle, value
-        else:
-            high, most = middle, value
-    alpha, reached = (low, least) if budget - least < most - budget else (high, most)
-    if abs(reached - budget) > max(tolerance, 1e-9):
-        raise UnresolvedBudgetError(
-            f"no level meets {budget:g} experts per token in {where} within 2 %: the mean jumps from "
-            f"{least:.4g} to {most:.4g} on the calibration text; change the budget, or calibrate on more text."
-        )
-    return math.exp(alpha), reached
+def _solve_level(layers: list[Counter], budget: float, where: str) -> tuple[float, float]:
+    """The level at which the mean over these layers meets a budget, and that mean."""
+
+    def kept(log_alpha: float) -> float:
+        return sum(layer.mean(math.exp(log_alpha)) for layer in layers) / len(layers)
+
+    most = max(layer.top for layer in layers)
+    log_alpha, mean = solve_parameter(
+        kept,
+        budget,
+        math.log(1e-300),
+        math.log1p(-1e-12),
+        what="level",
+        where=f" in {where}",
+        limits=f" with min_k={layers[0].limits.min_k} and max_k={most}",
+    )
+    return math.exp(log_alpha), mean
 
 
 def solve(
-    calibration: Calibration,
+    data: CalibrationData,
     experts_per_token: float | Mapping[str, float],
     procedure: Procedure,
     settings: NullSettings,
     limits: Limits,
 ) -> Solution:
     """`Calibration.solve`, with the null extended by an exponential tail where a budget needs it."""
-    per_layer = _budgets(calibration, experts_per_token)
-    if per_layer is not None and not procedure.has_table:
-        raise InvalidParameterError(
-            f"a budget per layer needs a procedure with a decision table; {procedure.name!r} has none."
-        )
-    if per_layer is None:
-        _number(experts_per_token, "experts_per_token")
+    budgets: float | dict[str, float]
+    if isinstance(experts_per_token, Mapping):
+        budgets = _budgets(data, experts_per_token)
+        if not procedure.has_table:
+            raise InvalidParameterError(
+                f"a budget per layer needs a procedure with a decision table; {procedure.name!r} has none."
+            )
+    else:
+        budgets = _number(experts_per_token, "experts_per_token")
     try:
-        return _solve(calibration, experts_per_token, per_layer, procedure, settings, limits)
+        return _solve(data, budgets, procedure, settings, limits)
     except UnresolvedBudgetError:
-        if settings.extended or settings.estimator == "normal":
+        if settings.extended or settings.estimator not in ("empirical", "kde") or data.given is not None:
             raise
-        longer = replace(settings, extended=True)
-        return _solve(calibration, experts_per_token, per_layer, procedure, longer, limits)
+        return _solve(data, budgets, procedure, replace(settings, extended=True), limits)
 
 
 def _solve(
-    calibration: Calibration,
-    experts_per_token: float | Mapping[str, float],
-    per_layer: dict[str, float] | None,
+    data: CalibrationData,
+    budgets: float | dict[str, float],
     procedure: Procedure,
     settings: NullSettings,
     limits: Limits,
 ) -> Solution:
-    num = calibration.num_layers
-    counters = [Counter(calibration, i, procedure, settings, limits) for i in range(num)]
-    if per_layer is None:
-        alpha, mean = bisect(counters, float(experts_per_token), "the model")  # type: ignore[arg-type]
-        table = None
-        if procedure.has_table:
-            thresholds_LE = calibration.thresholds([alpha] * num, procedure, settings)
-            table = calibration.table_from(thresholds_LE, alpha, procedure, settings)
+    layers = counters(data, procedure, settings, limits)
+    if isinstance(budgets, float):
+        alpha, mean = _solve_level(layers, budgets, "the model")
+        has_table = procedure.has_table
+        table = table_at(data, [alpha] * len(layers), procedure, settings) if has_table else None
         return Solution(alpha, mean, table, settings)
-    solved = [
-        bisect([counter], budget, f"layer {path}")
-        for counter, (path, budget) in zip(counters, per_layer.items(), strict=True)
-    ]
-    thresholds_LE = calibration.thresholds([alpha for alpha, _ in solved], procedure, settings)
-    table = calibration.table_from(thresholds_LE, None, procedure, settings)
-    alphas = {path: alpha for path, (alpha, _) in zip(per_layer, solved, strict=True)}
-    return Solution(alphas, sum(mean for _, mean in solved) / num, table, settings)
+    solved = {
+        path: _solve_level([layer], budget, f"layer {path}")
+        for layer, (path, budget) in zip(layers, budgets.items(), strict=True)
+    }
+    alphas = {path: alpha for path, (alpha, _) in solved.items()}
+    table = replace(table_at(data, list(alphas.values()), procedure, settings), alpha=None)
+    return Solution(alphas, sum(mean for _, mean in solved.values()) / len(layers), table, settings)
 
 
-def _budgets(
-    calibration: Calibration, experts_per_token: float | Mapping[str, float]
-) -> dict[str, float] | None:
-    """One budget per router path, in the layers' order; None for one budget for the model."""
-    if not isinstance(experts_per_token, Mapping):
-        return None
-    paths = calibration.paths
-    missing = [p for p in paths if p not in experts_per_token]
-    unknown = [p for p in experts_per_token if p not in paths]
+def _budgets(data: CalibrationData, experts_per_token: Mapping[str, float]) -> dict[str, float]:
+    """One budget per router path, in the layers' order."""
+    missing = [p for p in data.paths if p not in experts_per_token]
+    unknown = [p for p in experts_per_token if p not in data.paths]
     if missing or unknown:
         raise BudgetError(
             "a budget per layer must name every router: "
             + (f"missing {some_of(missing)}" if missing else f"unknown {some_of(unknown)}")
-            + f"; the routers are {some_of(paths)}."
+            + f"; the routers are {some_of(data.paths)}."
         )
-    return {p: _number(experts_per_token[p], f"experts_per_token[{p!r}]") for p in paths}
+    return {p: _number(experts_per_token[p], f"experts_per_token[{p!r}]") for p in data.paths}
 
 
 def _number(value: Any, name: str) -> float:

@@ -1,36 +1,33 @@
-"""What a calibration is made of: layers, moments of the experts' outputs, kept tokens, and settings.
+"""What a calibration is made of: the frozen fields of it, and how two are added up. Nothing here computes a level.
 
-Shape legend: L routed layers, E experts, K slots of the router's own choice, H hidden size, N tokens kept,
-J = 2E regressors of the compensation.
+Shape legend: L routed layers, E experts, K slots of the router's own choice, N tokens kept, D projections.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from ..errors import CalibrationError, InvalidParameterError
+from ..errors import CalibrationMismatchError
 from ..stats.histogram import Histogram
-from ..stats.kde import BANDWIDTHS, KERNELS
-from ..stats.nulls import ESTIMATORS, Null
-from ..stats.statistic import STATISTICS
+from ..stats.nulls import Null
+from .moments import Moments
 
-if TYPE_CHECKING:
-    pass
-
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    pass
-
-NULL_SETS = ("unselected", "all", "trimmed")
-SCOPES = ("layer", "model")
-SIZES = ("output", "deviation", "sensitivity")
-RIDGE = 0.02  # of the compensation's fit, relative to the mean square of a dropped weight
+MUST_AGREE = (
+    "model_id",
+    "layers",
+    "num_experts",
+    "temperature",
+    "trim",
+    "seed",
+    "window",
+    "reservoir_size",
+)  # of calibrations that are added up
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,126 +39,6 @@ class LayerRecord:
     top_k: int
     score_func: str
     route_norm: str
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Moments:
-    """What the experts' outputs are like, over the tokens routed to each of them.
-
-    Attributes
-    ----------
-    tokens_LE : Tensor
-        int64, how many tokens.
-    square_LE : Tensor
-        float64, mean of |f(x)|^2.
-    mean_square_LE : Tensor
-        float64, |mean of f(x)|^2.
-    mean_LEH : Tensor or None
-        float64 in memory, float32 in the file: mean of f(x), for the compensation.
-    sensitivity_tokens_LE, sensitivity_LE : Tensor or None
-        int64 and float64: mean of (g . (f(x) - mean))^2, g the gradient of the summed next-token loss with
-        respect to the layer's output, and over how many tokens.
-    gram_LJJ, cross_LJH : Tensor or None
-        For the compensation, of the second pass: sums of z z' and z d' over tokens, with z the 2E regressors
-        of `bh_routing.decision.compensation.lost_and_kept` and d what the dropped experts would have added. float64 in
-        memory, float32 in the file.
-    """
-
-    tokens_LE: Tensor
-    square_LE: Tensor
-    mean_square_LE: Tensor
-    mean_LEH: Tensor | None
-    sensitivity_tokens_LE: Tensor | None = None
-    sensitivity_LE: Tensor | None = None
-    gram_LJJ: Tensor | None = None
-    cross_LJH: Tensor | None = None
-
-    def size(self, kind: str) -> Tensor:
-        """Typical size c_e per expert, float64 [L, E].
-
-        ``output``: RMS of f(x). ``deviation``: RMS of f(x) - mean. ``sensitivity``: RMS of
-        g . (f(x) - mean). An expert that no token was routed to gets the median of its layer.
-        """
-        if kind == "sensitivity":
-            assert self.sensitivity_LE is not None
-            assert self.sensitivity_tokens_LE is not None
-            square_LE, tokens_LE = self.sensitivity_LE, self.sensitivity_tokens_LE
-        else:
-            square_LE, tokens_LE = self.square_LE, self.tokens_LE
-            if kind == "deviation":
-                square_LE = (square_LE - self.mean_square_LE).clamp_min(0.0)
-        known_LE = (tokens_LE > 0) & (square_LE > 0)
-        size_LE = square_LE.sqrt()
-        for size_E, known_E in zip(size_LE, known_LE, strict=True):
-            size_E[~known_E] = size_E[known_E].median() if bool(known_E.any()) else 1.0
-        return size_LE
-
-    def compensation(self) -> Tensor | None:
-        """What stands in for dropped experts (`bh_routing.decision.compensation`), float64; None without means.
-
-        [L, E, H], the mean output of each expert; after a second pass [L, 2, E, H], the least-squares fit of
-        what was dropped: argmin sum |d - B'z|^2 + sum_j rho_j |B_j - P_j|^2, with the mean outputs (and 0 for
-        the kept experts) as P, and rho_j a small share of the mean square of such regressors.
-        """
-        if self.mean_LEH is None or self.gram_LJJ is None or self.cross_LJH is None:
-            return self.mean_LEH
-        fitted = []
-        for mean_EH, gram_JJ, cross_JH in zip(self.mean_LEH, self.gram_LJJ, self.cross_LJH, strict=True):
-            num = mean_EH.shape[0]
-            prior_JH = torch.cat((mean_EH, torch.zeros_like(mean_EH)))
-            halves = gram_JJ.diagonal().double().view(2, num).mean(1)
-            rho_J = RIDGE * halves.clamp_min(1e-30).repeat_interleave(num)
-            solved_JH = torch.linalg.solve(
-                gram_JJ.double() + rho_J.diag(), cross_JH.double() + rho_J.unsqueeze(1) * prior_JH
-            )
-            fitted.append(solved_JH.view(2, num, -1))
-        return torch.stack(fitted)
-
-    def __add__(self, other: Moments) -> Moments:
-        if (self.mean_LEH is None) != (other.mean_LEH is None) or (self.sensitivity_LE is None) != (
-            other.sensitivity_LE is None
-        ):
-            raise CalibrationError(
-                "only calibrations that hold the same parts can be merged: expected mean outputs and "
-                "sensitivities in both or in neither."
-            )
-        if self.mean_LEH is None:
-            raise CalibrationError(
-                "calibrations whose mean outputs were dropped cannot be merged, because the deviation from "
-                "the common mean is unknown; merge first, then drop the means."
-            )
-        tokens_LE = self.tokens_LE + other.tokens_LE
-        assert other.mean_LEH is not None
-        mean_LEH = _weighted(self.mean_LEH, other.mean_LEH, self.tokens_LE, other.tokens_LE)
-        more: dict[str, Any] = {}
-        if self.sensitivity_LE is not None:
-            assert self.sensitivity_tokens_LE is not None
-            assert other.sensitivity_LE is not None
-            assert other.sensitivity_tokens_LE is not None
-            ours_LE, theirs_LE = self.sensitivity_tokens_LE, other.sensitivity_tokens_LE
-            more = {
-                "sensitivity_tokens_LE": ours_LE + theirs_LE,
-                "sensitivity_LE": _weighted(self.sensitivity_LE, other.sensitivity_LE, ours_LE, theirs_LE),
-            }
-            if self.gram_LJJ is not None and other.gram_LJJ is not None:
-                assert self.cross_LJH is not None
-                assert other.cross_LJH is not None
-                more["gram_LJJ"] = self.gram_LJJ + other.gram_LJJ
-                more["cross_LJH"] = self.cross_LJH + other.cross_LJH
-        return Moments(
-            tokens_LE=tokens_LE,
-            square_LE=_weighted(self.square_LE, other.square_LE, self.tokens_LE, other.tokens_LE),
-            mean_square_LE=mean_LEH.square().sum(-1),
-            mean_LEH=mean_LEH,
-            **more,
-        )
-
-
-def _weighted(a: Tensor, b: Tensor, tokens_a_LE: Tensor, tokens_b_LE: Tensor) -> Tensor:
-    """Mean of two means by their numbers of tokens; 0 where there are none."""
-    share = tokens_b_LE.double() / (tokens_a_LE + tokens_b_LE).clamp_min(1)
-    share = share.reshape(share.shape + (1,) * (a.dim() - share.dim()))
-    return a + share * (b - a)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -205,71 +82,159 @@ class Reservoir:
         )
 
 
-@dataclass(frozen=True, kw_only=True)
-class NullSettings:
-    """Which statistic, and which null it is judged by. All of it resolved, so that it can be a key.
+@dataclass(frozen=True, kw_only=True, eq=False)
+class GivenNulls:
+    """Nulls from outside, which stand in for those that the counts would give.
 
     Attributes
     ----------
-    statistic : {"contribution", "logprob", "logit"}
-    size : {"output", "deviation", "sensitivity"} or None
-        What ``contribution`` scales the score by.
-    null : {"unselected", "all", "trimmed"}
-    scope : {"model", "layer"}
-    estimator : {"empirical", "kde", "normal"}
-    kernel, bandwidth
-        Of the KDE (`bh_routing.stats.kde.kde_null`).
-    extended : bool
-        Whether the null falls exponentially beyond its samples (`bh_routing.stats.nulls.with_exponential_tail`).
+    nulls : tuple of Null
+        One per layer; the same object for layers that share one.
+    statistic, size, null, estimator : str
+        Of what they are the null, as in `bh_routing.calibration.fit.NullSettings`; other settings are refused.
+    source : str
+        What they are, for people.
+    in_order : bool
+        The layers have no module paths: the first null is that of a model's first router, and so on.
     """
 
+    nulls: tuple[Null, ...]
     statistic: str
-    size: str | None
-    null: str
-    scope: str
-    estimator: str
-    kernel: str
-    bandwidth: str | float
-    extended: bool = False
+    size: str | None = None
+    null: str = "unselected"
+    estimator: str = "given"
+    source: str = "the given nulls"
+    in_order: bool = False
 
-    def __post_init__(self) -> None:
-        for name, allowed in (
-            ("statistic", STATISTICS),
-            ("size", (*SIZES, None)),
-            ("null", NULL_SETS),
-            ("scope", SCOPES),
-            ("estimator", ESTIMATORS),
-            ("kernel", tuple(KERNELS)),
-        ):
-            if getattr(self, name) not in allowed:
-                raise InvalidParameterError(
-                    f"unknown {name} {getattr(self, name)!r}; expected one of "
-                    f"{', '.join(str(a) for a in allowed if a)}."
+
+Data = TypeVar("Data", bound="CalibrationData")
+
+
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class CalibrationData:
+    """The fields of `bh_routing.Calibration`. Two of one model on different texts are added up with ``+``.
+
+    Attributes
+    ----------
+    model_id : str
+        Name or path of the model.
+    layers : tuple of LayerRecord
+    num_experts : int
+        E, the width of the router logits.
+    temperature : float
+        What divided the logits.
+    trim : int
+        The trimmed null leaves out this many of the highest and of the lowest logits of each token.
+    histograms : dict
+        ``histograms["logit" | "logprob"]["unselected" | "selected" | "trimmed"]``: binned counts of the base
+        statistic, int64 [L, E, B].
+    moments : Moments or None
+        Sizes and means of the experts' outputs; None if they were not collected.
+    reservoir : Reservoir or None
+    reservoir_size : int
+        How many tokens the reservoir holds at most.
+    fingerprint_LD : Tensor
+        float64, projections of each router's weights (`bh_routing.calibration.fingerprint.fingerprint`).
+    tokens, documents : int
+        How many were seen.
+    text_digest : str
+        Of the documents, whatever their order.
+    seed, window : int
+        Seed of the reservoir's hash; the longest run of tokens in one forward.
+    compensation_strength : float
+        What the compensation is multiplied by, 0 to 1: measured (`bh_routing.calibration.strength`), 1 where it was not.
+    left_out : tuple of str
+        Paths of routers that no token of a text reaches (of a vision tower, for example): they are not
+        calibrated, and an integration leaves them as they are.
+    given : GivenNulls or None
+        Nulls from outside in place of those of the histograms. They are no part of a file.
+    """
+
+    model_id: str
+    layers: tuple[LayerRecord, ...]
+    num_experts: int
+    histograms: dict[str, dict[str, Histogram]]
+    moments: Moments | None = None
+    reservoir: Reservoir | None = None
+    reservoir_size: int = 0
+    fingerprint_LD: Tensor
+    temperature: float = 1.0
+    trim: int = 8
+    tokens: int = 0
+    documents: int = 0
+    text_digest: str = "0" * 32
+    seed: int = 0
+    window: int = 0
+    compensation_strength: float = 1.0
+    left_out: tuple[str, ...] = ()
+    library_version: str = ""
+    given: GivenNulls | None = None
+
+    @property
+    def num_layers(self) -> int:
+        """Routed layers, L."""
+        return len(self.layers)
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """Router module paths, in order; empty where they are not known and layers are taken in order."""
+        if self.given is not None and self.given.in_order:
+            return ()
+        return tuple(layer.path for layer in self.layers)
+
+    @cached_property
+    def memo(self) -> dict[Any, Any]:
+        """What `bh_routing.calibration.fit` found for these fields; no field, so that a changed copy starts anew."""
+        return {}
+
+    def __add__(self: Data, other: CalibrationData) -> Data:
+        """Counts add up exactly, moments in float64, the compensation's strength is averaged by tokens; the reservoir
+        keeps the tokens with the smallest hashes.
+
+        Raises
+        ------
+        CalibrationMismatchError
+            If they differ in model, layers, temperature, trim, seed, window or parts.
+        """
+        for name in MUST_AGREE:
+            ours, theirs = getattr(self, name), getattr(other, name)
+            if ours != theirs:
+                raise CalibrationMismatchError(
+                    f"only calibrations of one model and one setting can be merged, but {name} differs: "
+                    f"{ours!r} and {theirs!r}."
                 )
-        if isinstance(self.bandwidth, str) and self.bandwidth not in BANDWIDTHS:
-            raise InvalidParameterError(
-                f"unknown bandwidth {self.bandwidth!r}; expected one of {', '.join(BANDWIDTHS)}, or a number."
+        if (self.moments is None) != (other.moments is None):
+            raise CalibrationMismatchError(
+                "only calibrations that hold the same parts can be merged: one holds the experts' outputs, the "
+                "other does not."
             )
-
-    def describe(self) -> str:
-        """One line for people."""
-        size = f" ({self.size})" if self.size else ""
-        how = f"{self.kernel} kde" if self.estimator == "kde" else self.estimator
-        tail = ", exponential tail" if self.extended else ""
-        return f"{self.statistic}{size}, {self.null} null per {self.scope}, {how}{tail}"
+        moments = reservoir = None
+        if self.moments is not None and other.moments is not None:
+            moments = self.moments + other.moments
+        if self.reservoir is not None and other.reservoir is not None:
+            reservoir = (self.reservoir + other.reservoir).smallest(self.reservoir_size)
+        tokens = self.tokens + other.tokens
+        weighed = self.tokens * self.compensation_strength + other.tokens * other.compensation_strength
+        digest = (int(self.text_digest, 16) + int(other.text_digest, 16)) % 2**128
+        return replace(
+            self,
+            histograms={
+                kind: {name: held + other.histograms[kind][name] for name, held in sets.items()}
+                for kind, sets in self.histograms.items()
+            },
+            moments=moments,
+            reservoir=reservoir,
+            tokens=tokens,
+            documents=self.documents + other.documents,
+            text_digest=f"{digest:032x}",
+            compensation_strength=weighed / max(1, tokens),
+        )
 
 
 def some_of(names: Iterable[str]) -> str:
     """The first three names, and dots if there are more."""
     listed = list(names)
     return ", ".join(listed[:3]) + (", ..." if len(listed) > 3 else "")
-
-
-class Fitted(NamedTuple):
-    """Nulls per layer (one object, L times, for scope ``model``) and the statistic's offsets [L, E]."""
-
-    nulls: tuple[Null, ...]
-    offset_LE: Tensor
 
 
 def stack_layers(parts: list[Histogram]) -> Histogram:
@@ -282,3 +247,12 @@ def stack_layers(parts: list[Histogram]) -> Histogram:
         first = h.start - start
         counts_LEB[row, :, first : first + h.counts_LEB.shape[-1]] = h.counts_LEB[0]
     return Histogram(start, counts_LEB)
+
+
+def join_layers(per_layer: Iterable[dict[str, dict[str, Histogram]]]) -> dict[str, dict[str, Histogram]]:
+    """``[statistic][set]`` -> counts of one layer each, as ``[statistic][set]`` -> counts of all layers."""
+    parts = list(per_layer)
+    return {
+        kind: {name: stack_layers([part[kind][name] for part in parts]) for name in sets}
+        for kind, sets in parts[0].items()
+    }

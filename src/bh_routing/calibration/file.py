@@ -1,4 +1,4 @@
-"""Reading and writing calibrations, and checking them against a model.
+"""Reading and writing calibrations.
 
 A calibration file is safetensors with four metadata entries: ``format``, ``format_version``, ``header`` (JSON:
 model, layers, settings, text) and ``digest`` (SHA-256 over header and tensors, so that a damaged or edited
@@ -15,25 +15,20 @@ import json
 import os
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..errors import CalibrationFileError
-from ..stats.histogram import Histogram
-from .calibration import Calibration
-from .data import LayerRecord, Moments, Reservoir
-
-if TYPE_CHECKING:
-    pass
 from .._files import write_atomically
-from .data import stack_layers
+from ..errors import CalibrationError, CalibrationFileError
+from ..stats.histogram import Histogram
+from .data import CalibrationData, Data, LayerRecord, Reservoir, stack_layers
+from .moments import Moments
 
 FORMAT, FORMAT_VERSION = "bh-routing calibration", 1
-
 
 _SCALARS = (
     "model_id",
@@ -49,7 +44,6 @@ _SCALARS = (
     "library_version",
 )
 
-
 _MOMENTS = {
     "tokens": "tokens_LE",
     "square": "square_LE",
@@ -62,38 +56,42 @@ _MOMENTS = {
 }
 
 
-def save(calibration: Calibration, path: str | os.PathLike[str]) -> None:
+def save(data: CalibrationData, path: str | os.PathLike[str]) -> None:
     """Write a calibration; nothing half-written stays if it is interrupted.
 
     Raises
     ------
+    CalibrationError
+        For one whose nulls come from outside.
     OSError
         If the folder cannot be written to.
     """
-    tensors: dict[str, Tensor] = {"fingerprint": calibration.fingerprint_LD.double()}
+    if data.given is not None:
+        raise CalibrationError(
+            f"nulls from outside ({data.given.source}) are not written to a calibration file, which holds counts, tokens "
+            "and module paths; keep the pickles, or calibrate the model."
+        )
+    tensors: dict[str, Tensor] = {"fingerprint": data.fingerprint_LD.double()}
     starts: dict[str, int] = {}
-    for kind, sets in calibration.histograms.items():
+    for kind, sets in data.histograms.items():
         for name, held in sets.items():
-            for layer in range(calibration.num_layers):
+            for layer in range(data.num_layers):
                 used = Histogram(held.start, held.counts_LEB[layer : layer + 1]).trimmed_to_use()
                 key = f"hist.{kind}.{name}.{layer}"
                 tensors[key], starts[key] = _narrow(used.counts_LEB[0]), used.start
-    if calibration.moments is not None:
+    if data.moments is not None:
         for key, field in _MOMENTS.items():
-            if (value := getattr(calibration.moments, field)) is not None:
+            if (value := getattr(data.moments, field)) is not None:
                 tensors[f"moments.{key}"] = value.float() if key in ("mean", "gram", "cross") else value
-    if calibration.reservoir is not None:
-        tensors["reservoir.hash"] = calibration.reservoir.hash_N
-        tensors["reservoir.logits"] = calibration.reservoir.logits_NLE
-        tensors["reservoir.experts"] = calibration.reservoir.experts_NLK
+    if data.reservoir is not None:
+        tensors["reservoir.hash"] = data.reservoir.hash_N
+        tensors["reservoir.logits"] = data.reservoir.logits_NLE
+        tensors["reservoir.experts"] = data.reservoir.experts_NLK
     tensors = {key: value.cpu().contiguous() for key, value in tensors.items()}
     header = json.dumps(
-        {name: getattr(calibration, name) for name in _SCALARS}
-        | {"layers": [asdict(layer) for layer in calibration.layers], "starts": starts}
-        | {
-            "left_out": list(calibration.left_out),
-            "compensation_strength": calibration.compensation_strength,
-        },
+        {name: getattr(data, name) for name in _SCALARS}
+        | {"layers": [asdict(layer) for layer in data.layers], "starts": starts}
+        | {"left_out": list(data.left_out), "compensation_strength": data.compensation_strength},
         sort_keys=True,
     )
     metadata = {
@@ -123,8 +121,8 @@ def _digest(header: str, tensors: dict[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def load(path: str | os.PathLike[str]) -> Calibration:
-    """Read a calibration and check that it is whole.
+def load(path: str | os.PathLike[str], kind: type[Data]) -> Data:
+    """Read a calibration as an object of this class, and check that it is whole.
 
     Raises
     ------
@@ -150,7 +148,7 @@ def load(path: str | os.PathLike[str]) -> Calibration:
         raise CalibrationFileError(
             f"{path} was changed after it was written: its digest does not match its content; calibrate again."
         )
-    return _build(json.loads(header_text), tensors)
+    return kind(**_fields(json.loads(header_text), tensors))
 
 
 def _check_format(path: Path, metadata: dict[str, str]) -> None:
@@ -167,17 +165,8 @@ def _check_format(path: Path, metadata: dict[str, str]) -> None:
         )
 
 
-def _renamed(layer: dict[str, Any]) -> dict[str, Any]:
-    """A layer's header with today's words; older files say ``score`` and ``convention``, and "raw" for "none"."""
-    if "convention" not in layer:
-        return layer
-    norm = {"raw": "none"}.get(layer["convention"], layer["convention"])
-    kept = {key: value for key, value in layer.items() if key not in ("score", "convention")}
-    return kept | {"score_func": layer["score"], "route_norm": norm}
-
-
-def _build(header: dict[str, Any], tensors: dict[str, Tensor]) -> Calibration:
-    layers = tuple(LayerRecord(**_renamed(layer)) for layer in header["layers"])
+def _fields(header: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, Any]:
+    """The fields of `CalibrationData` from a file's header and tensors."""
     per_layer: dict[tuple[str, str], list[Histogram]] = {}
     for key, start in sorted(header["starts"].items(), key=lambda item: int(item[0].rsplit(".", 1)[1])):
         _, kind, name, _ = key.split(".")
@@ -185,28 +174,24 @@ def _build(header: dict[str, Any], tensors: dict[str, Tensor]) -> Calibration:
     histograms: dict[str, dict[str, Histogram]] = {}
     for (kind, name), parts in per_layer.items():
         histograms.setdefault(kind, {})[name] = stack_layers(parts)
-    moments = None
+    moments = reservoir = None
     if "moments.tokens" in tensors:
-        fields = {f: tensors[f"moments.{k}"] for k, f in _MOMENTS.items() if f"moments.{k}" in tensors}
-        fields.setdefault("mean_LEH", None)  # type: ignore[arg-type]
-        fields = {
-            name: v if v is None or not v.is_floating_point() else v.double() for name, v in fields.items()
-        }
-        moments = Moments(**fields)
-    reservoir = None
+        held = {field: tensors.get(f"moments.{key}") for key, field in _MOMENTS.items()}
+        moments = Moments(
+            **{f: v.double() if v is not None and v.is_floating_point() else v for f, v in held.items()}  # type: ignore[arg-type]
+        )
     if "reservoir.hash" in tensors:
         reservoir = Reservoir(
             hash_N=tensors["reservoir.hash"],
             logits_NLE=tensors["reservoir.logits"],
             experts_NLK=tensors["reservoir.experts"],
         )
-    return Calibration(
-        **{name: header[name] for name in _SCALARS},
-        compensation_strength=header.get("compensation_strength", 1.0),
-        left_out=tuple(header.get("left_out", ())),
-        layers=layers,
-        histograms=histograms,
-        moments=moments,
-        reservoir=reservoir,
-        fingerprint_LD=tensors["fingerprint"],
-    )
+    return {name: header[name] for name in _SCALARS} | {
+        "compensation_strength": header.get("compensation_strength", 1.0),
+        "left_out": tuple(header.get("left_out", ())),
+        "layers": tuple(LayerRecord(**layer) for layer in header["layers"]),
+        "histograms": histograms,
+        "moments": moments,
+        "reservoir": reservoir,
+        "fingerprint_LD": tensors["fingerprint"],
+    }

@@ -5,30 +5,22 @@ Shape legend: L routed layers, D projections.
 
 from __future__ import annotations
 
+import math
 import warnings
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ..errors import CalibrationMismatchError, CalibrationWarning
+from ..patching import PatchPlan
 from ..text import mix64
-from .calibration import Calibration
-
-if TYPE_CHECKING:
-    from ..patching import PatchPlan
-
+from .data import CalibrationData
 
 PROJECTIONS = 16  # D
-
-
 TOLERANCE = 2e-2  # relative: bfloat16 rounding moves a projection by about 2e-3
-
-
-# ---------------------------------------------------------------------------------------------------------
-# Against a model
-# ---------------------------------------------------------------------------------------------------------
 
 
 def fingerprint(router: nn.Module) -> Tensor:
@@ -52,52 +44,88 @@ def fingerprint(router: nn.Module) -> Tensor:
     return torch.from_numpy(total)
 
 
-def check_model(calibration: Calibration, plan: PatchPlan, *, strict: bool = True) -> None:
-    """Check a calibration against a plan (`Calibration.check`)."""
-    ours, theirs = set(calibration.paths), {layer.path for layer in plan.layers} - set(calibration.left_out)
-    if missing := sorted(theirs - ours):
-        raise CalibrationMismatchError(
-            f"the calibration is of another model ({calibration.model_id}): it has no layer {missing[0]!r}, "
-            f"but {', '.join(calibration.paths[:2])}, ...; calibrate this model."
-        )
-    if absent := sorted(ours - theirs):
-        raise CalibrationMismatchError(
-            f"the calibration is of another model ({calibration.model_id}): it has a layer {absent[0]!r} "
-            "that this model has not; calibrate this model."
-        )
-    by_path = {layer.path: (i, layer) for i, layer in enumerate(calibration.layers)}
-    for site in plan.layers:
-        if site.path not in by_path:
-            continue  # left out
-        index, layer = by_path[site.path]
-        fields = {
-            "num_experts": (calibration.num_experts, site.context.num_experts),
-            "top_k": (layer.top_k, site.context.top_k),
-            "score_func": (layer.score_func, site.context.score_func),
-            "experts_path": (layer.experts_path, site.experts_path),
-            "route_norm": (layer.route_norm, site.context.route_norm),
-        }
-        for name, (calibrated, found) in fields.items():
-            if calibrated != found:
-                raise CalibrationMismatchError(
-                    f"the calibration does not fit layer {site.path}: {name} was {calibrated!r} when it was "
-                    f"made, the model has {found!r}; calibrate this model."
-                )
-        _check_fingerprint(calibration, index, site.path, fingerprint(site.router), strict)
+def compare(found_D: Tensor, expected_D: Tensor) -> float:
+    """How far apart two fingerprints are, relative to the expected one; alike up to `TOLERANCE`.
+
+    Of several, [..., D], the largest distance; infinite for another number of them.
+    """
+    if found_D.shape != expected_D.shape:
+        return math.inf
+    return float(((found_D - expected_D).norm(dim=-1) / expected_D.norm(dim=-1).clamp_min(1e-30)).max())
 
 
-def _check_fingerprint(
-    calibration: Calibration, index: int, path: str, found_D: Tensor, strict: bool
-) -> None:
-    expected_D = calibration.fingerprint_LD[index]
-    distance = float((found_D - expected_D).norm() / expected_D.norm().clamp_min(1e-30))
+def weights_differ(
+    data: CalibrationData, index: int, found_D: Tensor, layer: str, otherwise: str
+) -> str | None:
+    """What is wrong with a router's weights, in one sentence that ends in ``otherwise``; None if nothing is."""
+    distance = compare(found_D, data.fingerprint_LD[index])
     if distance <= TOLERANCE:
-        return
-    text = (
-        f"the router weights of layer {path} differ from those that were calibrated (fingerprints "
+        return None
+    return (
+        f"the router weights of layer {layer} differ from those that were calibrated (fingerprints "
         f"{distance:.2g} apart, at most {TOLERANCE:g} expected): this is another model or training state than "
-        f"{calibration.model_id}; calibrate it, or pass strict=False to use the calibration all the same."
+        f"{data.model_id}; calibrate it, or {otherwise} to use the calibration all the same."
     )
-    if strict:
-        raise CalibrationMismatchError(text)
-    warnings.warn(text, CalibrationWarning, stacklevel=4)
+
+
+def check_layer(data: CalibrationData, index: int, layer: str, found: Mapping[str, Any]) -> None:
+    """Check what a model says of a layer, by name of the field: of `LayerRecord`, or ``num_experts``.
+
+    Raises
+    ------
+    CalibrationMismatchError
+        Naming the layer and the field that does not fit.
+    """
+    for name, value in found.items():
+        calibrated = getattr(data if name == "num_experts" else data.layers[index], name)
+        if calibrated != value:
+            raise CalibrationMismatchError(
+                f"the calibration does not fit layer {layer}: {name} was {calibrated!r} when it was made, the model "
+                f"has {value!r}; calibrate this model."
+            )
+
+
+def check_complete(data: CalibrationData, paths: Iterable[str]) -> None:
+    """Raise `CalibrationMismatchError` unless every calibrated layer is one of these."""
+    if absent := sorted(set(data.paths) - set(paths)):
+        raise CalibrationMismatchError(
+            f"the calibration is of another model ({data.model_id}): it has a layer {absent[0]!r} that this model "
+            "has not; calibrate this model."
+        )
+
+
+def check_model(data: CalibrationData, plan: PatchPlan, *, strict: bool = True) -> None:
+    """Check a calibration against a plan, as `bh_routing.Calibration.check` documents it."""
+    if data.given is not None and data.given.in_order:
+        return _check_shape(data, data.given.source, plan)
+    theirs = {layer.path for layer in plan.layers} - set(data.left_out)
+    if missing := sorted(theirs - set(data.paths)):
+        raise CalibrationMismatchError(
+            f"the calibration is of another model ({data.model_id}): it has no layer {missing[0]!r}, "
+            f"but {', '.join(data.paths[:2])}, ...; calibrate this model."
+        )
+    check_complete(data, theirs)
+    for site in plan.layers:
+        if site.path not in theirs:
+            continue
+        index = data.paths.index(site.path)
+        found = {
+            name: getattr(site.context, name) for name in ("num_experts", "top_k", "score", "convention")
+        }
+        check_layer(data, index, site.path, found | {"experts_path": site.experts_path})
+        wrong = weights_differ(data, index, fingerprint(site.router), site.path, "pass strict=False")
+        if wrong is not None and strict:
+            raise CalibrationMismatchError(wrong)
+        if wrong is not None:
+            warnings.warn(wrong, CalibrationWarning, stacklevel=3)
+
+
+def _check_shape(data: CalibrationData, source: str, plan: PatchPlan) -> None:
+    """All that can be checked where layers have no paths: how many layers and experts there are."""
+    widths = {layer.context.num_experts for layer in plan.layers}
+    if len(plan.layers) != data.num_layers or widths != {data.num_experts}:
+        raise CalibrationMismatchError(
+            f"{source} are of {data.num_layers} layers with {data.num_experts} experts, the model has "
+            f"{len(plan.layers)} with {', '.join(map(str, sorted(widths)))}; take the files of this model, or give "
+            "num_experts."
+        )

@@ -10,21 +10,16 @@ from __future__ import annotations
 
 import os
 import re
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 
-from ..errors import CalibrationError, CalibrationFileError, CalibrationMismatchError
+from ..errors import CalibrationFileError
 from ..stats.nulls import GridNull
-from .calibration import Calibration
-from .data import Fitted, LayerRecord, NullSettings
+from .data import GivenNulls, LayerRecord
 from .pickled_arrays import read_arrays
-
-if TYPE_CHECKING:
-    from ..patching import PatchPlan
 
 _NAME = re.compile(r"distribution_model_layer_(\d+)(.*)\.pkl")
 
@@ -67,102 +62,11 @@ def grid_null(path: str | os.PathLike[str]) -> GridNull:
     return GridNull(torch.from_numpy(x), torch.from_numpy(survival), 0)
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class KDECalibration(Calibration):
-    """A calibration that consists of given logit distributions, one per layer, and nothing else.
+def read_folder(folder: str | os.PathLike[str], num_experts: int = 64, variant: str = "") -> dict[str, Any]:
+    """The fields of a calibration from ``distribution_model_layer_{i}{variant}.pkl``, i = 0, 1, ..., in a folder.
 
-    It has tables and p-values of the statistic ``logit``; it has no tokens to solve a budget on, knows no
-    expert outputs, and cannot tell which model it belongs to beyond the number of layers and experts.
-    """
-
-    nulls: tuple[GridNull, ...]
-    null: str
-
-    @property
-    def paths(self) -> tuple[str, ...]:
-        """Empty: the files name no modules, layers are taken in order."""
-        return ()
-
-    def settings(self, **settings: Any) -> NullSettings:
-        """The only settings there are: statistic ``logit``, the null the files were made with, per layer."""
-        fixed = {"statistic": "logit", "size": None, "null": self.null, "scope": "layer", "estimator": "kde"}
-        for name, value in settings.items():
-            if name == "compensated" or value is None:
-                continue
-            if name not in fixed or value != fixed[name]:
-                raise CalibrationMismatchError(
-                    f"KDE files hold one distribution per layer ({', '.join(f'{k}={v!r}' for k, v in fixed.items() if v)})"
-                    f", got {name}={value!r}; calibrate the model for anything else."
-                )
-        return NullSettings(
-            statistic="logit",
-            size=None,
-            null=self.null,
-            scope="layer",
-            estimator="kde",
-            kernel="gaussian",
-            bandwidth="silverman",
-        )
-
-    def fit(self, settings: NullSettings) -> Fitted:
-        """The distributions of the files."""
-        return Fitted(self.nulls, self.offsets(settings))
-
-    def _index(self, layer: str | int) -> int:
-        if isinstance(layer, int) and 0 <= layer < self.num_layers:
-            return layer
-        match = re.search(r"(\d+)(?!.*\d)", str(layer))
-        if isinstance(layer, str) and match and int(match[1]) < self.num_layers:
-            return int(match[1])
-        raise CalibrationMismatchError(
-            f"the KDE files have no layer {layer!r}; they have {self.num_layers} layers, in order."
-        )
-
-    def _check_reach(self, *args: Any) -> None:
-        """The number of samples behind the files is unknown, so there is nothing to check."""
-
-    def check(self, plan: PatchPlan, *, strict: bool = True) -> None:
-        """Check the number of layers and experts, all that the files tell."""
-        widths = {layer.context.num_experts for layer in plan.layers}
-        if len(plan.layers) != self.num_layers or widths != {self.num_experts}:
-            raise CalibrationMismatchError(
-                f"the KDE files are of {self.num_layers} layers with {self.num_experts} experts, the model has "
-                f"{len(plan.layers)} with {', '.join(map(str, sorted(widths)))}; take the files of this model, or "
-                "give num_experts."
-            )
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Refused: the pickles are the files."""
-        raise CalibrationError(
-            "a calibration from KDE pickles is not written as a calibration file, because it lacks what one "
-            "holds (counts, tokens, module paths); keep the pickles, or calibrate the model."
-        )
-
-    def summary(self) -> list[dict[str, Any]]:
-        """One plain dictionary per layer."""
-        return [
-            {
-                "layer": i,
-                "experts": self.num_experts,
-                "null": self.null,
-                "grid points": null.grid_G.numel(),
-                "median": float(null.grid_G[int((null.survival_G <= 0.5).to(torch.int8).argmax())]),
-            }
-            for i, null in enumerate(self.nulls)
-        ]
-
-    def __repr__(self) -> str:
-        median = ", ".join(f"{row['median']:.3g}" for row in self.summary()[:8])
-        return (
-            f"KDECalibration of {self.model_id}: {self.num_layers} layers x {self.num_experts} experts, "
-            f"statistic logit, null {self.null}, medians {median}{', ...' if self.num_layers > 8 else ''}"
-        )
-
-
-def from_kde_pickles(
-    folder: str | os.PathLike[str], num_experts: int = 64, variant: str = ""
-) -> KDECalibration:
-    """Load ``distribution_model_layer_{i}{variant}.pkl`` for i = 0, 1, ... from a folder.
+    It has tables and p-values of the statistic ``logit``; it has no tokens to solve a budget on, knows no expert
+    outputs, and cannot tell which model it belongs to beyond the number of layers and experts.
 
     Parameters
     ----------
@@ -175,8 +79,8 @@ def from_kde_pickles(
 
     Returns
     -------
-    KDECalibration
-        Statistic ``logit``; null ``trimmed`` for a trimmed variant, else ``all``.
+    dict
+        Of `bh_routing.calibration.data.CalibrationData`. Statistic ``logit``; null ``trimmed`` for a trimmed variant, else ``all``.
 
     Raises
     ------
@@ -201,7 +105,6 @@ def from_kde_pickles(
             f"{folder} lacks layer {missing[0]} of the variant {suffix.removeprefix('_')!r}: expected "
             f"distribution_model_layer_{missing[0]}{suffix}.pkl beside those of layers up to {max(files)}."
         )
-    nulls = tuple(grid_null(files[i]) for i in range(len(files)))
     layers = tuple(
         LayerRecord(
             path=f"layer {i}",
@@ -212,15 +115,19 @@ def from_kde_pickles(
         )
         for i in range(len(files))
     )
-    return KDECalibration(
-        model_id=str(folder),
-        layers=layers,
-        num_experts=num_experts,
-        histograms={},
-        fingerprint_LD=torch.zeros(len(files), 0, dtype=torch.float64),
-        nulls=nulls,
+    given = GivenNulls(
+        nulls=tuple(grid_null(files[i]) for i in range(len(files))),
+        statistic="logit",
         null="trimmed" if "trimmed" in suffix else "all",
+        estimator="kde",
+        source="the KDE files",
+        in_order=True,
     )
-
-
-__all__ = ["KDECalibration", "from_kde_pickles", "grid_null", "read_arrays"]
+    return {
+        "model_id": str(folder),
+        "layers": layers,
+        "num_experts": num_experts,
+        "histograms": {},
+        "fingerprint_LD": torch.zeros(len(files), 0, dtype=torch.float64),
+        "given": given,
+    }

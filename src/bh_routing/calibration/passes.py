@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from .. import __version__
 from ..decision.types import check_temperature
 from ..errors import CalibrationError, CalibrationWarning, InvalidParameterError, InvalidTypeError
 from ..text import Batch, Document, TextStream
 from .accumulate import LayerCounts, LayerMoments, ReservoirSampler, join_moments
 from .calibration import Calibration
-from .data import LayerRecord, stack_layers
+from .data import LayerRecord, join_layers
 from .fingerprint import fingerprint
 from .running import distributed, evaluating, forward, frozen, gather, pair_outputs, pieces, progress_bar
 from .second_pass import Rehearsal
@@ -203,7 +204,7 @@ def calibrate(
                 sensed.run(model, batch)
                 advance(batch.num_tokens)
             assert result.moments is not None
-            result = replace(result, moments=sensed.result(result.moments), _cache={})
+            result = replace(result, moments=sensed.result(result.moments))
     if not means:
         return result.without_means()
     if outputs:
@@ -212,7 +213,7 @@ def calibrate(
             progress_bar("compensation", progress if rank == 0 else False) as advance,
         ):
             strength = measure_strength(model, plan, result, some.result(result.tokens), advance)
-        result = replace(result, compensation_strength=strength, _cache={})
+        result = replace(result, compensation_strength=strength)
     return result
 
 
@@ -319,9 +320,6 @@ class _Collector:
         self.seen.clear()
 
     def result(self, model_id: str, stream: TextStream, reservoir: int, seed: int) -> Calibration:
-        from .. import __version__
-
-        per_layer = [self.counts[layer.path].histograms() for layer in self.plan.layers]
         hidden = max((m.sum_EH.shape[-1] for m in self.moments.values() if m.tokens_E is not None), default=1)
         return Calibration(
             model_id=model_id,
@@ -337,10 +335,7 @@ class _Collector:
                 for layer in self.plan.layers
             ),
             num_experts=self.num_experts,
-            histograms={
-                kind: {name: stack_layers([h[kind][name] for h in per_layer]) for name in per_layer[0][kind]}
-                for kind in per_layer[0]
-            },
+            histograms=join_layers(self.counts[layer.path].histograms() for layer in self.plan.layers),
             moments=join_moments(list(self.moments.values()), hidden) if self.moments else None,
             reservoir=self.sampler.result() if reservoir else None,
             reservoir_size=reservoir,

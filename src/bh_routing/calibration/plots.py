@@ -17,19 +17,23 @@ import torch
 from .._files import write_atomically
 from ..errors import CalibrationError, CalibrationWarning, InvalidParameterError, MissingDependencyError
 from ..stats.histogram import Histogram, pool_counts
-from .accumulate import LayerCounts
-from .calibration import Calibration
-from .data import NullSettings, stack_layers
+from ..stats.procedures import get_procedure
+from . import fit
+from .accumulate import recount
+from .data import CalibrationData, Data
+from .fit import NullSettings
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+
+Array = np.ndarray[Any, np.dtype[np.float64]]
 
 FORMATS = (".png", ".svg", ".pdf")
 NULL, SELECTED, POOLED, GUIDE = "#4c78a8", "#e07b39", "#777777", "#bbbbbb"
 LEVELS = {0.01: "#08519c", 0.05: "#3182bd", 0.2: "#9ecae1"}
 
 
-def plot_calibration(calibration: Calibration, path: str | os.PathLike[str], **settings: Any) -> None:
+def plot_calibration(calibration: CalibrationData, path: str | os.PathLike[str], **settings: Any) -> None:
     """Draw a calibration, one row of panels per layer, to a file.
 
     Panels: density of the null and of the experts that the model selected; the decision table of BH as
@@ -63,15 +67,15 @@ def plot_calibration(calibration: Calibration, path: str | os.PathLike[str], **s
         raise MissingDependencyError(
             "drawing a calibration needs matplotlib, which is not installed; pip install 'bh-routing[plot]'."
         ) from None
-    chosen = calibration.settings(**settings)
+    chosen = fit.resolve(calibration, **settings)
     has_tokens = calibration.reservoir is not None and bool(calibration.histograms)
     columns = 4 if has_tokens else 2
     figure = Figure(
         figsize=(3.7 * columns, 2.3 * calibration.num_layers + 0.9), dpi=110, layout="constrained"
     )
     axes = figure.subplots(calibration.num_layers, columns, squeeze=False)
-    tables = _tables(calibration, settings)
-    p_values = _held_out_p_values(calibration, chosen, settings) if has_tokens else []
+    tables = _tables(calibration, chosen)
+    p_values = _held_out_p_values(calibration, chosen) if has_tokens else []
     for row, layer in enumerate(calibration.layers):
         _densities(axes[row, 0], calibration, chosen, row)
         _thresholds(axes[row, 1], tables, row, layer.top_k)
@@ -98,7 +102,7 @@ def plot_calibration(calibration: Calibration, path: str | os.PathLike[str], **s
     write_atomically(path, lambda temporary: figure.savefig(temporary, format=path.suffix.lower()[1:]))
 
 
-def without_kept_tokens(calibration: Calibration) -> Calibration:
+def without_kept_tokens(calibration: Data) -> Data:
     """The calibration with its reservoir's tokens taken out of the counts, so that they are held out.
 
     The tokens are kept in float16: a logit that rounding carries over a bin's edge is taken out of the wrong bin
@@ -106,22 +110,14 @@ def without_kept_tokens(calibration: Calibration) -> Calibration:
     """
     reservoir = calibration.reservoir
     assert reservoir is not None
-    parts = []
-    for index, layer in enumerate(calibration.layers):
-        counts = LayerCounts(
-            layer.path, calibration.num_experts, layer.score_func, calibration.temperature, calibration.trim
-        )
-        counts.update(
-            reservoir.logits_NLE[:, index].float(), reservoir.experts_NLK[:, index, : layer.top_k].long()
-        )
-        parts.append(counts.histograms())
+    taken = recount(
+        calibration, zip(reservoir.logits_NLE.unbind(1), reservoir.experts_NLK.unbind(1), strict=True)
+    )
     rest = {
-        kind: {
-            name: _subtract(held, stack_layers([p[kind][name] for p in parts])) for name, held in sets.items()
-        }
+        kind: {name: _subtract(held, taken[kind][name]) for name, held in sets.items()}
         for kind, sets in calibration.histograms.items()
     }
-    return replace(calibration, histograms=rest, _cache={})
+    return replace(calibration, histograms=rest)
 
 
 def _subtract(held: Histogram, taken: Histogram) -> Histogram:
@@ -129,23 +125,21 @@ def _subtract(held: Histogram, taken: Histogram) -> Histogram:
     return Histogram(difference.start, difference.counts_LEB.clamp_min(0))
 
 
-def _held_out_p_values(
-    calibration: Calibration, chosen: NullSettings, settings: dict[str, Any]
-) -> list[dict[str, np.ndarray]]:
+def _held_out_p_values(calibration: CalibrationData, chosen: NullSettings) -> list[dict[str, Array]]:
     """Per layer: null p-values of the kept tokens under a null per layer, and under that of the settings."""
     rest = without_kept_tokens(calibration)
     scopes = {"null per layer": "layer"} | ({"null of the model": "model"} if chosen.scope == "model" else {})
     reservoir = calibration.reservoir
     assert reservoir is not None
-    result: list[dict[str, np.ndarray]] = []
+    result: list[dict[str, Array]] = []
     for index, layer in enumerate(calibration.layers):
         logits_NE = reservoir.logits_NLE[:, index].float()
         own_NK = reservoir.experts_NLK[:, index, : layer.top_k].long()
         passed_NE = torch.ones_like(logits_NE, dtype=torch.bool).scatter(-1, own_NK, False)
-        found: dict[str, np.ndarray] = {}
+        found: dict[str, Array] = {}
         for label, scope in scopes.items():
             try:
-                p_NE = rest.p_values(logits_NE, index, **(settings | {"scope": scope}))
+                p_NE = fit.p_values(rest, logits_NE, index, replace(chosen, scope=scope))
             except CalibrationError:  # all tokens were kept: nothing is left to judge them by
                 continue
             found[label] = p_NE[passed_NE].numpy()
@@ -153,35 +147,37 @@ def _held_out_p_values(
     return result
 
 
-def _tables(calibration: Calibration, settings: dict[str, Any]) -> dict[float, Any]:
+def _tables(calibration: CalibrationData, chosen: NullSettings) -> dict[float, Any]:
     """Thresholds [L, E] by level; a level that nothing can reach is left out."""
     tables = {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", CalibrationWarning)
         for alpha in LEVELS:
             try:
-                tables[alpha] = calibration.table(alpha, **settings).thresholds_LE.numpy()
+                tables[alpha] = fit.table(
+                    calibration, alpha, get_procedure("bh"), chosen
+                ).thresholds_LE.numpy()
             except CalibrationError:
                 continue
     return tables
 
 
-def _densities(axis: Axes, calibration: Calibration, chosen: NullSettings, row: int) -> None:
+def _densities(axis: Axes, calibration: CalibrationData, chosen: NullSettings, row: int) -> None:
     if not calibration.histograms:
-        null: Any = calibration.fit(chosen).nulls[row]
+        null: Any = fit.fit(calibration, chosen).nulls[row]
         grid, survival = null.grid_G.numpy(), null.survival_G.numpy()
         density = -np.diff(survival) / np.diff(grid)
         axis.fill_between((grid[1:] + grid[:-1]) / 2, density, color=NULL, alpha=0.6, lw=0, label="null")
         axis.set_yticks([])
         return
     kind = "logit" if chosen.statistic == "logit" else "logprob"
-    offset_LE = calibration.offsets(chosen)
+    offset_LE = fit.offsets(calibration, chosen)
     shown = {
-        f"null ({chosen.null})": (calibration.null_counts(chosen), NULL),
+        f"null ({chosen.null})": (fit.null_counts(calibration, chosen), NULL),
         "selected by the model": (calibration.histograms[kind]["selected"], SELECTED),
     }
     for label, (counts, colour) in shown.items():
-        pooled = pool_counts(counts, offset_LE, row)
+        pooled = pool_counts(counts, torch.ones_like(offset_LE), offset_LE, row)
         if pooled.num:
             # four bins at a time: of 1/16
             num = len(pooled.counts_G) // 4 * 4
@@ -208,7 +204,7 @@ def _thresholds(axis: Axes, tables: dict[float, Any], row: int, top_k: int) -> N
     axis.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
 
 
-def _histogram(axis: Axes, found: dict[str, np.ndarray]) -> None:
+def _histogram(axis: Axes, found: dict[str, Array]) -> None:
     styles: tuple[dict[str, Any], ...] = (
         {"histtype": "stepfilled", "color": NULL, "alpha": 0.6},
         {"histtype": "step", "color": POOLED, "ls": "--"},
@@ -219,7 +215,7 @@ def _histogram(axis: Axes, found: dict[str, np.ndarray]) -> None:
     axis.set_xlim(0, 1)
 
 
-def _quantiles(axis: Axes, found: dict[str, np.ndarray]) -> None:
+def _quantiles(axis: Axes, found: dict[str, Array]) -> None:
     shares = np.linspace(0.001, 0.999, 500)
     for (label, p), style in zip(found.items(), (("-", NULL), ("--", POOLED)), strict=False):
         axis.plot(shares, np.quantile(p, shares), style[0], color=style[1], lw=1.5, label=label)

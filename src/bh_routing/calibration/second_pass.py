@@ -23,7 +23,7 @@ from ..policies import RoutingPolicy, TopKPolicy
 from ..text import Batch
 from .accumulate import LayerSensitivity
 from .calibration import Calibration
-from .data import Moments
+from .moments import Moments
 from .running import forward, gather, pair_outputs, pieces
 
 if TYPE_CHECKING:

@@ -3,27 +3,28 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-from .data import SIZES
+from ..stats.nulls import GridNull
+from .data import CalibrationData, GivenNulls
+from .moments import SIZES
 
-if TYPE_CHECKING:
-    from .calibration import Calibration
 
-
-def summary_rows(calibration: Calibration) -> list[dict[str, Any]]:
+def summary_rows(data: CalibrationData) -> list[dict[str, Any]]:
     """`Calibration.summary`: means of the statistics, experts never selected, median sizes, per layer."""
+    if data.given is not None and not data.histograms:
+        return _given_rows(data, data.given)
     rows: list[dict[str, Any]] = []
-    moments = calibration.moments
-    for i, layer in enumerate(calibration.layers):
+    moments = data.moments
+    for i, layer in enumerate(data.layers):
         row: dict[str, Any] = {
             "router": layer.path,
-            "experts": calibration.num_experts,
+            "experts": data.num_experts,
             "top_k": layer.top_k,
         }
-        for kind, sets in calibration.histograms.items():
+        for kind, sets in data.histograms.items():
             for name in ("unselected", "selected"):
                 counts_B = sets[name].counts_LEB[i].sum(0).double()
                 centres_B = torch.from_numpy((sets[name].edges[1:] + sets[name].edges[:-1]) / 2)
@@ -38,9 +39,17 @@ def summary_rows(calibration: Calibration) -> list[dict[str, Any]]:
     return rows
 
 
-def describe(calibration: Calibration) -> str:
+def describe(data: CalibrationData) -> str:
     """What it holds, in one line, and a table of its layers."""
-    moments, reservoir = calibration.moments, calibration.reservoir
+    if data.given is not None and not data.histograms:
+        medians = [f"{row['median']:.3g}" for row in summary_rows(data)]
+        return (
+            f"Calibration by {data.given.source} in {data.model_id}: {data.num_layers} layers x {data.num_experts} "
+            f"experts, statistic {data.given.statistic}, null {data.given.null}, medians {', '.join(medians[:8])}"
+            + ", ..."
+            * (len(medians) > 8)
+        )
+    moments, reservoir = data.moments, data.reservoir
     holds = [f"reservoir of {reservoir.num} tokens" if reservoir else "no reservoir"]
     if moments is None:
         holds.append("no expert outputs")
@@ -50,18 +59,32 @@ def describe(calibration: Calibration) -> str:
         holds += ["loss sensitivities"] if moments.sensitivity_LE is not None else []
         if moments.mean_LEH is not None:
             form = "fitted compensation" if moments.cross_LJH is not None else "compensation by the means"
-            holds.append(f"{form} at strength {calibration.compensation_strength:.2f}")
+            holds.append(f"{form} at strength {data.compensation_strength:.2f}")
+    if data.given is not None:
+        holds.append(data.given.source)
     lines = [
-        f"Calibration of {calibration.model_id}: {calibration.tokens:,} tokens of {calibration.documents:,} "
-        f"documents, {calibration.num_layers} layers x {calibration.num_experts} experts; {', '.join(holds)}"
+        f"Calibration of {data.model_id}: {data.tokens:,} tokens of {data.documents:,} "
+        f"documents, {data.num_layers} layers x {data.num_experts} experts; {', '.join(holds)}"
     ]
-    rows = calibration.summary()
+    rows = summary_rows(data)
     names = list(rows[0])
     cells = [names] + [[_cell(row[name]) for name in names] for row in rows]
     widths = [max(len(line[i]) for line in cells) for i in range(len(names))]
     for line in cells:
         lines.append("  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip())
     return "\n".join(lines)
+
+
+def _given_rows(data: CalibrationData, given: GivenNulls) -> list[dict[str, Any]]:
+    """Where there are no counts: each layer's null, and its median."""
+    rows: list[dict[str, Any]] = []
+    for index, null in enumerate(given.nulls):
+        row = {"layer": index, "experts": data.num_experts, "null": given.null, "median": math.nan}
+        if isinstance(null, GridNull):
+            below = int((null.survival_G <= 0.5).to(torch.int8).argmax())
+            row |= {"grid points": null.grid_G.numel(), "median": float(null.grid_G[below])}
+        rows.append(row)
+    return rows
 
 
 def _cell(value: Any) -> str:

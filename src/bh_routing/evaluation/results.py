@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from .._files import write_atomically
-from ..calibration.fingerprint import TOLERANCE, fingerprint
+from ..calibration.fingerprint import TOLERANCE, compare, fingerprint
 from ..errors import RecordError
 
 FORMAT = 1
@@ -86,16 +86,11 @@ class ResultsFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         prints = [fingerprint(plan.layers[i].router).tolist() for i in (0, -1)]
         held = self.run()
-        if held:
-            ours, theirs = torch.tensor(prints), torch.tensor(held["fingerprint"])
-            same = ours.shape == theirs.shape and bool(
-                ((ours - theirs).norm(dim=-1) <= TOLERANCE * theirs.norm(dim=-1)).all()
+        if held and compare(torch.tensor(prints), torch.tensor(held["fingerprint"])) > TOLERANCE:
+            raise RecordError(
+                f"{self.path} holds results of another model ({held['model']}), this one is {model_id}; give "
+                "another folder."
             )
-            if not same:
-                raise RecordError(
-                    f"{self.path} holds results of another model ({held['model']}), this one is {model_id}; give "
-                    "another folder."
-                )
         run = {
             "format": FORMAT,
             "model": held.get("model", model_id),

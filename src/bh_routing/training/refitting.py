@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..calibration.accumulate import LayerCounts
+from ..calibration.accumulate import recount
 from ..calibration.calibration import Calibration
-from ..calibration.data import Reservoir, stack_layers
+from ..calibration.data import Reservoir
 from ..calibration.fingerprint import fingerprint
 from ..calibration.running import gather
 from ..decision.types import RoutingDecision
@@ -131,23 +131,14 @@ def refit(integrator: BHRoutingIntegration, recent: RecentChoices, *, seed: int 
 
 def recounted(old: Calibration, layers: list[Held], seed: int) -> Calibration:
     """A calibration with the counts and the reservoir of these tokens, and everything else as it was."""
-    per_layer = []
-    for record, held in zip(old.layers, layers, strict=True):
-        counts = LayerCounts(record.path, old.num_experts, record.score_func, old.temperature, old.trim)
-        counts.update(held.logits_NE.float(), held.experts_NK.long())
-        per_layer.append(counts.histograms())
     tokens = min(len(held.real_N) for held in layers)
     return replace(
         old,
-        histograms={
-            kind: {name: stack_layers([h[kind][name] for h in per_layer]) for name in per_layer[0][kind]}
-            for kind in old.histograms
-        },
+        histograms=recount(old, ((held.logits_NE, held.experts_NK) for held in layers)),
         reservoir=_reservoir(layers, tokens, old.reservoir_size, seed),
         tokens=tokens,
         documents=0,
         text_digest="0" * 32,
-        _cache={},
     )
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from ...calibration.fingerprint import fingerprint, weights_differ
 from ...errors import CalibrationMismatchError, MissingDependencyError, UnsupportedModelError
 from .routing import EngineRouting, LayerFacts, LayerRouting
 from .settings import Settings
@@ -121,8 +122,6 @@ def check_weights(
     calibration = engine.calibration
     if calibration is None:
         return
-    from ...calibration.fingerprint import TOLERANCE, fingerprint
-
     gate = _gate(model, layer, device)
     if gate is None:
         logger.warning(
@@ -131,18 +130,13 @@ def check_weights(
             layer.facts.name,
         )
         return
-    expected_D = calibration.fingerprint_LD[layer.context.index]
-    distance = float((fingerprint(gate) - expected_D).norm() / expected_D.norm().clamp_min(1e-30))
-    if distance <= TOLERANCE:
-        return
-    text = (
-        f"the router weights of layer {layer.facts.name} differ from those that were calibrated (fingerprints "
-        f"{distance:.2g} apart, at most {TOLERANCE:g} expected): this is another model or training state than "
-        f'{calibration.model_id}; calibrate it, or configure "strict": false to use the calibration all the same.'
+    wrong = weights_differ(
+        calibration, layer.context.index, fingerprint(gate), layer.facts.name, 'configure "strict": false'
     )
-    if engine.settings.strict:
-        raise CalibrationMismatchError(text)
-    logger.warning("bh-routing: %s", text)
+    if wrong is not None and engine.settings.strict:
+        raise CalibrationMismatchError(wrong)
+    if wrong is not None:
+        logger.warning("bh-routing: %s", wrong)
 
 
 def _gate(model: torch.nn.Module, layer: LayerRouting, device: torch.device) -> torch.nn.Module | None:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ...calibration.calibration import Calibration
+from ...calibration.fingerprint import check_complete, check_layer
 from ...decision.compensation import check_strength, compensation
 from ...decision.types import RouteNorm, RoutingDecision
 from ...errors import CalibrationMismatchError, InvalidParameterError, UnsupportedModelError
@@ -219,30 +220,20 @@ class EngineRouting:
                 f"layer {facts.name}: its router, {facts.router}, does not say how it turns logits into weights, "
                 f"and the calibration's thresholds are on {record.score_func} scores; this model is not supported."
             )
-        fields = {
-            "num_experts": (calibration.num_experts, facts.num_experts),
-            "top_k": (record.top_k, facts.top_k),
-            "score_func": (record.score_func, facts.score_func),
-            "route_norm": (record.route_norm, "renormalised" if facts.renormalize else "none"),
+        found = {
+            "num_experts": facts.num_experts,
+            "top_k": facts.top_k,
+            "score": facts.score,
+            "convention": "renormalised" if facts.renormalize else "raw",
         }
-        for name, (calibrated, found) in fields.items():
-            if calibrated != found:
-                raise CalibrationMismatchError(
-                    f"the calibration does not fit layer {facts.name}: {name} was {calibrated!r} when it was made, "
-                    f"the model has {found!r}; calibrate this model."
-                )
-        return row, record.path, record.score_func
+        check_layer(calibration, row, facts.name, found)
+        return row, record.path, record.score
 
     def check_complete(self) -> None:
         """Raise `CalibrationMismatchError` unless every calibrated layer is one of the model's."""
         if self.calibration is None:
             return
-        found = {layer.context.path for layer in self.layers}
-        if absent := [path for path in self.calibration.paths if path not in found]:
-            raise CalibrationMismatchError(
-                f"the calibration is of another model ({self.calibration.model_id}): it has a layer {absent[0]!r} "
-                "that this model has not; calibrate this model."
-            )
+        check_complete(self.calibration, (layer.context.path for layer in self.layers))
 
     def bind(self, device: torch.device) -> None:
         """Put thresholds, counters and the compensation on the device; the layers decide from then on."""

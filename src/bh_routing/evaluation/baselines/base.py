@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+from ...calibration.budget import solve_parameter
 from ...decision.select import Kept
 from ...decision.types import RoutingDecision
 from ...errors import BudgetError
@@ -109,34 +110,9 @@ def solve(
         If no value comes within 2 % of the budget; it tells what is reachable.
     """
 
-    def mean(x: float) -> float:
-        return mean_experts(make(x), log)
-
-    ends = {low: mean(low), high: mean(high)}
-    if ends[low] > ends[high]:
-        low, high = high, low  # from here on: the mean rises from low to high
-    tolerance = 0.02 * abs(budget)
-    least, most = ends[low], ends[high]
-    if not least - tolerance <= budget <= most + tolerance:
-        raise BudgetError(
-            f"no value of {what} selects {budget:g} experts per token on average: {least:.3g} to {most:.3g} are "
-            "reachable on the calibration text; change the budget."
-        )
-    for _ in range(40):
-        if abs(most - budget) <= 0.002 * budget or abs(least - budget) <= 0.002 * budget:
-            break
-        middle = (low + high) / 2
-        value = mean(middle)
-        if value < budget:
-            low, least = middle, value
-        else:
-            high, most = middle, value
-    x, reached = (low, least) if budget - least < most - budget else (high, most)
-    if abs(reached - budget) > tolerance:
-        raise BudgetError(
-            f"no value of {what} comes within 2 % of {budget:g} experts per token: the mean jumps from "
-            f"{least:.4g} to {most:.4g} on the calibration text; change the budget."
-        )
+    x, _ = solve_parameter(
+        lambda x: mean_experts(make(x), log), budget, low, high, what=f"value of {what}", close=0.002
+    )
     return make(x)
 
 
