@@ -107,7 +107,7 @@ def recount(
     """``[statistic][set]`` -> counts of other tokens of the same routers: (logits [T, E], own choice [T, K]) by layer."""
     parts = []
     for layer, (logits_TE, own_TK) in zip(data.layers, layers, strict=True):
-        counts = LayerCounts(layer.path, data.num_experts, layer.score, data.temperature, data.trim)
+        counts = LayerCounts(layer.path, data.num_experts, layer.score_func, data.temperature, data.trim)
         counts.update(logits_TE.float(), own_TK[:, : layer.top_k].long())
         parts.append(counts.histograms())
     return join_layers(parts)

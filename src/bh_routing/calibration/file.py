@@ -165,6 +165,15 @@ def _check_format(path: Path, metadata: dict[str, str]) -> None:
         )
 
 
+def _renamed(layer: dict[str, Any]) -> dict[str, Any]:
+    """A layer's header with today's words; older files say ``score`` and ``convention``, and "raw" for "none"."""
+    if "convention" not in layer:
+        return layer
+    norm = {"raw": "none"}.get(layer["convention"], layer["convention"])
+    kept = {key: value for key, value in layer.items() if key not in ("score", "convention")}
+    return kept | {"score_func": layer["score"], "route_norm": norm}
+
+
 def _fields(header: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, Any]:
     """The fields of `CalibrationData` from a file's header and tensors."""
     per_layer: dict[tuple[str, str], list[Histogram]] = {}
@@ -189,7 +198,7 @@ def _fields(header: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, Any
     return {name: header[name] for name in _SCALARS} | {
         "compensation_strength": header.get("compensation_strength", 1.0),
         "left_out": tuple(header.get("left_out", ())),
-        "layers": tuple(LayerRecord(**layer) for layer in header["layers"]),
+        "layers": tuple(LayerRecord(**_renamed(layer)) for layer in header["layers"]),
         "histograms": histograms,
         "moments": moments,
         "reservoir": reservoir,

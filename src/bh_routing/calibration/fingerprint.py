@@ -110,7 +110,7 @@ def check_model(data: CalibrationData, plan: PatchPlan, *, strict: bool = True) 
             continue
         index = data.paths.index(site.path)
         found = {
-            name: getattr(site.context, name) for name in ("num_experts", "top_k", "score", "convention")
+            name: getattr(site.context, name) for name in ("num_experts", "top_k", "score_func", "route_norm")
         }
         check_layer(data, index, site.path, found | {"experts_path": site.experts_path})
         wrong = weights_differ(data, index, fingerprint(site.router), site.path, "pass strict=False")

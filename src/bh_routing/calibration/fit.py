@@ -20,7 +20,7 @@ from ..stats.histogram import Histogram, pool_counts
 from ..stats.kde import BANDWIDTHS, KERNELS
 from ..stats.nulls import ESTIMATORS, Null, fit_null
 from ..stats.procedures import Procedure
-from ..stats.statistic import STATISTICS, affine_statistic, base_statistic
+from ..stats.statistic import STATISTICS, full_statistic
 from .data import CalibrationData, GivenNulls, some_of
 from .moments import SIZES
 
@@ -223,7 +223,7 @@ def _null(
     data: CalibrationData, counts: Histogram, offset_LE: Tensor, layer: int | None, settings: NullSettings
 ) -> Null:
     """The null of one layer, or (None) of the model."""
-    pooled = pool_counts(counts, torch.ones_like(offset_LE), offset_LE, layer)
+    pooled = pool_counts(counts, offset_LE, layer)
     if pooled.num == 0:
         where = "the model" if layer is None else f"layer {data.paths[layer]}"
         raise CalibrationError(
@@ -242,9 +242,9 @@ def _null(
 def p_values(data: CalibrationData, logits_TE: Tensor, index: int, settings: NullSettings) -> Tensor:
     """Calibrated p-values of every expert of the layer with this index, float64 [T, E]."""
     fitted = fit(data, settings)
-    base_TE = base_statistic(logits_TE, settings.statistic, data.layers[index].score, data.temperature)
-    offset_E = fitted.offset_LE[index].to(logits_TE.device)
-    return fitted.nulls[index].p_values(affine_statistic(base_TE, torch.ones_like(offset_E), offset_E))
+    offset_E, score_func = fitted.offset_LE[index].to(logits_TE.device), data.layers[index].score_func
+    statistic_TE = full_statistic(logits_TE, offset_E, settings.statistic, score_func, data.temperature)
+    return fitted.nulls[index].p_values(statistic_TE)
 
 
 def layer_index(data: CalibrationData, layer: str | int) -> int:
@@ -303,7 +303,6 @@ def table_at(
         thresholds_LE=torch.stack([rows[id(n), a] for n, a in zip(fitted.nulls, alphas, strict=True)]),
         rule=procedure.rule or "step_up",
         statistic=settings.statistic,
-        scale_LE=torch.ones_like(fitted.offset_LE),
         offset_LE=fitted.offset_LE,
         paths=data.paths,
         temperature=data.temperature,

@@ -177,7 +177,7 @@ def _densities(axis: Axes, calibration: CalibrationData, chosen: NullSettings, r
         "selected by the model": (calibration.histograms[kind]["selected"], SELECTED),
     }
     for label, (counts, colour) in shown.items():
-        pooled = pool_counts(counts, torch.ones_like(offset_LE), offset_LE, row)
+        pooled = pool_counts(counts, offset_LE, row)
         if pooled.num:
             # four bins at a time: of 1/16
             num = len(pooled.counts_G) // 4 * 4

@@ -223,11 +223,11 @@ class EngineRouting:
         found = {
             "num_experts": facts.num_experts,
             "top_k": facts.top_k,
-            "score": facts.score,
-            "convention": "renormalised" if facts.renormalize else "raw",
+            "score_func": facts.score_func,
+            "route_norm": "renormalised" if facts.renormalize else "none",
         }
         check_layer(calibration, row, facts.name, found)
-        return row, record.path, record.score
+        return row, record.path, record.score_func
 
     def check_complete(self) -> None:
         """Raise `CalibrationMismatchError` unless every calibrated layer is one of the model's."""
