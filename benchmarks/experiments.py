@@ -26,8 +26,8 @@ from bh_routing.evaluation import Dataset, RoutingExperimentRunner, summarise
 from bh_routing.evaluation.report import make_report
 from bh_routing.evaluation.report_plots import plots
 from bh_routing.evaluation.results import ResultsFolder
-from bh_routing.evaluation.scoring import cut_text, score_text
-from bh_routing.text import TextFile
+from bh_routing.evaluation.scoring import score_text
+from bh_routing.text import TextFile, spans
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 from olmoe_1b_7b import policies
@@ -89,7 +89,7 @@ def overhead(data: Path) -> str:
         read(data, "books-valid")[:60_000], add_special_tokens=False, return_tensors="pt"
     ).input_ids[0]
     ids_N = ids_N[: 16 * WINDOW]
-    windows = cut_text(len(ids_N), WINDOW)
+    windows = spans(len(ids_N), WINDOW)
     ids_BS = ids_N.view(-1, WINDOW)
 
     @torch.no_grad()

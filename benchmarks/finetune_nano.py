@@ -26,9 +26,9 @@ from bh_routing import BHRoutingIntegration, Calibration, calibrate
 from bh_routing.cli.loading import load_model
 from bh_routing.evaluation import perplexity_change
 from bh_routing.evaluation.paired import block_sums, perplexity_interval
-from bh_routing.evaluation.scoring import cut_text, score_text
+from bh_routing.evaluation.scoring import score_text
 from bh_routing.models import bundled_calibration
-from bh_routing.text import TextFile
+from bh_routing.text import TextFile, spans
 from bh_routing.training.loop import FinetuneSettings, finetune, text_windows
 
 WINDOW = 256
@@ -67,7 +67,7 @@ def make_calibration(model: Any, tokenizer: Any, data: Path, tokens: int) -> Cal
 
 
 def losses(model: Any, ids_N: torch.Tensor) -> torch.Tensor:
-    return score_text(model, ids_N, cut_text(len(ids_N), WINDOW)).losses_C
+    return score_text(model, ids_N, spans(len(ids_N), WINDOW)).losses_C
 
 
 def train(args: argparse.Namespace) -> None:

@@ -172,7 +172,7 @@ def test_as_a_module():
             ["inspect", "olmoe-nano", "--plot", "x.png"],
             "bh-routing inspect: --plot draws a calibration: expected a FILE.safetensors, got 'olmoe-nano'.",
         ),
-        (["demo", "--text", "missing.txt"], "bh-routing demo: missing.txt: no such file or directory."),
+        (["demo", "--text", "missing.txt"], "bh-routing demo: there is no text file missing.txt."),
         (
             ["demo", "--alpha", "0.1", "2"],
             "bh-routing demo: alpha must be a number strictly between 0 and 1, got 2.0; "

@@ -14,7 +14,7 @@ import bh_routing
 from bh_routing.calibration.accumulate import LayerCounts, ReservoirSampler, trimmed_range
 from bh_routing.calibration.calibration import Calibration
 from bh_routing.calibration.passes import calibrate, default_window
-from bh_routing.errors import CalibrationError, InvalidParameterError, InvalidTypeError
+from bh_routing.errors import CalibrationError, DatasetError, InvalidParameterError, InvalidTypeError
 from bh_routing.patching import RoutingPatch, make_plan
 from bh_routing.policies import TopKPolicy
 from bh_routing.text import TextFile, TextStream
@@ -359,10 +359,12 @@ def test_text_files(tmp_path):
     (tmp_path / "books.txt").write_text("one\ntwo\n\nthree\n \n\nfour")
     books = TextFile(tmp_path / "books.txt", None)
     assert [book.split() for book in books] == [["one", "two"], ["three"], [], ["four"]]
-    with pytest.raises(CalibrationError, match="there is no text file"):
+    with pytest.raises(DatasetError, match="there is no text file"):
         TextFile(tmp_path / "none.txt")
     (tmp_path / "latin.txt").write_bytes("caf\xe9".encode("latin-1"))
-    with pytest.raises(CalibrationError, match="cannot be read as UTF-8 text"):
+    with pytest.raises(
+        DatasetError, match=r"expected UTF-8 text in .*latin\.txt, got other bytes; convert the file\.$"
+    ):
         list(TextFile(tmp_path / "latin.txt"))
 
 

@@ -20,8 +20,9 @@ from bh_routing.evaluation import Dataset, RoutingExperimentRunner, RoutingStrat
 from bh_routing.evaluation.notes import watch_counts
 from bh_routing.evaluation.paired import block_sums, pareto_front, perplexity_change, perplexity_interval
 from bh_routing.evaluation.results import ResultsFolder, ResultsWarning
-from bh_routing.evaluation.scoring import _guessed, cut_text, encode_pair, score_continuations, score_text
+from bh_routing.evaluation.scoring import _guessed, encode_pair, score_continuations, score_text
 from bh_routing.evaluation.summary import summarise
+from bh_routing.text import spans
 
 
 class Letters:
@@ -356,19 +357,19 @@ def test_bad_rows() -> None:
 
 def test_windows_score_every_token_once() -> None:
     for num, length, stride in ((10, 4, 4), (10, 4, 1), (33, 8, 3), (5, 8, 8), (8, 8, 2)):
-        windows = cut_text(num, length, stride)
+        windows = spans(num, length, stride)
         scored = [t for w in windows for t in range(w.score, w.end)]
         expected = range(1, num) if stride < length else [t for t in range(num) if t % length]
         assert scored == list(expected)
     with pytest.raises(InvalidParameterError, match="got 4 and 5"):
-        cut_text(10, 4, 5)
+        spans(10, 4, 5)
     with pytest.raises(InvalidInputError, match="at least two tokens, got 1"):
-        cut_text(1, 4)
+        spans(1, 4)
 
 
 def test_batches_change_no_figure(tiny_olmoe: Any) -> None:
     model, ids = tiny_olmoe(), torch.randint(3, 250, (1000,))
-    windows = cut_text(1000, 64, 48)
+    windows = spans(1000, 64, 48)
     one = score_text(model, ids, windows, batch_tokens=1)
     many = score_text(model, ids, windows, batch_tokens=4096)
     assert torch.allclose(one.losses_C, many.losses_C, atol=1e-4)  # float32 sums in another order

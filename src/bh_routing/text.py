@@ -1,29 +1,223 @@
-"""Text in, batches of token windows out: the same batches whatever the number of processes.
+"""Text in, windows of tokens out: the readers of text files, and the only cutter of documents into windows.
 
-Shape legend: B windows of a batch, S tokens of the longest, T = B * S tokens with padding.
+Shape legend: B windows of a batch, S tokens of one (the longest), T = B * S tokens with padding.
 """
 
 from __future__ import annotations
 
-import bz2
-import gzip
-import hashlib
-import lzma
-import math
+import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from .errors import CalibrationError, InvalidInputError, InvalidTypeError
+from ._files import read_lines
+from ._hashing import Ids, document_key, token_hashes
+from .errors import DatasetError, InvalidInputError, InvalidParameterError, InvalidTypeError
 
 Document = str | Sequence[int] | Tensor
+Item = TypeVar("Item")
 PIECE = 1 << 16  # characters
+
+
+# -- files -----------------------------------------------------------------------------------------------------
+
+
+class TextFile:
+    """A file as documents: text, or JSON lines (``.jsonl``); either may be compressed (``.xz``, ``.gz``, ``.bz2``).
+
+    Text is cut into documents at line ends. A JSON line is one document: ``{"text": "...", "source": "..."}``, of which
+    ``source`` may be left out. May be iterated over several times; memory stays that of one document.
+
+    Parameters
+    ----------
+    path : path
+        In UTF-8.
+    piece : int or None
+        Characters per document of a text, about. None: a document ends at a blank line, as where books are joined by one.
+
+    Raises
+    ------
+    DatasetError
+        If there is no such file; while it is read: if it is damaged, empty, or no UTF-8 text.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], piece: int | None = PIECE) -> None:
+        self.path, self.piece = Path(path), piece
+        if not self.path.is_file():
+            raise DatasetError(f"there is no text file {self.path}.")
+
+    def __iter__(self) -> Iterator[str]:
+        for _, text in self.with_sources():
+            yield text
+
+    def with_sources(self) -> Iterator[tuple[str, str]]:
+        """(source, text) of every document; the source of those that name none is the file's name without suffixes."""
+        own = self.path.name.partition(".")[0]
+        read = self._json_lines if ".jsonl" in self.path.suffixes else self._pieces
+        any_text = False
+        for source, text in read():
+            any_text = any_text or bool(text.strip())
+            yield source or own, text
+        if not any_text:
+            raise DatasetError(f"expected text in {self.path}, got an empty file.")
+
+    def read(self) -> str:
+        """All of it; JSON lines are joined by blank lines."""
+        return ("\n\n" if ".jsonl" in self.path.suffixes else "").join(self)
+
+    def _pieces(self) -> Iterator[tuple[str, str]]:
+        lines: list[str] = []
+        held = 0
+        for line in read_lines(self.path):
+            lines.append(line)
+            held += len(line)
+            if not line.strip() if self.piece is None else held >= self.piece:
+                yield "", "".join(lines)
+                lines, held = [], 0
+        if lines:
+            yield "", "".join(lines)
+
+    def _json_lines(self) -> Iterator[tuple[str, str]]:
+        for number, line in enumerate(read_lines(self.path), start=1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError):
+                row = None
+            if not isinstance(row, dict) or not isinstance(row.get("text"), str):
+                raise DatasetError(
+                    f'expected {{"text": "..."}} in every line of {self.path}, got something else in line {number}.'
+                )
+            yield str(row.get("source") or ""), row["text"]
+
+
+# -- windows ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Window:
+    """Tokens ``begin`` to ``end`` of a text; those from ``score`` on are new, the others are context."""
+
+    begin: int
+    end: int
+    score: int
+
+
+def spans(num: int, length: int, stride: int | None = None) -> list[Window]:
+    """Where the windows of a text of ``num`` tokens lie.
+
+    Without a stride, or with stride = length, windows do not overlap and the first token of each is context only.
+    With a smaller stride every token but the first is scored once, with at least ``length - stride`` tokens of context:
+    the sliding window of the transformers documentation. A last window of a single token scores nothing and is left out.
+
+    Raises
+    ------
+    InvalidInputError
+        If the text has fewer than two tokens.
+    InvalidParameterError
+        Unless length >= 2 and 1 <= stride <= length.
+
+    Examples
+    --------
+    >>> [(w.begin, w.end, w.score) for w in spans(10, 6, 3)]
+    [(0, 6, 1), (3, 9, 6), (6, 10, 9)]
+    """
+    stride = length if stride is None else stride
+    if length < 2 or not 1 <= stride <= length:
+        raise InvalidParameterError(
+            f"a window needs at least 2 tokens and a stride of 1 to its length, got {length} and {stride}."
+        )
+    if num < 2:
+        raise InvalidInputError(f"expected a text of at least two tokens, got {num}.")
+    windows, done = [], 0
+    for begin in range(0, num, stride):
+        end = min(begin + length, num)
+        score = max(done, begin + 1)
+        if score < end:
+            windows.append(Window(begin=begin, end=end, score=score))
+        done = end
+        if end == num:
+            break
+    return windows
+
+
+def evenly(items: Sequence[Item], limit: int | None) -> Sequence[Item]:
+    """At most so many of the items, spread evenly over them, in order."""
+    if limit is None or limit >= len(items):
+        return items
+    return [items[i * len(items) // limit] for i in range(limit)]
+
+
+def token_ids(tokenizer: Any, document: Document, *, special_tokens: bool = False) -> Ids:
+    """Token ids of one document, int64; a document of token ids is checked and returned.
+
+    Raises
+    ------
+    InvalidTypeError
+        For a text without a tokenizer, and for what is neither a text nor a flat sequence of ids.
+    """
+    if isinstance(document, str):
+        if tokenizer is None:
+            raise InvalidTypeError(
+                "texts are strings but no tokenizer was given; pass the model's tokenizer."
+            )
+        if not document.strip():
+            return np.empty(0, dtype=np.int64)
+        # verbose=False: a document longer than the context is meant to be, it is cut into windows here
+        plain = {} if special_tokens else {"add_special_tokens": False}
+        return np.asarray(tokenizer(document, verbose=False, **plain)["input_ids"], dtype=np.int64)
+    ids = np.asarray(document.tolist() if isinstance(document, Tensor) else document)
+    if ids.ndim != 1 or (len(ids) and not np.issubdtype(ids.dtype, np.integer)):
+        raise InvalidTypeError(
+            "each document must be a string or a flat sequence of token ids, got "
+            f"{type(document).__name__} of shape {ids.shape}."
+        )
+    return ids.astype(np.int64)
+
+
+def iter_windows(tokenizer: Any, documents: Iterable[Document], length: int) -> Iterator[Tensor]:
+    """Token ids of documents as windows int64 [S], S = ``length`` but for the last of each document.
+
+    Documents are read and tokenised as the windows are taken, without special tokens.
+    """
+    for document in documents:
+        ids = torch.from_numpy(token_ids(tokenizer, document))
+        yield from ids.split(length) if len(ids) else ()
+
+
+def cut_windows(
+    tokenizer: Any, documents: Iterable[Document] | str, length: int, limit: int | None = None
+) -> list[Tensor]:
+    """Windows of a text or of documents, int64 [1, S], that hold something to predict: at least two tokens.
+
+    Parameters
+    ----------
+    length : int
+        Tokens per window.
+    limit : int, optional
+        At most so many windows, spread evenly over the text.
+
+    Raises
+    ------
+    InvalidInputError
+        If there are fewer than two tokens.
+    """
+    documents = [documents] if isinstance(documents, str) else documents
+    every = list(iter_windows(tokenizer, documents, length))
+    windows = [w.unsqueeze(0) for w in every if len(w) >= 2]
+    if not windows:
+        raise InvalidInputError(f"expected a text of at least two tokens, got {sum(map(len, every))}.")
+    return list(evenly(windows, limit))
+
+
+# -- batches of windows ----------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,7 +236,7 @@ class Batch:
 
     input_ids: Tensor
     mask: Tensor
-    hashes: np.ndarray
+    hashes: Ids
     index: int = 0
 
     @property
@@ -59,45 +253,6 @@ class Batch:
         if self.num_tokens == self.mask.numel():
             return None
         return self.mask.flatten().nonzero().flatten().to(device)
-
-
-class TextFile:
-    """A text file (plain, ``.xz``, ``.gz`` or ``.bz2``) as documents, which end at a line's end.
-
-    May be iterated over several times; memory stays that of one document.
-
-    Parameters
-    ----------
-    path : path
-        UTF-8 text.
-    piece : int or None
-        Characters per document, about. None: a document ends at a blank line, as where books are joined by one.
-    """
-
-    def __init__(self, path: str | os.PathLike[str], piece: int | None = PIECE) -> None:
-        self.path, self.piece = Path(path), piece
-        if not self.path.is_file():
-            raise CalibrationError(f"there is no text file {self.path}.")
-
-    def _open(self) -> TextIO:
-        openers: dict[str, Callable[..., Any]] = {".xz": lzma.open, ".gz": gzip.open, ".bz2": bz2.open}
-        return openers.get(self.path.suffix, open)(self.path, "rt", encoding="utf-8")
-
-    def __iter__(self) -> Iterator[str]:
-        lines: list[str] = []
-        held = 0
-        try:
-            with self._open() as file:
-                for line in file:
-                    lines.append(line)
-                    held += len(line)
-                    if not line.strip() if self.piece is None else held >= self.piece:
-                        yield "".join(lines)
-                        lines, held = [], 0
-        except (UnicodeDecodeError, lzma.LZMAError, EOFError, gzip.BadGzipFile) as error:
-            raise CalibrationError(f"{self.path} cannot be read as UTF-8 text: {error}.") from None
-        if lines:
-            yield "".join(lines)
 
 
 class TextStream:
@@ -139,7 +294,7 @@ class TextStream:
             if index % self.world == self.rank:
                 yield self._batch(windows, index)
 
-    def _batch(self, windows: list[tuple[np.ndarray, int, int]], index: int) -> Batch:
+    def _batch(self, windows: list[tuple[Ids, int, int]], index: int) -> Batch:
         length = max(len(ids) for ids, _, _ in windows)
         input_ids = torch.zeros(len(windows), length, dtype=torch.int64)
         mask = torch.zeros(len(windows), length, dtype=torch.bool)
@@ -149,9 +304,9 @@ class TextStream:
         hashes = [token_hashes(key, first, len(ids)) for ids, key, first in windows]
         return Batch(input_ids, mask, np.concatenate(hashes), index)
 
-    def _grouped(self) -> Iterator[list[tuple[np.ndarray, int, int]]]:
+    def _grouped(self) -> Iterator[list[tuple[Ids, int, int]]]:
         """Consecutive windows, as many as fit batch_tokens with their padding."""
-        group: list[tuple[np.ndarray, int, int]] = []
+        group: list[tuple[Ids, int, int]] = []
         longest = 0
         for window in self._windows():
             length = max(longest, len(window[0]))
@@ -163,15 +318,16 @@ class TextStream:
         if group:
             yield group
 
-    def _windows(self) -> Iterator[tuple[np.ndarray, int, int]]:
+    def _windows(self) -> Iterator[tuple[Ids, int, int]]:
         """(token ids, document key, position of the first), at most max_tokens in all."""
         left = self.max_tokens
         for document in self._texts() if callable(self._texts) else self._texts:
             if left == 0:
                 return
-            ids, content = self._tokenise(document)
+            ids = token_ids(self.tokenizer, document, special_tokens=True)
             if not len(ids):
                 continue
+            content = document.encode() if isinstance(document, str) else ids.tobytes()
             digest, key = document_key(content, self.seed)
             self.documents += 1
             self.digest = (self.digest + digest) % 2**128
@@ -185,81 +341,5 @@ class TextStream:
 
     def _starts(self, length: int) -> list[int]:
         """Where a document's windows begin: all of them, or as many as document_tokens allows, evenly over it."""
-        num = math.ceil(length / self.window)
-        chosen = num
-        if self.document_tokens is not None:
-            chosen = min(num, max(1, self.document_tokens // self.window))
-        return [i * num // chosen * self.window for i in range(chosen)]
-
-    def _tokenise(self, document: Document) -> tuple[np.ndarray, bytes]:
-        if isinstance(document, str):
-            if self.tokenizer is None:
-                raise InvalidTypeError(
-                    "texts are strings but no tokenizer was given; pass the model's tokenizer."
-                )
-            if not document.strip():
-                return np.empty(0, dtype=np.int64), b""
-            # verbose=False: a document longer than the context is meant to be, it is cut into windows here
-            ids = np.asarray(self.tokenizer(document, verbose=False)["input_ids"], dtype=np.int64)
-            return ids, document.encode()
-        if isinstance(document, Tensor):
-            document = document.tolist()
-        ids = np.asarray(document)
-        if ids.ndim != 1 or (len(ids) and not np.issubdtype(ids.dtype, np.integer)):
-            raise InvalidTypeError(
-                "each document must be a string or a flat sequence of token ids, got "
-                f"{type(document).__name__} of shape {ids.shape}."
-            )
-        ids = ids.astype(np.int64)
-        return ids, ids.tobytes()
-
-
-def document_key(content: bytes, seed: int) -> tuple[int, int]:
-    """A document's share of the text digest (128 bits) and its 64-bit key for the tokens' hashes."""
-    digest = int.from_bytes(hashlib.blake2b(content, digest_size=16).digest(), "little")
-    keyed = hashlib.blake2b(content, digest_size=8, salt=seed.to_bytes(8, "little", signed=True))
-    return digest, int.from_bytes(keyed.digest(), "little")
-
-
-def token_hashes(key: int, first: int, num: int) -> np.ndarray:
-    """Hashes of a document's tokens first..first + num - 1, non-negative int64."""
-    position = np.arange(first, first + num, dtype=np.uint64)
-    with np.errstate(over="ignore"):
-        mixed = mix64(mix64(position) + np.uint64(key))
-    return (mixed >> np.uint64(1)).astype(np.int64)
-
-
-def mix64(x: np.ndarray) -> np.ndarray:
-    """A 64-bit hash of each uint64 (the finaliser of SplitMix64, Steele et al. 2014)."""
-    with np.errstate(over="ignore"):
-        x = (x + np.uint64(0x9E3779B97F4A7C15)).astype(np.uint64)
-        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        return x ^ (x >> np.uint64(31))
-
-
-def cut_windows(tokenizer: Any, text: str, length: int, limit: int | None = None) -> list[Tensor]:
-    """Token ids of a text as windows int64 [1, S], S = ``length`` but for the last (at least 2).
-
-    Parameters
-    ----------
-    length : int
-        Tokens per window.
-    limit : int, optional
-        At most so many windows, spread evenly over the text.
-
-    Raises
-    ------
-    InvalidInputError
-        If the text has fewer than two tokens.
-    """
-    encoded = tokenizer(text, add_special_tokens=False, return_tensors="pt", verbose=False).input_ids
-    windows = [w for w in encoded.split(length, dim=1) if w.shape[1] >= 2]
-    if not windows:
-        raise InvalidInputError(f"expected a text of at least two tokens, got {encoded.shape[1]}.")
-    if limit is not None and limit < len(windows):
-        windows = [windows[i * len(windows) // limit] for i in range(limit)]
-    return windows
-
-
-__all__ = ["Batch", "Document", "TextFile", "TextStream", "cut_windows"]
+        most = None if self.document_tokens is None else max(1, self.document_tokens // self.window)
+        return list(evenly(range(0, length, self.window), most))

@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .._hashing import mix64
 from ..errors import CalibrationMismatchError, CalibrationWarning
 from ..patching import PatchPlan
-from ..text import mix64
 from .data import CalibrationData
 
 PROJECTIONS = 16  # D

@@ -56,11 +56,12 @@ def run(args: argparse.Namespace) -> None:
     from ..data import sample_text
     from ..evaluation import bench
     from ..patching import make_plan
+    from ..text import TextFile
     from .loading import load_model
 
     model, tokenizer = load_model(args.model, device=args.device, dtype=args.dtype)
     tokens = sorted(set(args.tokens or (1, 8, 64, 512)))
-    text = sample_text() if args.text is None else common.read_text(args.text)
+    text = sample_text() if args.text is None else TextFile(args.text).read()
     needed = max(*tokens, bench.CONTEXT)
     ids = tokenizer(text[: 8 * needed])["input_ids"][:needed]
     input_ids = torch.tensor([ids], device=model.device)

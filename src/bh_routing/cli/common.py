@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from textwrap import fill
 from typing import TYPE_CHECKING, Any
 
-from ..errors import InvalidInputError, InvalidParameterError
+from ..errors import InvalidParameterError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -230,21 +230,6 @@ def print_table(console: Console, table: Table) -> None:
 def print_text(text: str) -> None:
     """Print a paragraph, broken at the width of the output."""
     print(fill(text, width=make_console().width, break_long_words=False, break_on_hyphens=False))
-
-
-def read_text(path: str) -> str:
-    """The content of a UTF-8 text file; a sentence where it is none, or empty."""
-    with open(path, "rb") as file:
-        raw = file.read()
-    try:
-        text = raw.decode("utf-8")
-    except UnicodeDecodeError:
-        raise InvalidInputError(
-            f"expected UTF-8 text in {path}, got other bytes; convert the file."
-        ) from None
-    if not text.strip():
-        raise InvalidInputError(f"expected text in {path}, got an empty file.")
-    return text
 
 
 def describe_model(name: str, model: Any) -> str:

@@ -130,8 +130,9 @@ def _check(args: argparse.Namespace) -> Calibration | None:
 def _text(path: str | None) -> tuple[str, str]:
     """The text to measure on, and what to call it."""
     from ..data import sample_text
+    from ..text import TextFile
 
-    return (sample_text(), "the bundled text") if path is None else (common.read_text(path), path)
+    return (sample_text(), "the bundled text") if path is None else (TextFile(path).read(), path)
 
 
 def make_routings(

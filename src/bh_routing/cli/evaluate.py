@@ -78,10 +78,11 @@ def run(args: argparse.Namespace) -> None:
     from ..calibration.passes import default_window
     from ..evaluation.datasets import Dataset, load_dataset
     from ..evaluation.runner import RoutingExperimentRunner
+    from ..text import TextFile
 
-    data = [Dataset.from_text(_stem(path), read_any(path)) for path in args.text or []]
+    data = [Dataset.from_text(_stem(path), TextFile(path).read()) for path in args.text or []]
     data += [load_dataset(name, limit=args.limit) for name in args.dataset or []]
-    solve_text = None if args.solve_text is None else read_any(args.solve_text)
+    solve_text = None if args.solve_text is None else TextFile(args.solve_text).read()
     model, tokenizer = load_model(args.model, device=args.device, dtype=args.dtype)
     with common.make_progress() as progress:
         bar = progress.add_task("measuring", total=None)
@@ -118,13 +119,6 @@ def run(args: argparse.Namespace) -> None:
 
 def _stem(path: str) -> str:
     return Path(path).name.split(".")[0]
-
-
-def read_any(path: str) -> str:
-    """The text of a file, plain or compressed."""
-    from ..text import TextFile
-
-    return "".join(TextFile(path))
 
 
 def _read_config(args: argparse.Namespace) -> None:

@@ -34,12 +34,12 @@ def run(args: argparse.Namespace) -> None:
         raise InvalidParameterError(
             f"output must be a file name that ends in .safetensors, got {args.output!r}."
         )
-    from .evaluate import read_any
+    from ..text import TextFile
     from .loading import check_device, check_dtype, load_model
 
     check_device(args.device)
     check_dtype(args.dtype)
-    text = read_any(args.text)
+    text = TextFile(args.text).read()
 
     from ..calibration.passes import default_window
     from ..evaluation import cut_windows

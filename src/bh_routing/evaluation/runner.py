@@ -23,12 +23,12 @@ from ..calibration.calibration import Calibration
 from ..errors import InvalidParameterError
 from ..integration import RoutingIntegration
 from ..policies import RoutingPolicy
-from ..text import cut_windows
+from ..text import Window, cut_windows, spans
 from .datasets import Dataset
 from .notes import costs, to_frame, versions, watch_counts, word_perplexity
 from .paired import BLOCK, block_sums
 from .results import FORMAT, ResultsFolder
-from .scoring import Window, cut_text, encode_pair, score_continuations, score_text
+from .scoring import encode_pair, score_continuations, score_text
 from .specs import PolicySpec, make_routing, parse_policy
 from .strategy import RoutingStrategy, StrategyPolicy
 from .workbench import Workbench
@@ -356,7 +356,7 @@ class RoutingExperimentRunner:
             if self.max_tokens is not None and ids_N.numel() > self.max_tokens:
                 words *= self.max_tokens / ids_N.numel()
                 ids_N = ids_N[: self.max_tokens]
-            self._texts[data.name] = (ids_N, cut_text(ids_N.numel(), self.window, self.stride), words)
+            self._texts[data.name] = (ids_N, spans(ids_N.numel(), self.window, self.stride), words)
         return self._texts[data.name]
 
     def _shown(self, data: Dataset) -> dict[str, Any]:

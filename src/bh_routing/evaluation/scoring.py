@@ -13,47 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import InvalidInputError, InvalidParameterError
-
-
-@dataclass(frozen=True, kw_only=True)
-class Window:
-    """Tokens ``begin`` to ``end`` of a text; those from ``score`` on are scored, the others are context."""
-
-    begin: int
-    end: int
-    score: int
-
-
-def cut_text(num: int, length: int, stride: int | None = None) -> list[Window]:
-    """Windows over a text of ``num`` tokens.
-
-    Without a stride, or with stride = length, windows do not overlap and the first token of each is context only
-    (as `bh_routing.evaluation.cut_windows`). With a smaller stride every token but the first is scored once, with
-    at least ``length - stride`` tokens of context: the sliding window of the transformers documentation.
-
-    Examples
-    --------
-    >>> [(w.begin, w.end, w.score) for w in cut_text(10, 6, 3)]
-    [(0, 6, 1), (3, 9, 6), (6, 10, 9)]
-    """
-    stride = length if stride is None else stride
-    if length < 2 or not 1 <= stride <= length:
-        raise InvalidParameterError(
-            f"a window needs at least 2 tokens and a stride of 1 to its length, got {length} and {stride}."
-        )
-    if num < 2:
-        raise InvalidInputError(f"expected a text of at least two tokens, got {num}.")
-    windows, done = [], 0
-    for begin in range(0, num, stride):
-        end = min(begin + length, num)
-        score = max(done, begin + 1)
-        if score < end:
-            windows.append(Window(begin=begin, end=end, score=score))
-        done = end
-        if end == num:
-            break
-    return windows
+from ..errors import InvalidInputError
+from ..stats.divergence import kl_divergence
+from ..text import Window
 
 
 def batches(windows: Sequence[Window], tokens: int) -> Iterator[list[Window]]:
@@ -130,7 +92,7 @@ def score_text(
             if reference_BSV is not None:
                 full_SV = reference_BSV[row, first - 1 : -1].float().log_softmax(-1)
                 own_SV = logits_SV.log_softmax(-1)
-                divergences.append((full_SV.exp() * (full_SV - own_SV)).sum(-1).cpu())
+                divergences.append(kl_divergence(full_SV, own_SV).cpu())
         step(ids_BS.numel())
     return TextScores(
         losses_C=torch.cat(losses),

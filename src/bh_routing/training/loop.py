@@ -11,16 +11,19 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, kl_div
+from torch.nn.functional import cross_entropy
 
 from ..calibration.calibration import Calibration
 from ..errors import InvalidInputError, InvalidParameterError
 from ..integration import BHRoutingIntegration, RoutingIntegration
 from ..policies import TablePolicy, TopKPolicy
+from ..stats.divergence import kl_divergence
+from ..text import iter_windows
 from .functional import BalanceScope
 from .loss import AdaptiveRoutingLoss
 from .refitting import RecentChoices, recalibrate, refit
@@ -121,19 +124,9 @@ def text_windows(tokenizer: Any, documents: Sequence[str], window: int, limit: i
     limit : int, optional
         Stop after so many windows, without tokenising the rest.
     """
-    rows: list[Tensor] = []
-    held = 0
-    for document in documents:
-        if limit is not None and held >= limit:
-            break
-        ids = torch.tensor(tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"])
-        whole = len(ids) // window
-        if whole:
-            rows.append(ids[: whole * window].view(whole, window))
-            held += whole
-    if not rows:
-        return torch.zeros(0, window, dtype=torch.int64)
-    return torch.cat(rows)[:limit]
+    whole = (ids for ids in iter_windows(tokenizer, documents, window) if len(ids) == window)
+    rows = list(islice(whole, limit))
+    return torch.stack(rows) if rows else torch.zeros(0, window, dtype=torch.int64)
 
 
 def batches_of(windows_NS: Tensor, settings: FinetuneSettings) -> Iterator[Tensor]:
@@ -273,17 +266,11 @@ def _step(
     if teacher is not None:
         with torch.no_grad():
             wanted_BSV = teacher(input_ids=ids_BS, use_cache=False).logits
-        apart = divergence(wanted_BSV, logits_BSV)
+        apart = kl_divergence(wanted_BSV.float().log_softmax(-1), logits_BSV.float().log_softmax(-1)).mean()
         figures["divergence"] = apart.detach()
         total = (1.0 - settings.distil) * task + settings.distil * apart
     ((1.0 - share) * total + auxiliary).backward()
     return figures
-
-
-def divergence(wanted_BSV: Tensor, logits_BSV: Tensor) -> Tensor:
-    """Mean over tokens of KL(wanted || given), in nats."""
-    wanted, given = (x.float().log_softmax(-1).flatten(0, 1) for x in (wanted_BSV, logits_BSV))
-    return kl_div(given, wanted, log_target=True, reduction="batchmean")
 
 
 def next_token_loss(logits_BSV: Tensor, ids_BS: Tensor) -> Tensor:

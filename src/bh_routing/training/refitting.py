@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .._hashing import mix64
 from ..calibration.accumulate import recount
 from ..calibration.calibration import Calibration
 from ..calibration.data import Reservoir
@@ -23,7 +24,6 @@ from ..errors import CalibrationError
 from ..integration import BHRoutingIntegration
 from ..policies import RoutingContext
 from ..telemetry.counters import recomputing
-from ..text import mix64
 from .loss import real_tokens
 
 
