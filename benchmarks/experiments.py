@@ -22,9 +22,9 @@ from pages import arguments, markdown_table, publish
 from bh_routing import Calibration
 from bh_routing.cli.common import make_progress
 from bh_routing.cli.loading import default_calibration, load_model
-from bh_routing.evaluation import Dataset, RoutingExperimentRunner, summarise
+from bh_routing.evaluation import RoutingExperimentRunner, summarise
 from bh_routing.evaluation.report import make_report
-from bh_routing.evaluation.report_plots import plots
+from bh_routing.evaluation.report_plots import plots, svg_text
 from bh_routing.evaluation.results import ResultsFolder
 from bh_routing.evaluation.scoring import score_text
 from bh_routing.text import TextFile, spans
@@ -67,7 +67,7 @@ def run(data: Path, output: Path, name: str, calibration: Path | None, max_token
             model,
             tokenizer,
             policies([4.0, 2.0, 3.0, 6.0, 5.0]),
-            [Dataset.from_text(name, read(data, name))],
+            {name: read(data, name)},
             output / name,
             calibration=Calibration.load(path),
             solve_text="".join(TextFile(data / "books-calibration.txt.xz"))[:2_000_000],
@@ -78,8 +78,8 @@ def run(data: Path, output: Path, name: str, calibration: Path | None, max_token
                 bar, completed=done, total=total, description=label
             ),
         )
-        records = runner.run()
-    print(f"{name}: {len(records)} records, {time.perf_counter() - start:.0f} s")
+        results = runner.run()
+    print(f"{name}: {len(results)} results, {time.perf_counter() - start:.0f} s")
 
 
 def overhead(data: Path) -> str:
@@ -155,16 +155,16 @@ def _more(times: Times, name: str, than: str) -> str:
 
 def table(output: Path, name: str) -> str:
     """The Markdown table of one text: a row per policy, a column per budget."""
-    records = ResultsFolder(output / name).records()
-    rows = summarise(records, name)
+    results = ResultsFolder(output / name).results()
+    rows = summarise(results, name)
     by_budget: dict[str, dict[float, dict[str, Any]]] = {}
     alone = []
     for row in rows:
-        record = row["record"]
-        if record["budget"] is None:
+        result = row["result"]
+        if result["budget"] is None:
             alone.append(row)
         else:
-            by_budget.setdefault(_without_budget(record["policy"]), {})[record["budget"]] = row
+            by_budget.setdefault(_without_budget(result["policy"]), {})[result["budget"]] = row
     lines = []
     budgets = [b for b in BUDGETS if all(b in found for found in by_budget.values())]
     for policy, found in by_budget.items():
@@ -178,7 +178,7 @@ def table(output: Path, name: str) -> str:
     first = markdown_table(header, [cells for _, cells in sorted(lines, key=lambda line: line[0])])
     others = [
         [
-            row["record"]["policy"],
+            row["result"]["policy"],
             f"{row['experts']:.2f}",
             f"{row['perplexity']:.2f}",
             ""
@@ -188,7 +188,7 @@ def table(output: Path, name: str) -> str:
         for row in alone
     ]
     second = markdown_table(["policy", "experts", "perplexity", "against the full model"], others)
-    head = rows[0]["record"]
+    head = rows[0]["result"]
     threads = f"{head['threads']} thread" + ("s" if head["threads"] != 1 else "")
     note = (
         f"{head['tokens']:,} tokens in windows of {head['window']}, no overlap; float32, {threads}; "
@@ -201,14 +201,14 @@ def noise(output: Path, name: str) -> str:
     """BH against every other policy at each budget, with paired intervals."""
     from bh_routing.evaluation.paired import perplexity_change
 
-    records = {r["policy"]: r for r in ResultsFolder(output / name).records()}
+    results = {r["policy"]: r for r in ResultsFolder(output / name).results()}
     rows = []
-    budgets = [b for b in BUDGETS if all(against.format(f"{b:g}") in records for against in AGAINST)]
+    budgets = [b for b in BUDGETS if all(against.format(f"{b:g}") in results for against in AGAINST)]
     for policy in AGAINST:
         cells = []
         for budget in budgets:
-            other = records[policy.format(f"{budget:g}")]
-            change = perplexity_change(records[f"bh:experts={budget:g}"]["blocks"], other["blocks"])
+            other = results[policy.format(f"{budget:g}")]
+            change = perplexity_change(results[f"bh:experts={budget:g}"]["blocks"], other["blocks"])
             mark = " ~" if change.within_noise else ""
             cells.append(f"{change.value:+.1%} [{100 * change.low:+.1f}, {100 * change.high:+.1f}]{mark}")
         rows.append([_without_budget(policy.format("4")), *cells])
@@ -238,10 +238,10 @@ def main() -> None:
         folder = ResultsFolder(args.output / name)
         publish(args.write, name, table(args.output, name))
         publish(args.write, f"{name}-noise", noise(args.output, name))
-        drawn = plots(folder.records())[f"pareto-{name}"]
+        drawn = svg_text(plots(folder.results())[f"pareto-{name}"])
         (args.write.parent / f"results-{name}.svg").write_text(drawn, encoding="utf-8")
         (folder.path / "report.html").write_text(
-            make_report(folder.records(), folder.run()), encoding="utf-8"
+            make_report(folder.results(), folder.run()), encoding="utf-8"
         )
     publish(args.write, "overhead", overhead(args.data))
 

@@ -36,19 +36,9 @@ COLOURS = {"BH, calibrated": "#1b6ca8", "top-k": "#b5651d", "BH, uncalibrated": 
 def counts_per_token(model: Any, integrator: RoutingIntegration, ids_1S: Tensor) -> Tensor:
     """Experts per token, mean over layers, float [S]."""
     counted: list[Tensor] = []
-    decide = integrator.policy.decide
-
-    def recording(*args: Any) -> Any:
-        decision = decide(*args)
-        counted.append(decision.counts_T)
-        return decision
-
-    integrator.policy.decide = recording  # type: ignore[method-assign]
-    try:
-        with integrator, torch.no_grad():
-            model(input_ids=ids_1S)
-    finally:
-        del integrator.policy.decide  # type: ignore[method-assign]
+    integrator.watchers.append(lambda router, context, decision, logits_TE: counted.append(decision.counts_T))
+    with integrator, torch.no_grad():
+        model(input_ids=ids_1S)
     return torch.stack(counted).float().mean(0)
 
 

@@ -17,8 +17,8 @@ from bh_routing.calibration.passes import default_window
 from bh_routing.cli.common import make_progress
 from bh_routing.cli.evaluate import show
 from bh_routing.cli.loading import load_model
-from bh_routing.evaluation import Dataset, RoutingExperimentRunner
-from bh_routing.evaluation.notes import to_frame
+from bh_routing.evaluation import RoutingExperimentRunner
+from bh_routing.evaluation.figures import to_frame
 from bh_routing.text import TextFile
 
 # Each at every budget of experts per token.
@@ -87,7 +87,7 @@ def main(argv: list[str] | None = None) -> None:
             model,
             tokenizer,
             policies(args.budgets),
-            [Dataset.from_text(Path(path).name.split(".")[0], "".join(TextFile(path))) for path in args.text],
+            {Path(path).name.split(".")[0]: "".join(TextFile(path)) for path in args.text},
             folder,
             calibration=calibration,
             solve_text=next(iter(calibration_text)),
@@ -98,9 +98,9 @@ def main(argv: list[str] | None = None) -> None:
                 bar, completed=done, total=total, description=label
             ),
         )
-        records = runner.run()
-    show(records)
-    frame = to_frame(records)
+        results = runner.run()
+    show(results)
+    frame = to_frame(results)
     runner.visualize_results(frame)
     print(f"\n{runner.generate_report(frame)}")
 

@@ -1,4 +1,4 @@
-"""Records of results for the tests of the report: two policies on a text whose tokens are hostile."""
+"""Results for the tests of the report: two policies on a text whose tokens are hostile."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ def make_run() -> dict[str, Any]:
     return {
         "format": 1,
         "model": f"a model {EVIL}",
-        "data": {"night": {"kind": "text", "shown": TOKENS}},
+        "data": {"night": {"shown": TOKENS}},
     }
 
 
-def make_record(policy: str, experts: float, loss: float, seed: int, **changes: Any) -> dict[str, Any]:
+def make_result(policy: str, experts: float, loss: float, seed: int, **changes: Any) -> dict[str, Any]:
     random = np.random.default_rng(seed)
     losses = random.normal(3.0, 1.0, 4096) * 0 + np.random.default_rng(0).normal(3.0, 1.0, 4096) + loss
     losses += random.normal(0.0, 0.05, 4096)
@@ -51,7 +51,6 @@ def make_record(policy: str, experts: float, loss: float, seed: int, **changes: 
         "key": f"{policy}{seed}",
         "policy": policy,
         "dataset": "night",
-        "kind": "text",
         "model": f"a model {EVIL}",
         "perplexity": float(np.exp(losses.mean())),
         "word_perplexity": 100.0,
@@ -80,23 +79,11 @@ def make_record(policy: str, experts: float, loss: float, seed: int, **changes: 
     } | changes
 
 
-def make_records() -> list[dict[str, Any]]:
+def make_results() -> list[dict[str, Any]]:
     return [
-        make_record("full", 8.0, 0.0, 1),
-        make_record("topk:k=4", 4.0, 0.05, 2),
-        make_record(f"bh:experts=4,statistic={EVIL}", 4.0, 0.02, 3),
-        make_record("bh:experts=3", 3.0, 0.05, 4),
-        make_record("original", 1.0, 0.8, 5),
-        {
-            "format": 1,
-            "key": "x",
-            "policy": "full",
-            "dataset": "words",
-            "kind": "last_word",
-            "model": "m",
-            "last_word_accuracy": 0.25,
-            "last_word_perplexity": 90.0,
-            "items": 40,
-            "mean_experts_per_token": 8.0,
-        },
+        make_result("full", 8.0, 0.0, 1),
+        make_result("topk:k=4", 4.0, 0.05, 2),
+        make_result(f"bh:experts=4,statistic={EVIL}", 4.0, 0.02, 3),
+        make_result("bh:experts=3", 3.0, 0.05, 4),
+        make_result("original", 1.0, 0.8, 5),
     ]

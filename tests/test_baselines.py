@@ -30,7 +30,7 @@ from bh_routing.evaluation.baselines import (
     solve,
 )
 from bh_routing.evaluation.profile import lexi_costs, loss_costs
-from bh_routing.evaluation.routing_log import RoutingLog, record
+from bh_routing.evaluation.routing_log import RoutingLog, log_routing
 from bh_routing.policies import POLICIES, RoutingContext
 
 # Five experts, four slots; the probabilities of token 0 are 0.5, 0.2, 0.15, 0.1 (and 0.05 for the expert passed over).
@@ -48,7 +48,7 @@ def decide(policy: Baseline, context: RoutingContext = CONTEXT, dtype: torch.dty
 @pytest.fixture
 def log(tiny_olmoe: Any) -> RoutingLog:
     ids = torch.randint(3, 250, (6, 64), generator=torch.Generator().manual_seed(3))
-    return record(tiny_olmoe(), list(ids.split(1)))
+    return log_routing(tiny_olmoe(), list(ids.split(1)))
 
 
 @pytest.mark.parametrize(
@@ -88,7 +88,7 @@ def test_skipping_stops_at_the_first_skipped_expert() -> None:
 
 def test_top_2_skipping_is_the_published_rule(tiny_olmoe: Any, token_ids: torch.Tensor) -> None:
     """NAEE: skip the second expert where w_2 < median(w_2 / w_1), per layer."""
-    log = record(tiny_olmoe(num_experts_per_tok=2), list(token_ids.split(1)))
+    log = log_routing(tiny_olmoe(num_experts_per_tok=2), list(token_ids.split(1)))
     policy = DynamicSkippingPolicy.from_log(log, 0.5)
     policy.bind(log.contexts)
     for context in log.contexts:

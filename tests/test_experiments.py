@@ -15,14 +15,14 @@ import torch
 from bh_routing import RoutingIntegration, TopKPolicy, is_patched
 from bh_routing.calibration.passes import calibrate
 from bh_routing.cli import main
-from bh_routing.errors import DatasetError, InvalidInputError, InvalidParameterError, RecordError
-from bh_routing.evaluation import Dataset, RoutingExperimentRunner, RoutingStrategy, load_dataset
-from bh_routing.evaluation.notes import watch_counts
+from bh_routing.errors import DatasetError, InvalidInputError, InvalidParameterError, ResultsError
+from bh_routing.evaluation import RoutingExperimentRunner, expert_usage, plot_usage
 from bh_routing.evaluation.paired import block_sums, pareto_front, perplexity_change, perplexity_interval
 from bh_routing.evaluation.results import ResultsFolder, ResultsWarning
-from bh_routing.evaluation.scoring import _guessed, encode_pair, score_continuations, score_text
+from bh_routing.evaluation.scoring import _guessed, score_text
 from bh_routing.evaluation.summary import summarise
 from bh_routing.text import spans
+from olmoe_routing_experiments import RoutingStrategy, load_dataset
 
 
 class Letters:
@@ -144,7 +144,7 @@ def test_a_run_is_resumed(make_runner: Any) -> None:
     # other settings are other experiments
     again = make_runner(["topk:k=2"], stride=32).run()
     assert again[1]["perplexity"] != first[1]["perplexity"]
-    assert len(runner.folder.records()) == 5
+    assert len(runner.folder.results()) == 5
 
 
 def test_an_interruption_keeps_what_is_done(make_runner: Any) -> None:
@@ -156,26 +156,26 @@ def test_an_interruption_keeps_what_is_done(make_runner: Any) -> None:
     with pytest.raises(KeyboardInterrupt):
         runner.run()
     assert not is_patched(runner.model)
-    assert [r["policy"] for r in runner.folder.records()] == ["full", "topk:k=2"]
+    assert [r["policy"] for r in runner.folder.results()] == ["full", "topk:k=2"]
 
 
 def test_a_folder_of_another_model_is_refused(make_runner: Any, tiny_olmoe: Any) -> None:
     make_runner([]).run()
-    with pytest.raises(RecordError, match="holds results of another model"):
+    with pytest.raises(ResultsError, match="holds results of another model"):
         make_runner([], model=tiny_olmoe(seed=1)).run()
 
 
 def test_damaged_records_are_skipped(make_runner: Any) -> None:
     runner = make_runner(["topk:k=2"])
     runner.run()
-    path = runner.folder.records_path
+    path = runner.folder.results_path
     whole = path.read_bytes()
     lines = whole.splitlines(keepends=True)
     path.write_bytes(
         lines[0] + b'{"key": 1, "broken\n' + lines[1][:40]
     )  # cut off in the middle, no end of line
     with pytest.warns(ResultsWarning) as caught:
-        assert [r["policy"] for r in runner.folder.records()] == ["full"]
+        assert [r["policy"] for r in runner.folder.results()] == ["full"]
     told = [str(w.message) for w in caught]
     assert [f"line {n} of" in message for n, message in zip((2, 3), told, strict=True)] == [True, True]
     with pytest.warns(ResultsWarning, match="line [23] of"):
@@ -186,7 +186,7 @@ def test_damaged_records_are_skipped(make_runner: Any) -> None:
 def test_a_full_disk_leaves_whole_records(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = ResultsFolder(tmp_path)
     folder.append({"format": 1, "key": "a", "x": float("nan")})
-    before = folder.records_path.read_bytes()
+    before = folder.results_path.read_bytes()
 
     def full(_file: int) -> None:
         raise OSError(28, "No space left on device")
@@ -194,8 +194,8 @@ def test_a_full_disk_leaves_whole_records(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="No space left on device"):
         folder.append({"format": 1, "key": "b"})
-    assert folder.records_path.read_bytes() == before
-    assert folder.records() == [{"format": 1, "key": "a", "x": None}]
+    assert folder.results_path.read_bytes() == before
+    assert folder.results() == [{"format": 1, "key": "a", "x": None}]
 
 
 def test_strategies_of_the_original_form(make_runner: Any) -> None:
@@ -237,13 +237,6 @@ def test_labels(make_runner: Any) -> None:
         make_runner(["topk:k=2", "topk: k=2"])
 
 
-def test_without_telemetry(make_runner: Any) -> None:
-    counted = make_runner(["topp:p=0.4"], folder="a").run()
-    bare = make_runner(["topp:p=0.4"], folder="b", telemetry=False).run()
-    assert [r["perplexity"] for r in bare] == [r["perplexity"] for r in counted]
-    assert bare[1]["mean_experts_per_token"] is None
-
-
 def test_calibrated_budgets(make_runner: Any) -> None:
     ids = [Letters()(TEXT).input_ids]
     runner = make_runner([])
@@ -266,90 +259,52 @@ def test_the_frame(make_runner: Any) -> None:
     assert frame["mean_experts_per_token"].tolist() == [6.0, 2.0]
 
 
-# ------------------------------------------------------------------------------------------ continuations
+def test_a_policy_that_draws_starts_anew_with_each_text(make_runner: Any) -> None:
+    records = make_runner(["random:k=2"], {"one": TEXT, "two": TEXT}).run()
+    one, two = (r for r in records if r["policy"] == "random:k=2")
+    assert one["blocks"] == two["blocks"]
 
 
-def test_last_words_and_choices(make_runner: Any) -> None:
-    passages = Dataset.from_passages("p", ["the rain fell in torrents", "a dark and stormy night"])
-    rows = [
-        {
-            "ctx": "The rain [title] fell  on",
-            "endings": ["the roof.", "a dog [x] there.", "us."],
-            "label": "1",
-        },
-        {"query": "So it was", "endings": ["dark.", "a day."], "label": 0},
-    ]
-    choices = Dataset.from_choices("c", rows)
-    assert choices.items[0][0] == "The rain.  fell on" or choices.items[0][0] == "The rain. fell on"
-    runner = make_runner(["topk:k=2"], [passages, choices])
-    records = runner.run()
-    assert [(r["policy"], r["dataset"]) for r in records] == [
-        ("full", "p"),
-        ("full", "c"),
-        ("topk:k=2", "p"),
-        ("topk:k=2", "c"),
-    ]
-
-    def log_likelihood(context: str, ending: str) -> tuple[float, bool]:
-        """One by one, without padding."""
-        ids = Letters()(context + ending, return_tensors="pt").input_ids
-        with torch.no_grad():
-            logs = runner.model(ids).logits[0, :-1].double().log_softmax(-1)[len(context) - 1 :]
-        target = ids[0, len(context) :]
-        return float(logs.gather(-1, target[:, None]).sum()), bool((logs.argmax(-1) == target).all())
-
-    words = [log_likelihood(c, w) for c, w in passages.items]
-    assert records[0]["last_word_accuracy"] == sum(hit for _, hit in words) / 2
-    assert records[0]["last_word_perplexity"] == pytest.approx(
-        math.exp(-sum(value for value, _ in words) / 2), rel=1e-4
-    )
-    right = by_length = 0
-    for context, endings, label in choices.items:
-        values = np.array([log_likelihood(context, " " + e)[0] for e in endings])
-        right += values.argmax() == label
-        by_length += (values / [len(e) for e in endings]).argmax() == label
-    assert records[1]["choice_accuracy"] == right / 2
-    assert records[1]["choice_accuracy_normalised"] == by_length / 2
-
-
-def test_padding_changes_no_score(tiny_olmoe: Any) -> None:
-    model = tiny_olmoe()
-    pairs = [encode_pair(Letters(), "some words", " " + "x" * n) for n in (1, 9, 30)]
-    together, _ = score_continuations(model, pairs)
-    for pair, (value, _) in zip(pairs, together, strict=True):
-        alone, _ = score_continuations(model, [pair])
-        assert value == pytest.approx(alone[0][0], abs=1e-3)  # float32 sums in another order
-
-
-def test_pairs_keep_spaces_with_the_continuation() -> None:
-    assert encode_pair(Letters(), "ab ", "c") == ([97, 98], [32, 99])
+def test_texts_to_measure_on(make_runner: Any) -> None:
+    with pytest.raises(InvalidInputError, match="expected text in data set night, got none"):
+        make_runner([], {"night": " "})
     with pytest.raises(
-        InvalidInputError, match="expected a context and a continuation of at least one token"
+        DatasetError, match=r"data set 'lambada' is not loaded here any more: run its task with"
     ):
-        encode_pair(Letters(), "", "c")
+        load_dataset("lambada", limit=3)
 
 
-@pytest.mark.parametrize(
-    ("line", "message"),
-    [
-        ("not json", "line 1 of .* cannot be read as JSON"),
-        ("[1]", "line 1 of .* is no JSON object"),
-        ('{"other": 1}', "row 1 of data set .* has no text in column 'text'"),
-    ],
-)
-def test_unreadable_rows(tmp_path: Path, line: str, message: str) -> None:
-    (tmp_path / "x.jsonl").write_text(line + "\n")
-    with pytest.raises(DatasetError, match=message):
-        load_dataset(f"lambada={tmp_path / 'x.jsonl'}")
+# ---------------------------------------------------------------------------------------------- usage
 
 
-def test_bad_rows() -> None:
-    with pytest.raises(InvalidInputError, match="row 1 of data set c has no ending number 2"):
-        Dataset.from_choices("c", [{"query": "a", "endings": ["b"], "label": 2}])
-    with pytest.raises(InvalidInputError, match="row 1 of data set c needs query"):
-        Dataset.from_choices("c", [{"query": "a"}])
-    with pytest.raises(InvalidInputError, match="needs at least two words, got 'alone'"):
-        Dataset.from_passages("p", ["alone"])
+def test_usage_per_layer_and_domain(tiny_olmoe: Any) -> None:
+    model, texts = tiny_olmoe(), {"night": TEXT[:200], "letters": "abc def " * 30}
+    integration = RoutingIntegration(model, TopKPolicy(3))
+    usage = expert_usage(integration, Letters(), texts, window=64)
+    assert not is_patched(model)
+    for name, text in texts.items():
+        seen: dict[str, torch.Tensor] = {}
+
+        def watch(router: Any, context: Any, decision: Any, logits_TE: Any, seen: Any = seen) -> None:
+            for row in decision.experts_TK.tolist():
+                for expert in row:
+                    if expert != context.empty:
+                        seen.setdefault(context.path, torch.zeros(16))[expert] += 1
+
+        integration.watchers.append(watch)
+        with integration, torch.no_grad():
+            for window in Letters()(text, return_tensors="pt").input_ids.split(64, 1):
+                model(window)
+        integration.watchers.remove(watch)
+        expected = torch.stack(list(seen.values())).double() / len(text)
+        torch.testing.assert_close(usage[name], expected, rtol=0, atol=1e-6)  # float32 shares
+    figure = plot_usage(usage)
+    shown = [axes for axes in figure.axes if axes.images]
+    assert [axes.get_title(loc="left") for axes in shown] == [
+        "night: 3.00 experts per token",
+        "letters: 3.00 experts per token",
+    ]
+    assert shown[0].images[0].get_array().data == pytest.approx(100 * usage["night"].numpy())
 
 
 # ---------------------------------------------------------------------------------------------- statistics
@@ -406,7 +361,7 @@ def test_pareto_front_by_hand() -> None:
 
 def test_summary(make_runner: Any) -> None:
     records = make_runner(["topk:k=3", "random:k=3", "uniform:k=2", "topk:k=2,weights=sum"]).run()
-    rows = {row["record"]["policy"]: row for row in summarise(records, "night")}
+    rows = {row["result"]["policy"]: row for row in summarise(records, "night")}
     assert rows["full"]["change"] is None
     assert rows["topk:k=3"]["against"] is None
     assert rows["random:k=3"]["against"] == "topk:k=3"
@@ -416,13 +371,6 @@ def test_summary(make_runner: Any) -> None:
     expected = records[2]["perplexity"] / records[0]["perplexity"] - 1
     assert change.value == pytest.approx(expected)
     assert change.low <= change.value <= change.high
-
-
-def test_watching_counts_leaves_the_policy_as_it_was() -> None:
-    policy = TopKPolicy(1)
-    with watch_counts(policy):
-        assert "decide" in policy.__dict__
-    assert "decide" not in policy.__dict__
 
 
 # -------------------------------------------------------------------------------------------- command line
@@ -449,7 +397,7 @@ def test_evaluate_and_record_from_the_command_line(
     printed = capsys.readouterr().out
     assert "Pareto front (*): " in printed
     assert "topk:k=4" in printed
-    assert len(ResultsFolder(tmp_path / "r").records()) == 3
+    assert len(ResultsFolder(tmp_path / "r").results()) == 3
 
     log = tmp_path / "log.safetensors"
     assert main(["record", "olmoe-nano", "--text", str(text), "-o", str(log), "--max-tokens", "100"]) == 0
@@ -468,11 +416,11 @@ def test_evaluate_and_record_from_the_command_line(
     [
         (["--policy", "topq"], "did you mean topp?"),
         ([], "evaluate needs --policy"),
-        (["--policy", "topk:k=4"], "evaluate needs something to measure on"),
+        (["--policy", "topk:k=4"], "evaluate needs --text FILE to measure on"),
     ],
 )
 def test_evaluate_refuses(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
-    text = [] if "something" in message else ["--text", "x.txt"]
+    text = [] if "--text" in message else ["--text", "x.txt"]
     assert main(["evaluate", "olmoe-nano", "-o", "nowhere", *text, *arguments]) == 2
     assert message in capsys.readouterr().err
 
@@ -484,23 +432,11 @@ def test_policies_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     assert "inspired by Huang et al. 2024" in printed
 
 
-def test_a_dataset_without_its_package(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    import sys
-
-    monkeypatch.setitem(sys.modules, "datasets", None)
-    asked = ["evaluate", "olmoe-nano", "--policy", "topk:k=4", "--dataset", "wikitext", "-o", "nowhere"]
-    assert main(asked) == 2
-    assert "data set wikitext is on the hub, which needs the package datasets" in capsys.readouterr().err
-
-
-def _record(name: str, experts: float, loss: float, **settings: Any) -> dict[str, Any]:
-    """What `summarise` needs of one policy's record: 40 blocks whose losses all share, but for ``loss`` and a wobble."""
+def _result(name: str, experts: float, loss: float, **settings: Any) -> dict[str, Any]:
+    """What `summarise` needs of one policy's result: 40 blocks whose losses all share, but for ``loss`` and a wobble."""
     wobble = 0.001 if name == "mine" else 0.0
     return {
         "dataset": "night",
-        "kind": "text",
         "policy": name,
         "settings": {"weights": "model", **settings},
         "mean_experts_per_token": experts,
@@ -524,9 +460,9 @@ def _record(name: str, experts: float, loss: float, **settings: Any) -> dict[str
     ],
 )
 def test_the_verdict_against_top_k_at_about_the_same_number_of_experts(experts, loss, word):
-    cut = _record("topk:k=4", 4.0, 0.0, policy="topk", k=4)
-    rows = summarise([cut, _record("mine", experts, loss)], "night")
-    (row,) = [row for row in rows if row["record"]["policy"] == "mine"]
+    cut = _result("topk:k=4", 4.0, 0.0, policy="topk", k=4)
+    rows = summarise([cut, _result("mine", experts, loss)], "night")
+    (row,) = [row for row in rows if row["result"]["policy"] == "mine"]
     assert row["verdict"] == word
     assert (row["against"] is None) == (word == "")
 

@@ -1,19 +1,22 @@
-"""lm-evaluation-harness under a policy, on local tasks, against this library's own figures."""
+"""lm-evaluation-harness under a policy, on local tasks, against figures computed one by one."""
 
 from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
 from bh_routing import is_patched
 from bh_routing.cli import main
 from bh_routing.errors import InvalidParameterError, MissingDependencyError
-from bh_routing.evaluation import Dataset, RoutingExperimentRunner
+from bh_routing.evaluation import Workbench, make_routing
 from bh_routing.evaluation.lm_eval import evaluate, register
 
 ROOT = Path(__file__).parent.parent
@@ -44,10 +47,19 @@ metric_list:
 """
 
 
+def log_likelihood(model: Any, tokenizer: Any, context: str, ending: str) -> tuple[float, bool]:
+    """Of an ending that begins with a blank, one by one and without padding; and whether greedy decoding gives it."""
+    both, head = (tokenizer(text, add_special_tokens=False).input_ids for text in (context + ending, context))
+    with torch.no_grad():
+        logs = model(torch.tensor([both])).logits[0, :-1].double().log_softmax(-1)[len(head) - 1 :]
+    target = torch.tensor(both[len(head) :])
+    return float(logs.gather(-1, target[:, None]).sum()), bool((logs.argmax(-1) == target).all())
+
+
 @needs_harness
 @pytest.mark.slow  # importing the harness takes most of a minute
 @pytest.mark.filterwarnings("ignore")
-def test_figures_equal_the_harness(
+def test_figures_are_those_of_the_patched_model(
     nano_model: Any, nano_tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(ROOT)  # the task file names its data from there
@@ -63,18 +75,21 @@ def test_figures_equal_the_harness(
         return [row["results"][task] for row in found]
 
     choices, words = harness("register", TASKS), harness("words", tmp_path)
-    data = [Dataset.from_choices("register", rows), Dataset.from_passages("words", passages)]
-    records = RoutingExperimentRunner(nano_model, nano_tokenizer, POLICIES, data, tmp_path / "r").run()
-    ours = {(r["policy"], r["dataset"]): r for r in records}
     for policy, choice, word in zip(POLICIES, choices, words, strict=True):
-        mine = ours[policy, "register"]
-        assert (mine["choice_accuracy"], mine["choice_accuracy_normalised"]) == (
-            choice["acc"],
-            choice["acc_norm"],
-        )
-        mine = ours[policy, "words"]
-        assert mine["last_word_accuracy"] == word["acc"]
-        assert mine["last_word_perplexity"] == pytest.approx(word["perplexity"], rel=1e-4)
+        with make_routing(policy, Workbench(nano_model)):
+            right = by_length = 0
+            for row in rows:
+                endings = [" " + ending for ending in row["endings"]]
+                values = [log_likelihood(nano_model, nano_tokenizer, row["query"], e)[0] for e in endings]
+                right += int(np.argmax(values)) == row["label"]
+                scaled = [value / len(ending) for value, ending in zip(values, row["endings"], strict=True)]
+                by_length += int(np.argmax(scaled)) == row["label"]
+            split = [passage.rpartition(" ") for passage in passages]
+            last = [log_likelihood(nano_model, nano_tokenizer, head, " " + end) for head, _, end in split]
+        assert (choice["acc"], choice["acc_norm"]) == (right / len(rows), by_length / len(rows))
+        assert word["acc"] == sum(hit for _, hit in last) / len(last)
+        mean = sum(value for value, _ in last) / len(last)
+        assert word["perplexity"] == pytest.approx(math.exp(-mean), rel=1e-4)
     assert len({(c["acc"], c["acc_norm"], w["perplexity"]) for c, w in zip(choices, words, strict=True)}) == 3
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,13 @@ import pytest
 
 from bh_routing.calibration.passes import calibrate
 from bh_routing.cli import main
-from bh_routing.errors import RecordError
+from bh_routing.errors import MissingDependencyError, ResultsError
 from bh_routing.evaluation.report import make_report
-from bh_routing.evaluation.report_plots import plots
+from bh_routing.evaluation.report_plots import inline_svg, load_plot, plots, svg_text
 from bh_routing.evaluation.results import ResultsFolder
 from bh_routing.evaluation.runner import RoutingExperimentRunner
-from bh_routing.evaluation.svg import Series, heat, plot, shaded, ticks
-from report_cases import EVIL, TOKENS, make_record, make_records, make_run
+from bh_routing.evaluation.summary import summarise
+from report_cases import EVIL, TOKENS, make_result, make_results, make_run
 
 
 class Reader(HTMLParser):
@@ -39,7 +40,7 @@ class Reader(HTMLParser):
 
 @pytest.fixture(scope="module")
 def page() -> str:
-    return make_report(make_records(), make_run())
+    return make_report(make_results(), make_run())
 
 
 def test_everything_from_outside_is_escaped(page: str) -> None:
@@ -56,7 +57,8 @@ def test_nothing_is_asked_from_a_network(page: str) -> None:
     reader.feed(page)
     for _, attributes in reader.tags:
         for name in ("src", "href", "xlink:href", "action"):
-            assert (attributes.get(name) or "data:").startswith("data:")
+            # "#": a shape within the same plot
+            assert (attributes.get(name) or "data:").startswith(("data:", "#"))
     links = set(re.findall(r"https?://[^\"'\s<>]+", page))
     assert links == {"http://www.w3.org/2000/svg"}  # the name of the SVG namespace
     assert "default-src 'none'" in page
@@ -80,58 +82,58 @@ def test_what_the_page_says(page: str) -> None:
         "better",
         "Expert load and balance",
         "Token view",
-        "words",
-        "40 items",
     ):
         assert part in text
     assert "(beyond 11%: original)" in text  # named, not drawn: +123 %
 
 
-def test_no_records() -> None:
-    with pytest.raises(RecordError, match="expected records to report on, got none"):
+def test_no_results() -> None:
+    with pytest.raises(ResultsError, match="expected results to report on, got none"):
         make_report([], {})
 
 
 def test_plots_are_well_formed() -> None:
-    drawn = plots(make_records())
+    drawn, again = plots(make_results()), plots(make_results())
     assert set(drawn) == {"pareto-night", "layers-night", "counts-night"}
-    for svg in drawn.values():
-        root = ElementTree.fromstring(svg)
+    for name, figure in drawn.items():
+        text = svg_text(figure)
+        root = ElementTree.fromstring(text)
         assert root.tag == "{http://www.w3.org/2000/svg}svg"
-        numbers = [float(v) for e in root.iter() for k in ("cx", "x1", "x2") if (v := e.get(k))]
-        assert numbers
-        assert all(0 <= n <= 900 for n in numbers)
+        assert text == svg_text(again[name])  # the same, run by run
+        inline = inline_svg(figure)
+        assert inline.startswith("<svg")
+        assert "stroke: currentColor" in inline
 
 
-def test_every_point_is_drawn_once() -> None:
-    svg = plot(
-        [Series(name="a<b", x=[1, 2, 3], y=[1, float("nan"), 3]), Series(name="c", x=[1], y=[2])],
-        title="t & u",
-        x_label="x",
-        y_label="y",
-    )
-    root = ElementTree.fromstring(svg)
-    marks = [e for e in root.iter() if e.tag.endswith(("circle", "polygon"))]
-    assert len(marks) == 3 + 2  # three finite points, two in the legend
-    assert "nothing to show" in plot([], title="t", x_label="x", y_label="y")
+def test_every_policy_is_a_point_with_its_interval() -> None:
+    (axes,) = plots(make_results())["pareto-night"].axes
+    drawn = {bars.get_label(): bars for bars in axes.containers}
+    assert set(drawn) == {"topk", f"bh, statistic={EVIL}", "bh"}  # "original" is beyond
+    rows = {row["result"]["policy"]: row for row in summarise(make_results(), "night")}
+    change = rows["topk:k=4"]["change"]
+    line, _, (bars,) = drawn["topk"].lines
+    assert (line.get_xdata()[0], line.get_ydata()[0]) == (4.0, 100 * change.value)
+    assert bars.get_segments()[0][:, 1] == pytest.approx([100 * change.low, 100 * change.high])
 
 
-def test_heat_and_shades() -> None:
-    root = ElementTree.fromstring(heat([[0.0, 2.0]], title="h", names=["n"], labels=[["a", "<b>"]]))
-    cells = [e for e in root.iter() if e.tag.endswith("rect")][1:]
-    assert [c.get("fill") for c in cells] == [shaded(0), shaded(1)] == ["#ffffff", "#08519c"]
+def test_loads_are_ordered_by_the_models_own() -> None:
+    (row,) = [r for r in summarise(make_results(), "night") if r["result"]["policy"] == "bh:experts=3"]
+    image = load_plot(row).axes[0].images[0].get_array()
+    layer = row["result"]["layers"][0]
+    assert image.shape == (4, 8)
+    assert image[0].tolist() == [100 * n / 4096 for n in sorted(layer["own_expert_load"], reverse=True)]
+    assert image[1].tolist() == [100 * (round(4096 * x / 100) // 2) / 4096 for x in image[0]]
 
 
-@pytest.mark.parametrize(("low", "high"), [(0, 1), (-3, 117), (0.001, 0.0013), (5, 5)])
-def test_ticks_lie_between_the_ends(low: float, high: float) -> None:
-    found = ticks(low, high)
-    assert 1 <= len(found) <= 8
-    assert all(low - 1e-9 <= t <= high + 1e-9 for t in found)
+def test_without_matplotlib(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(MissingDependencyError, match=r"need matplotlib, .* pip install 'bh-routing\[plot\]'"):
+        make_report(make_results(), make_run())
 
 
 def test_an_infinite_perplexity_is_shown() -> None:
-    records = [make_record("full", 8.0, 0.0, 1), make_record("bh:experts=2", 2.0, 0.1, 2, perplexity=None)]
-    assert "bh:experts=2" in make_report(records, make_run())
+    results = [make_result("full", 8.0, 0.0, 1), make_result("bh:experts=2", 2.0, 0.1, 2, perplexity=None)]
+    assert "bh:experts=2" in make_report(results, make_run())
 
 
 def test_from_the_runner_and_the_command_line(tiny_olmoe: Any, tmp_path: Path, capsys: Any) -> None:
@@ -149,7 +151,7 @@ def test_from_the_runner_and_the_command_line(tiny_olmoe: Any, tmp_path: Path, c
         "pareto-night.svg",
     ]
     page = runner.generate_report(frame).read_text()
-    assert "p-values of passed-over experts" in page
+    assert "held-out null p-values" in page
     assert "\\u003c" in page  # the text has <b>the rain</b>, one character a token
     assert "<b>the rain" not in page
 
@@ -157,9 +159,9 @@ def test_from_the_runner_and_the_command_line(tiny_olmoe: Any, tmp_path: Path, c
     asked = ["report", str(tmp_path / "r"), "-o", str(tmp_path / "x.html")]
     assert main([*asked, "--calibration", str(tmp_path / "c.safetensors")]) == 0
     again = (tmp_path / "x.html").read_text()
-    assert "p-values of passed-over experts" in again
+    assert "held-out null p-values" in again
     assert again.split("<h2>Calibration")[0] == page.split("<h2>Calibration")[0]
-    assert "2 records" in " ".join(capsys.readouterr().out.split())  # wherever the line breaks
+    assert "2 results" in " ".join(capsys.readouterr().out.split())  # wherever the line breaks
     assert main(["report", str(tmp_path)]) == 2
     assert "got no run.json there" in capsys.readouterr().err
-    assert len(ResultsFolder(tmp_path / "r").records()) == 2
+    assert len(ResultsFolder(tmp_path / "r").results()) == 2

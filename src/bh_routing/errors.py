@@ -58,8 +58,12 @@ class MissingDependencyError(BHRoutingError, ImportError):
     """An optional package is needed for what was asked; the message names the extra that brings it."""
 
 
-class RecordError(BHRoutingError, ValueError):
-    """A record of routing or of results is damaged, of another version, or of another model."""
+class ResultsError(BHRoutingError, ValueError):
+    """A folder of results is damaged, of another version, or of another model."""
+
+
+class RoutingLogError(BHRoutingError, ValueError):
+    """A file is no routing log of this version, or a damaged one."""
 
 
 class UnknownPolicyError(BHRoutingError, ValueError):

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from bh_routing.evaluation.report import make_report
-from report_cases import EVIL, make_records, make_run
+from report_cases import EVIL, make_results, make_run
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 FLAGS = (
@@ -63,7 +63,7 @@ def _flags() -> list[str]:
 @pytest.fixture
 def page(tmp_path: Path) -> Path:
     path = tmp_path / "report.html"
-    html = make_report(make_records(), make_run())
+    html = make_report(make_results(), make_run())
     path.write_text(html.replace("</body>", PROBE + "</body>"), encoding="utf-8")
     return path
 

@@ -25,6 +25,7 @@ from .fit import NullSettings
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
 
@@ -34,20 +35,7 @@ LEVELS = {0.01: "#08519c", 0.05: "#3182bd", 0.2: "#9ecae1"}
 
 
 def plot_calibration(calibration: CalibrationData, path: str | os.PathLike[str], **settings: Any) -> None:
-    """Draw a calibration, one row of panels per layer, to a file.
-
-    Panels: density of the null and of the experts that the model selected; the decision table of BH as
-    thresholds over ranks, at three levels; histogram of held-out null p-values; their quantiles against uniform
-    ones. Held-out nulls are the passed-over experts of the tokens kept in the file, whose counts are taken out of
-    the null first; they are judged by a null per layer (solid) and, where it is another, by the null of the
-    settings (dashed). A calibration without tokens (`from_kde_pickles`) shows the first two panels only.
-
-    Parameters
-    ----------
-    path : path
-        ``.png``, ``.svg`` or ``.pdf``.
-    **settings
-        As in `Calibration.settings`.
+    """Draw a calibration (`calibration_figure`) to a file that ends in ``.png``, ``.svg`` or ``.pdf``.
 
     Raises
     ------
@@ -61,6 +49,29 @@ def plot_calibration(calibration: CalibrationData, path: str | os.PathLike[str],
         raise InvalidParameterError(
             f"a picture must be written to a file that ends in {', '.join(FORMATS)}, got {str(path)!r}."
         )
+    figure = calibration_figure(calibration, **settings)
+    write_atomically(path, lambda temporary: figure.savefig(temporary, format=path.suffix.lower()[1:]))
+
+
+def calibration_figure(calibration: CalibrationData, **settings: Any) -> Figure:
+    """Draw a calibration, one row of panels per layer.
+
+    Panels: density of the null and of the experts that the model selected; the decision table of BH as
+    thresholds over ranks, at three levels; histogram of held-out null p-values; their quantiles against uniform
+    ones. Held-out nulls are the passed-over experts of the tokens kept in the file, whose counts are taken out of
+    the null first; they are judged by a null per layer (solid) and, where it is another, by the null of the
+    settings (dashed). A calibration without tokens (`from_kde_pickles`) shows the first two panels only.
+
+    Parameters
+    ----------
+    **settings
+        As in `Calibration.settings`.
+
+    Raises
+    ------
+    MissingDependencyError
+        Without matplotlib.
+    """
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -99,7 +110,7 @@ def plot_calibration(calibration: CalibrationData, path: str | os.PathLike[str],
     figure.suptitle(
         f"{calibration.model_id}: {chosen.describe()}; {calibration.tokens:,} tokens", fontsize=11
     )
-    write_atomically(path, lambda temporary: figure.savefig(temporary, format=path.suffix.lower()[1:]))
+    return figure
 
 
 def without_kept_tokens(calibration: Data) -> Data:

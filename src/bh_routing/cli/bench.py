@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import argparse
 import json
-from typing import Any
 
 from ..errors import InvalidParameterError
 from . import common
+from .tables import print_table
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -87,17 +87,11 @@ def run(args: argparse.Namespace) -> None:
         common.print_text(
             "Without a calibration: a threshold per layer sets the number of experts, for timing only."
         )
-    console = common.make_console()
     for count in tokens:
-        common.print_table(console, _table(count, [f for f in figures if f["tokens"] == count]))
-
-
-def _table(tokens: int, results: list[dict[str, Any]]) -> Any:
-    title = "Decoding, one token at a time" if tokens == 1 else f"{tokens} tokens per forward"
-    table = common.make_table(title, "", *(r["variant"] for r in results))
-    for name, key, style in ROWS:
-        table.add_row(name, *(format(r[key], style) for r in results))
-    return table
+        title = "Decoding, one token at a time" if count == 1 else f"{count} tokens per forward"
+        held = [f for f in figures if f["tokens"] == count]
+        rows = [[name, *(format(f[key], style) for f in held)] for name, key, style in ROWS]
+        print_table(title, ["", *(f["variant"] for f in held)], rows)
 
 
 ROWS = (

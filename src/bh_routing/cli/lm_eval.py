@@ -10,6 +10,7 @@ from pathlib import Path
 
 from ..errors import InvalidParameterError
 from . import common
+from .tables import print_table
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -57,13 +58,15 @@ def run(args: argparse.Namespace) -> None:
         batch_size=args.batch_size,
         seed=args.seed,
     )
-    console = common.make_console()
-    for task in rows[0]["results"]:
-        metrics = list(rows[0]["results"][task])
-        table = common.make_table(task, "policy", "experts", *metrics)
-        for row in rows:
-            values = [f"{row['results'][task][m]:.4f}" for m in metrics]
-            table.add_row(row["policy"], f"{row['mean_experts_per_token']:.2f}", *values)
-        common.print_table(console, table)
+    for task, metrics in rows[0]["results"].items():
+        cells = [
+            [
+                row["policy"],
+                f"{row['mean_experts_per_token']:.2f}",
+                *(f"{row['results'][task][m]:.4f}" for m in metrics),
+            ]
+            for row in rows
+        ]
+        print_table(task, ["policy", "experts", *metrics], cells)
     if args.output:
         Path(args.output).write_text(json.dumps({"model": args.model, "results": rows}, indent=2) + "\n")

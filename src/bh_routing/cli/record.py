@@ -1,4 +1,4 @@
-"""Record what a model's routers say and choose for a sample of tokens: logits, experts, weights, token ids. For one's
+"""Write a routing log: what a model's routers say and choose for a sample of tokens (logits, experts, weights, token ids). For one's
 own analysis (examples/logs_eda.ipynb), and to solve budgets on.
 """
 
@@ -43,14 +43,14 @@ def run(args: argparse.Namespace) -> None:
 
     from ..calibration.passes import default_window
     from ..evaluation import cut_windows
-    from ..evaluation.routing_log import record
+    from ..evaluation.routing_log import log_routing
 
     model, tokenizer = load_model(args.model, device=args.device, dtype=args.dtype)
     length = args.window or default_window(model)
     windows = cut_windows(tokenizer, text, length, limit=max(1, 4 * args.max_tokens // length))
     with common.make_progress() as progress:
-        bar = progress.add_task("recording", total=len(windows))
-        log = record(
+        bar = progress.add_task("logging", total=len(windows))
+        log = log_routing(
             model,
             windows,
             max_tokens=args.max_tokens,

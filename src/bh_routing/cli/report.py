@@ -32,7 +32,7 @@ def run(args: argparse.Namespace) -> None:
         from ..calibration.calibration import Calibration
 
         calibration = Calibration.load(args.calibration)
-    records = folder.records()
-    page = make_report(records, folder.run(), calibration)
+    results = folder.results()
+    page = make_report(results, folder.run(), calibration)
     write_atomically(args.output, lambda temporary: Path(temporary).write_text(page, encoding="utf-8"))
-    common.print_text(f"{args.output}: {len(records)} records, {len(page) / 1e3:.0f} kB.")
+    common.print_text(f"{args.output}: {len(results)} results, {len(page) / 1e3:.0f} kB.")

@@ -8,41 +8,38 @@ from .compare import Measured, compare
 from .perplexity import perplexity, window_losses
 
 if TYPE_CHECKING:
-    from .datasets import Dataset, load_dataset
     from .paired import pareto_front, perplexity_change
     from .runner import RoutingExperimentRunner
     from .specs import make_routing, parse_policy
-    from .strategy import RoutingStrategy
     from .summary import summarise
+    from .usage import expert_usage, plot_usage
     from .workbench import Workbench
 
 _MODULE_OF = {
-    "Dataset": "datasets",
-    "load_dataset": "datasets",
     "pareto_front": "paired",
     "perplexity_change": "paired",
     "RoutingExperimentRunner": "runner",
     "Workbench": "workbench",
     "make_routing": "specs",
+    "expert_usage": "usage",
+    "plot_usage": "usage",
     "parse_policy": "specs",
-    "RoutingStrategy": "strategy",
     "summarise": "summary",
 }
 
 __all__ = [
-    "Dataset",
     "Measured",
     "RoutingExperimentRunner",
-    "RoutingStrategy",
     "Workbench",
     "compare",
     "cut_windows",
-    "load_dataset",
+    "expert_usage",
     "make_routing",
     "pareto_front",
     "parse_policy",
     "perplexity",
     "perplexity_change",
+    "plot_usage",
     "summarise",
     "window_losses",
 ]

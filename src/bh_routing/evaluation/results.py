@@ -1,6 +1,6 @@
-"""The results folder: ``run.json`` says of which model and data, ``results.jsonl`` holds one record per line.
+"""The results folder: ``run.json`` says of which model and data, ``results.jsonl`` holds one result per line.
 
-A record is appended whole or not at all; a damaged line is skipped with a warning.
+A result is appended whole or not at all; a damaged line is skipped with a warning.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 
 from .._files import write_atomically
 from ..calibration.fingerprint import TOLERANCE, compare, fingerprint
-from ..errors import RecordError
+from ..errors import ResultsError
 
 FORMAT = 1
 
@@ -34,7 +34,7 @@ def _defined(value: Any) -> Any:
 
 
 class ResultsFolder:
-    """Reads and appends records.
+    """Reads and appends results.
 
     Parameters
     ----------
@@ -46,7 +46,7 @@ class ResultsFolder:
         self.path = Path(path)
 
     @property
-    def records_path(self) -> Path:
+    def results_path(self) -> Path:
         """``results.jsonl``."""
         return self.path / "results.jsonl"
 
@@ -60,7 +60,7 @@ class ResultsFolder:
 
         Raises
         ------
-        RecordError
+        ResultsError
             If it is damaged.
         """
         if not self.run_path.is_file():
@@ -68,11 +68,11 @@ class ResultsFolder:
         try:
             found = json.loads(self.run_path.read_text(encoding="utf-8"))
         except ValueError as error:
-            raise RecordError(
+            raise ResultsError(
                 f"{self.run_path} is damaged: {error}; give another folder, or remove it."
             ) from error
         if not isinstance(found, dict) or found.get("format") != FORMAT:
-            raise RecordError(f"{self.run_path} is of another version; give another folder.")
+            raise ResultsError(f"{self.run_path} is of another version; give another folder.")
         return found
 
     def open(self, plan: Any, model_id: str, data: dict[str, Any]) -> None:
@@ -80,14 +80,14 @@ class ResultsFolder:
 
         Raises
         ------
-        RecordError
+        ResultsError
             If the folder holds results of another model.
         """
         self.path.mkdir(parents=True, exist_ok=True)
         prints = [fingerprint(plan.layers[i].router).tolist() for i in (0, -1)]
         held = self.run()
         if held and compare(torch.tensor(prints), torch.tensor(held["fingerprint"])) > TOLERANCE:
-            raise RecordError(
+            raise ResultsError(
                 f"{self.path} holds results of another model ({held['model']}), this one is {model_id}; give "
                 "another folder."
             )
@@ -100,10 +100,10 @@ class ResultsFolder:
         text = json.dumps(run, ensure_ascii=False)
         write_atomically(self.run_path, lambda temporary: Path(temporary).write_text(text, encoding="utf-8"))
 
-    def append(self, record: dict[str, Any]) -> None:
-        """Append one record, whole or not at all (also where the disk is full)."""
-        line = json.dumps(_defined(record), ensure_ascii=False, allow_nan=False).encode() + b"\n"
-        with self.records_path.open("ab") as file:
+    def append(self, result: dict[str, Any]) -> None:
+        """Append one result, whole or not at all (also where the disk is full)."""
+        line = json.dumps(_defined(result), ensure_ascii=False, allow_nan=False).encode() + b"\n"
+        with self.results_path.open("ab") as file:
             size = file.seek(0, os.SEEK_END)
             if size and not self._ends_whole():
                 line = b"\n" + line
@@ -112,31 +112,31 @@ class ResultsFolder:
                 file.flush()
                 os.fsync(file.fileno())
             except OSError as error:
-                os.truncate(self.records_path, size)
-                error.filename = error.filename or str(self.records_path)
+                os.truncate(self.results_path, size)
+                error.filename = error.filename or str(self.results_path)
                 raise
 
     def _ends_whole(self) -> bool:
-        with self.records_path.open("rb") as file:
+        with self.results_path.open("rb") as file:
             file.seek(-1, os.SEEK_END)
             return file.read(1) == b"\n"
 
-    def records(self) -> list[dict[str, Any]]:
-        """Every record; of several with one key the last. Damaged lines are skipped with a warning."""
-        if not self.records_path.is_file():
+    def results(self) -> list[dict[str, Any]]:
+        """Every result; of several with one key the last. Damaged lines are skipped with a warning."""
+        if not self.results_path.is_file():
             return []
         found: dict[str, dict[str, Any]] = {}
-        for number, line in enumerate(self.records_path.read_bytes().split(b"\n"), start=1):
+        for number, line in enumerate(self.results_path.read_bytes().split(b"\n"), start=1):
             if not line.strip():
                 continue
             try:
-                record = json.loads(line)
-                if record["format"] != FORMAT:
+                result = json.loads(line)
+                if result["format"] != FORMAT:
                     raise ValueError("another version")
-                found[record["key"]] = record
+                found[result["key"]] = result
             except (ValueError, KeyError, TypeError) as error:
                 warnings.warn(
-                    f"line {number} of {self.records_path} is damaged and was skipped: {error}.",
+                    f"line {number} of {self.results_path} is damaged and was skipped: {error}.",
                     ResultsWarning,
                     stacklevel=2,
                 )

@@ -1,4 +1,4 @@
-"""A record of routing: what the routers of a model said and chose for a sample of tokens.
+"""A routing log: what the routers of a model said and chose for a sample of tokens.
 
 Shape legend: N tokens, L routed layers, E experts, K slots of the router's own choice (-1 pads a narrower layer).
 
@@ -19,7 +19,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..errors import CalibrationError, InvalidInputError, RecordError
+from .._files import write_atomically
+from ..errors import CalibrationError, InvalidInputError, RoutingLogError
+from ..patching import make_plan, watch
 from ..policies import RoutingContext
 from ..stats.pvalues import at_least_float32
 from ..stats.statistic import LOG_SCORES
@@ -27,7 +29,7 @@ from ..stats.statistic import LOG_SCORES
 if TYPE_CHECKING:
     from ..calibration.calibration import Calibration
 
-FORMAT, FORMAT_VERSION = "bh-routing record", 1
+FORMAT, FORMAT_VERSION = "bh-routing record", 1  # the name that the command gave to its files
 _CONTEXT = ("path", "index", "num_experts", "empty", "top_k", "route_norm", "score_func", "route_scale")
 
 
@@ -126,9 +128,7 @@ class RoutingLog:
         )
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the record as safetensors, to a temporary name first."""
-        from .._files import write_atomically
-
+        """Write the log as safetensors, to a temporary name first."""
         tensors = {
             "logits": self.logits_NLE.contiguous(),
             "experts": self.experts_NLK.contiguous(),
@@ -146,25 +146,25 @@ class RoutingLog:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> RoutingLog:
-        """Read a record.
+        """Read a log.
 
         Raises
         ------
-        RecordError
-            If the file is damaged, or no record of this version.
+        RoutingLogError
+            If the file is damaged, or no routing log of this version.
         """
         path = Path(path)
         if not path.is_file():
-            raise RecordError(f"expected a record of routing, got {path}, which is no file.")
+            raise RoutingLogError(f"expected a routing log, got {path}, which is no file.")
         try:
             with safe_open(path, framework="pt") as file:
                 metadata = file.metadata() or {}
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except (SafetensorError, OSError) as error:
-            raise RecordError(f"{path} is damaged: expected safetensors, got {error}.") from error
+            raise RoutingLogError(f"{path} is damaged: expected safetensors, got {error}.") from error
         if metadata.get("format") != FORMAT or metadata.get("format_version") != str(FORMAT_VERSION):
-            raise RecordError(
-                f"expected a record of routing of version {FORMAT_VERSION} in {path}, got "
+            raise RoutingLogError(
+                f"expected a routing log of version {FORMAT_VERSION} in {path}, got "
                 f"{metadata.get('format', 'another file')!r} {metadata.get('format_version', '')}; "
                 "make one with `bh-routing record MODEL --text FILE -o FILE`."
             )
@@ -187,7 +187,7 @@ class RoutingLog:
         )
 
 
-def record(
+def log_routing(
     model: nn.Module,
     windows: Sequence[Tensor],
     *,
@@ -196,7 +196,7 @@ def record(
     dtype: torch.dtype = torch.float16,
     step: Callable[[], None] = lambda: None,
 ) -> RoutingLog:
-    """Record a model's own routing on token windows. The model routes as always.
+    """Write down a model's own routing on token windows. The model routes as always.
 
     Parameters
     ----------
@@ -214,23 +214,27 @@ def record(
     InvalidInputError
         If there is no token, or a router saw another number of them.
     """
-    from ..patching import make_plan, watch
-
     plan = make_plan(model)
-    slots = max(c.top_k for c in plan.contexts)
     total = sum(w.numel() for w in windows)
     if not total:
-        raise InvalidInputError("expected at least one token to record, got none.")
+        raise InvalidInputError("expected at least one token to log, got none.")
     stride = max(1, -(-total // max_tokens))
-    logits: list[Tensor] = []
-    experts: list[Tensor] = []
-    weights: list[Tensor] = []
-    tokens: list[Tensor] = []
-    positions: list[Tensor] = []
+    slots = max(c.top_k for c in plan.contexts)
     seen: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
+    parts: list[tuple[Tensor, ...]] = []
 
     def on_choice(layer: Any, logits_TE: Tensor, own_weights_TK: Tensor, own_TK: Tensor, _mask: Any) -> None:
-        seen[layer.path] = (logits_TE, own_weights_TK, own_TK)
+        if len(logits_TE) != num:
+            raise InvalidInputError(
+                f"a router saw {len(logits_TE)} of {num} tokens; this model's routing cannot be logged."
+            )
+        more = slots - own_TK.shape[-1]
+        rows = picked.to(logits_TE.device)
+        seen[layer.path] = (
+            logits_TE[rows].to("cpu", dtype),
+            nn.functional.pad(own_TK[rows].to("cpu", torch.int16), (0, more), value=-1),
+            nn.functional.pad(own_weights_TK[rows].to("cpu", dtype), (0, more)),
+        )
 
     offset = 0
     device = next(model.parameters()).device
@@ -241,42 +245,16 @@ def record(
         if len(picked):
             with torch.inference_mode(), watch(plan, on_choice):
                 model(input_ids=window.to(device), use_cache=False)
-            rows = [seen[c.path] for c in plan.contexts]
-            for part in rows:
-                if part[0].shape[0] != num:
-                    raise InvalidInputError(
-                        f"a router saw {part[0].shape[0]} of {num} tokens; this model cannot be recorded."
-                    )
-            pads = [slots - c.top_k for c in plan.contexts]
-            where = picked.to(device)
-            logits.append(torch.stack([r[0][where].to("cpu", dtype) for r in rows], 1))
-            weights.append(
-                torch.stack(
-                    [
-                        nn.functional.pad(r[1][where].to("cpu", dtype), (0, p))
-                        for r, p in zip(rows, pads, strict=True)
-                    ],
-                    1,
-                )
-            )
-            experts.append(
-                torch.stack(
-                    [
-                        nn.functional.pad(r[2][where].to("cpu", torch.int16), (0, p), value=-1)
-                        for r, p in zip(rows, pads, strict=True)
-                    ],
-                    1,
-                )
-            )
-            tokens.append(window.flatten()[picked].cpu())
-            positions.append(picked)
+            layers = zip(*(seen[c.path] for c in plan.contexts), strict=True)
+            parts.append((*(torch.stack(x, 1) for x in layers), window.flatten()[picked].cpu(), picked))
         step()
+    logits, experts, weights, tokens, positions = (torch.cat(x) for x in zip(*parts, strict=True))
     return RoutingLog(
         contexts=tuple(plan.contexts),
-        logits_NLE=torch.cat(logits),
-        experts_NLK=torch.cat(experts),
-        weights_NLK=torch.cat(weights),
-        tokens_N=torch.cat(tokens),
-        positions_N=torch.cat(positions),
+        logits_NLE=logits,
+        experts_NLK=experts,
+        weights_NLK=weights,
+        tokens_N=tokens,
+        positions_N=positions,
         model_id=model_id,
     )

@@ -1,74 +1,73 @@
-"""`RoutingExperimentRunner`: every policy on the same tokens, one record each, resumable.
+"""`RoutingExperimentRunner`: every policy on the same tokens, one result each, resumable.
 
-Shape legend: N tokens of a text, T tokens of a call, B windows of a batch, S tokens of one, V vocabulary.
+Shape legend: N tokens of a text, T tokens of a call, B windows of a batch, S tokens of one, V vocabulary, E experts.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import logging
-import math
 import os
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..calibration.calibration import Calibration
-from ..errors import InvalidParameterError
+from ..errors import InvalidInputError, InvalidParameterError
 from ..integration import RoutingIntegration
-from ..policies import RoutingPolicy
+from ..policies import RoutingContext, RoutingPolicy
 from ..text import Window, cut_windows, spans
-from .datasets import Dataset
-from .notes import costs, to_frame, versions, watch_counts, word_perplexity
-from .paired import BLOCK, block_sums
+from .figures import result_of, to_frame
 from .results import FORMAT, ResultsFolder
-from .scoring import encode_pair, score_continuations, score_text
+from .scoring import TextScores, score_text
 from .specs import PolicySpec, make_routing, parse_policy
-from .strategy import RoutingStrategy, StrategyPolicy
 from .workbench import Workbench
-
-logger = logging.getLogger(__name__)
 
 SOLVE_WINDOWS = 16  # of the calibration text, for layer profiles
 SHOWN = 192  # tokens of each text that the report shows one by one
-_LAYER_KEYS = (
-    "path",
-    "tokens",
-    "mean_experts",
-    "std_experts",
-    "jaccard",
-    "lost_weight_share",
-    "count_histogram",
-    "load_imbalance",
-    "own_load_imbalance",
-    "unused_experts",
-    "own_unused_experts",
-    "expert_load",
-    "own_expert_load",
-)
 
-AnyPolicy = str | PolicySpec | RoutingPolicy | RoutingStrategy
+Policy = str | PolicySpec | RoutingPolicy
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Text:
+    """What is read of a text: its tokens, where they are cut, and how many words they are."""
+
+    ids_N: Tensor
+    windows: list[Window]
+    words: float
+    digest: str
+
+    @property
+    def shown(self) -> int:
+        """Tokens that the report shows one by one: at most the first window."""
+        return min(SHOWN, self.windows[0].end)
+
+    @property
+    def forwarded(self) -> int:
+        """Tokens that go through the model."""
+        return sum(w.end - w.begin for w in self.windows)
 
 
 class RoutingExperimentRunner:
-    """Runs policies on data sets and keeps the results in a folder.
+    """Runs policies on texts and keeps the results in a folder.
 
     Parameters
     ----------
     model, tokenizer
         A transformers model that this library can patch, and its tokenizer.
     policies : sequence, or mapping of label to policy
-        Policies as text (``"bh:experts=4"``), policy objects, or `RoutingStrategy` objects. The model's own
-        routing (``"full"``) is always run first: the others are compared with it.
-    datasets : sequence of Dataset, or mapping of name to text
+        Policies as text (``"bh:experts=4"``) or policy objects. The model's own routing (``"full"``) is always run
+        first: the others are compared with it.
+    datasets : mapping of name to text
+        What perplexity is measured on. Accuracies on tasks: `bh_routing.evaluation.lm_eval`.
     output_dir : path
-        Holds ``run.json`` and ``results.jsonl``; a policy that is in there with the same data and settings is not
+        Holds ``run.json`` and ``results.jsonl``; a policy that is in there with the same text and settings is not
         run again.
     calibration : Calibration or path, optional
         For calibrated policies, and what budgets are solved on.
@@ -82,8 +81,6 @@ class RoutingExperimentRunner:
         Only so many tokens of each text.
     kl : bool
         Also the divergence from the full model's next-token distribution: one more forward per batch.
-    telemetry : bool
-        Count experts (per layer, load, overlap). Without: quality and time only.
     seed : int
     model_id : str, optional
         Default: the name the model was loaded by.
@@ -95,8 +92,8 @@ class RoutingExperimentRunner:
         self,
         model: Any,
         tokenizer: Any,
-        policies: Sequence[AnyPolicy] | Mapping[str, AnyPolicy],
-        datasets: Sequence[Dataset] | Mapping[str, str],
+        policies: Sequence[Policy] | Mapping[str, Policy],
+        datasets: Mapping[str, str],
         output_dir: str | os.PathLike[str],
         *,
         calibration: Calibration | str | os.PathLike[str] | None = None,
@@ -106,46 +103,53 @@ class RoutingExperimentRunner:
         batch_tokens: int = 4096,
         max_tokens: int | None = None,
         kl: bool = False,
-        telemetry: bool = True,
         seed: int = 0,
         model_id: str | None = None,
-        step: Callable[[int, int, str], None] | None = None,
+        step: Callable[[int, int, str], None] = lambda done, total, label: None,
     ) -> None:
         self.model, self.tokenizer = model, tokenizer
         if calibration is not None and not isinstance(calibration, Calibration):
             calibration = Calibration.load(calibration)
         self.calibration = calibration
         self.policies = _labelled(policies)
-        if isinstance(datasets, Mapping):
-            datasets = [Dataset.from_text(name, text) for name, text in datasets.items()]
-        self.datasets = list(datasets)
-        names = [d.name for d in self.datasets]
-        if not names or len(set(names)) != len(names):
-            raise InvalidParameterError(f"expected data sets with different names, got {names}.")
-        self.window, self.stride, self.batch_tokens = window, stride, batch_tokens
-        self.max_tokens, self.kl, self.telemetry, self.seed = max_tokens, kl, telemetry, seed
+        self.window, self.stride, self.batch_tokens = window, stride or window, batch_tokens
+        self.max_tokens, self.kl, self.seed = max_tokens, kl, seed
         self.folder = ResultsFolder(output_dir)
         self.model_id = model_id or getattr(model.config, "name_or_path", "") or type(model).__name__
         self._step = step
+        if not datasets:
+            raise InvalidParameterError("expected texts to measure on, {name: text}, got none.")
+        self.texts = {name: self._read(name, text) for name, text in datasets.items()}
         windows = (
             []
             if solve_text is None
             else cut_windows(tokenizer, solve_text, min(window, 512), limit=SOLVE_WINDOWS)
         )
-        self.bench = Workbench(model, calibration, windows, collect_stats=telemetry)
-        self._texts: dict[str, tuple[Tensor, list[Window], float]] = {}
-        self._done = self._total = 0
+        self.bench = Workbench(model, calibration, windows)
+
+    def _read(self, name: str, text: str) -> _Text:
+        if not text.strip():
+            raise InvalidInputError(f"expected text in data set {name}, got none.")
+        encoded = self.tokenizer(text, add_special_tokens=False, return_tensors="pt", verbose=False)
+        ids_N = encoded.input_ids[0]
+        cut_N = ids_N[: self.max_tokens]
+        return _Text(
+            ids_N=cut_N,
+            windows=spans(len(cut_N), self.window, self.stride),
+            words=len(text.split()) * len(cut_N) / len(ids_N),
+            digest=hashlib.sha256(text.encode()).hexdigest()[:16],
+        )
 
     # -- running -----------------------------------------------------------------------------------------
 
     def run_all_experiments(self) -> Any:
         """Run what is not in the folder yet, and return everything asked for as a DataFrame.
 
-        An interruption (Ctrl-C) leaves the model as it was and keeps every finished record.
+        An interruption (Ctrl-C) leaves the model as it was and keeps every finished result.
 
         Raises
         ------
-        RecordError
+        ResultsError
             If the folder holds results of another model.
         MissingDependencyError
             Without pandas.
@@ -153,245 +157,116 @@ class RoutingExperimentRunner:
         return to_frame(self.run())
 
     def run(self) -> list[dict[str, Any]]:
-        """The same, as a list of records."""
-        self.folder.open(
-            self.bench.plan,
-            self.model_id,
-            {
-                data.name: {"kind": data.kind, "digest": data.digest} | self._shown(data)
-                for data in self.datasets
-            },
-        )
-        held = {record["key"]: record for record in self.folder.records()}
-        todo = [
-            (label, policy, data)
-            for label, policy in self.policies.items()
-            for data in self.datasets
-            if self._key(label, policy, data) not in held
-        ]
-        self._done, self._total = 0, sum(self._size(data) for _, _, data in todo)
-        routings: dict[str, RoutingIntegration] = {}
-        for label, policy, data in todo:
-            if label not in routings:
-                routings = {label: self._integration(policy)}  # one at a time
-            record = self._measure(label, policy, routings[label], data)
-            self.folder.append(record)
-            held[record["key"]] = record
-        return [
-            held[self._key(label, policy, data)]
-            for label, policy in self.policies.items()
-            for data in self.datasets
-        ]
+        """The same, as a list of results."""
+        data = {
+            name: {
+                "digest": text.digest,
+                "tokens": len(text.ids_N),
+                "shown": [self.tokenizer.decode([i]) for i in text.ids_N[: text.shown].tolist()],
+            }
+            for name, text in self.texts.items()
+        }
+        self.folder.open(self.bench.plan, self.model_id, data)
+        held = {result["key"]: result for result in self.folder.results()}
+        wanted = {self._key(label, name): (label, name) for label in self.policies for name in self.texts}
+        todo = {key: pair for key, pair in wanted.items() if key not in held}
+        done, total = 0, sum(self.texts[name].forwarded for _, name in todo.values())
+        for label, group in groupby(todo.items(), key=lambda item: item[1][0]):
+            integration = self._integration(self.policies[label])
+            for key, (_, name) in group:
 
-    def _integration(self, policy: AnyPolicy) -> RoutingIntegration:
+                def step(tokens: int) -> None:
+                    nonlocal done
+                    done += tokens
+                    self._step(done, total, label)  # noqa: B023 - called within this turn
+
+                scores, shown = self._score(integration, self.texts[name], step)
+                held[key] = self._result(key, label, name, integration, scores, shown)
+                self.folder.append(held[key])
+        return [held[key] for key in wanted]
+
+    def _integration(self, policy: PolicySpec | RoutingPolicy) -> RoutingIntegration:
         torch.manual_seed(self.seed)
-        if isinstance(policy, (str, PolicySpec)):
-            integration = make_routing(policy, self.bench)
-        else:
-            made = StrategyPolicy(policy) if isinstance(policy, RoutingStrategy) else policy
-            integration = RoutingIntegration(self.model, made, collect_stats=self.telemetry)
-        return integration
+        if isinstance(policy, PolicySpec):
+            return make_routing(policy, self.bench)
+        return RoutingIntegration(self.model, policy)
 
-    def _measure(
-        self, label: str, policy: AnyPolicy, integration: RoutingIntegration, data: Dataset
-    ) -> dict[str, Any]:
+    def _score(
+        self, integration: RoutingIntegration, text: _Text, step: Callable[[int], None]
+    ) -> tuple[TextScores, list[list[int]]]:
+        """Scores of a text, and per layer the number of experts of its first tokens."""
         torch.manual_seed(self.seed)
         integration.reset_stats()
-        integration.policy.bind(integration.plan.contexts)  # a seeded policy starts anew
-        bare = label == "full" and not self.telemetry
-        start = time.perf_counter()
-        figures = self._measure_text(label, integration, data, bare) if data.kind == "text" else None
-        if figures is None:
-            figures = self._measure_continuations(label, integration, data)
-        counts = self._counts(integration)
-        return (
-            {
-                "format": FORMAT,
-                "key": self._key(label, policy, data),
-                "policy": label,
-                "spec": policy.text if isinstance(policy, PolicySpec) else None,
-                "dataset": data.name,
-                "kind": data.kind,
-                "model": self.model_id,
-            }
-            | figures
-            | counts
-            | costs(self.model, integration, counts.get("layers"))
-            | {
-                "wall_seconds": time.perf_counter() - start,
-                "alpha": getattr(integration, "alpha", getattr(integration.policy, "alpha", None)),
-                "budget": policy.budget if isinstance(policy, PolicySpec) else None,
-                "settings": integration.policy.describe() | {"compensation": bool(integration.means)},
-                "causal": integration.policy.causal,
-                "seed": self.seed,
-                "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-                "versions": versions(),
-                "device": str(self.model.device),
-                "dtype": str(self.model.dtype).removeprefix("torch."),
-                "threads": torch.get_num_threads(),
-            }
-        )
+        integration.policy.reset()
+        shown: dict[str, list[int]] = {}
 
-    def _measure_text(
-        self, label: str, integration: RoutingIntegration, data: Dataset, bare: bool
-    ) -> dict[str, Any]:
-        ids_N, windows, words = self._text(data)
-        counted: list[list[int]] = []
+        def watch(router: Any, context: RoutingContext, decision: Any, logits_TE: Tensor) -> None:
+            if context.path not in shown:
+                shown[context.path] = decision.counts_T[: text.shown].tolist()
 
-        @contextmanager
-        def around(number: int) -> Iterator[None]:
-            if number or bare or not self.telemetry:
-                yield
-                return
-            with watch_counts(integration.policy) as seen:
-                yield
-            num = min(SHOWN, windows[0].end - windows[0].begin)
-            counted.extend(
-                seen[c.path][0][:num].tolist() for c in integration.plan.contexts if c.path in seen
-            )
-
-        def reference(ids_BS: Tensor) -> Tensor:
+        def own_logits(ids_BS: Tensor) -> Tensor:
             integration.unpatch_model()
             try:
-                return self.model(input_ids=ids_BS, use_cache=False).logits
+                logits_BSV: Tensor = self.model(input_ids=ids_BS, use_cache=False).logits
+                return logits_BSV
             finally:
                 integration.patch_model()
 
-        def step(tokens: int) -> None:
-            self._advance(tokens, label)
-
-        if bare:
-            scores = score_text(self.model, ids_N, windows, batch_tokens=self.batch_tokens, step=step)
-        else:
+        integration.watchers.append(watch)
+        try:
             with integration:
                 scores = score_text(
                     self.model,
-                    ids_N,
-                    windows,
+                    text.ids_N,
+                    text.windows,
                     batch_tokens=self.batch_tokens,
-                    reference=reference if self.kl else None,
-                    around=around,
+                    reference=own_logits if self.kl else None,
                     step=step,
                 )
-        losses = scores.losses_C.double()
-        loss = float(losses.mean())
-        return {
-            "perplexity": math.exp(loss) if loss < 700 else math.inf,
-            "loss": loss,
-            "word_perplexity": word_perplexity(loss, ids_N.numel(), words),
-            "token_accuracy": float(scores.hits_C.double().mean()),
-            "kl": None if scores.kl_C is None else float(scores.kl_C.double().mean()),
-            "tokens": ids_N.numel(),
-            "scored_tokens": losses.numel(),
-            "block": BLOCK,
-            "blocks": block_sums(losses.numpy()),
-            "seconds": scores.seconds,
-            "tokens_per_second": sum(w.end - w.begin for w in windows) / scores.seconds,
-            "window": self.window,
-            "stride": self.stride or self.window,
-            "shown_counts": counted,
-        }
+        finally:
+            integration.watchers.remove(watch)
+        return scores, [shown[c.path] for c in integration.plan.contexts if c.path in shown]
 
-    def _measure_continuations(
-        self, label: str, integration: RoutingIntegration, data: Dataset
+    def _result(
+        self,
+        key: str,
+        label: str,
+        name: str,
+        integration: RoutingIntegration,
+        scores: TextScores,
+        shown: list[list[int]],
     ) -> dict[str, Any]:
-        pairs: list[tuple[list[int], list[int]]] = []
-        for item in data.items:
-            endings = [item[1]] if data.kind == "last_word" else [" " + ending for ending in item[1]]
-            pairs += [encode_pair(self.tokenizer, item[0], ending) for ending in endings]
-        with integration:
-            results, seconds = score_continuations(
-                self.model,
-                pairs,
-                batch_tokens=self.batch_tokens,
-                step=lambda num: self._advance(num * self._size(data) // len(pairs), label),
-            )
-        if data.kind == "last_word":
-            loss = -sum(r[0] for r in results) / len(results)
-            return {
-                "last_word_accuracy": sum(r[1] for r in results) / len(results),
-                "last_word_perplexity": math.exp(loss) if loss < 700 else math.inf,
-                "items": len(results),
-                "seconds": seconds,
-            }
-        right = right_by_length = at = 0
-        for _, endings, wanted in data.items:
-            scores = [r[0] for r in results[at : at + len(endings)]]
-            at += len(endings)
-            right += max(range(len(scores)), key=scores.__getitem__) == wanted
-            scaled = [score / len(ending) for score, ending in zip(scores, endings, strict=True)]
-            right_by_length += max(range(len(scaled)), key=scaled.__getitem__) == wanted
-        return {
-            "choice_accuracy": right / len(data.items),
-            "choice_accuracy_normalised": right_by_length / len(data.items),
-            "items": len(data.items),
-            "seconds": seconds,
+        policy, text = self.policies[label], self.texts[name]
+        spec = policy if isinstance(policy, PolicySpec) else None
+        named = {
+            "format": FORMAT,
+            "key": key,
+            "policy": label,
+            "spec": None if spec is None else spec.text,
+            "budget": None if spec is None else spec.budget,
+            "dataset": name,
+            "model": self.model_id,
+            "tokens": len(text.ids_N),
+            "window": self.window,
+            "stride": self.stride,
+            "seed": self.seed,
+            "tokens_per_second": text.forwarded / scores.seconds,
+            "shown_counts": shown,
         }
+        return named | result_of(self.model, integration, scores, text.words)
 
-    def _counts(self, integration: RoutingIntegration) -> dict[str, Any]:
-        if not self.telemetry:
-            return {"mean_experts_per_token": None, "std_experts_per_token": None, "layers": None}
-        figures = integration.telemetry.to_dict()
-        total = figures["total"]
-        return {
-            "mean_experts_per_token": total["mean_experts"],
-            "std_experts_per_token": total["std_experts"],
-            "share_saved": total["share_saved"],
-            "share_floor": total["share_floor"],
-            "share_ceiling": total["share_ceiling"],
-            "jaccard": total["jaccard"],
-            "count_histogram": total["count_histogram"],
-            "layers": [{key: layer[key] for key in _LAYER_KEYS} for layer in figures["layers"]],
-        }
-
-    # -- data --------------------------------------------------------------------------------------------
-
-    def _text(self, data: Dataset) -> tuple[Tensor, list[Window], float]:
-        """Token ids, windows and (for the word level) the number of words of the tokens that are read."""
-        if data.name not in self._texts:
-            text = data.items[0]
-            encoded = self.tokenizer(text, add_special_tokens=False, return_tensors="pt", verbose=False)
-            ids_N = encoded.input_ids[0]
-            words = float(len(text.split()))
-            if self.max_tokens is not None and ids_N.numel() > self.max_tokens:
-                words *= self.max_tokens / ids_N.numel()
-                ids_N = ids_N[: self.max_tokens]
-            self._texts[data.name] = (ids_N, spans(ids_N.numel(), self.window, self.stride), words)
-        return self._texts[data.name]
-
-    def _shown(self, data: Dataset) -> dict[str, Any]:
-        if data.kind != "text":
-            return {}
-        ids_N, windows, _ = self._text(data)
-        shown = ids_N[: min(SHOWN, windows[0].end)].tolist()
-        return {"shown": [self.tokenizer.decode([token]) for token in shown], "tokens": ids_N.numel()}
-
-    def _size(self, data: Dataset) -> int:
-        """About how many tokens a policy reads."""
-        if data.kind == "text":
-            return sum(w.end - w.begin for w in self._text(data)[1])
-        if data.kind == "last_word":
-            return sum(len(i[0]) // 4 for i in data.items)
-        return sum(len(i[0]) // 4 * len(i[1]) for i in data.items)
-
-    def _advance(self, tokens: int, label: str) -> None:
-        self._done += tokens
-        if self._step is not None:
-            self._step(min(self._done, self._total), self._total, label)
-
-    def _key(self, label: str, policy: AnyPolicy, data: Dataset) -> str:
-        """What makes two records the same experiment."""
-        described = policy.text if isinstance(policy, PolicySpec) else repr(policy)
-        calibration = self.calibration
+    def _key(self, label: str, name: str) -> str:
+        """What makes two results the same experiment."""
+        policy, calibration = self.policies[label], self.calibration
         settings = [
             label,
-            described,
-            data.digest,
+            policy.text if isinstance(policy, PolicySpec) else repr(policy),
+            name,
+            self.texts[name].digest,
             self.window,
-            self.stride or self.window,
+            self.stride,
             self.max_tokens,
             self.kl,
-            self.telemetry,
             self.seed,
             str(self.model.dtype),
             None if calibration is None else (calibration.text_digest, calibration.tokens),
@@ -403,48 +278,56 @@ class RoutingExperimentRunner:
     # -- what comes of it --------------------------------------------------------------------------------
 
     def visualize_results(self, df: Any) -> list[Path]:
-        """Write the plots of a DataFrame's records as SVG files into the folder; returns their paths."""
-        from .report_plots import plots
+        """Write the plots of a DataFrame's results as SVG files into the folder; returns their paths.
+
+        Raises
+        ------
+        MissingDependencyError
+            Without matplotlib.
+        """
+        from .report_plots import plots, svg_text
 
         paths = []
-        for name, svg in plots(self._records_of(df)).items():
-            path = self.folder.path / f"{name}.svg"
-            path.write_text(svg, encoding="utf-8")
-            paths.append(path)
+        for name, figure in plots(self._results_of(df)).items():
+            paths.append(self.folder.path / f"{name}.svg")
+            paths[-1].write_text(svg_text(figure), encoding="utf-8")
         return paths
 
     def generate_report(self, df: Any) -> Path:
-        """Write ``report.html`` of a DataFrame's records into the folder; returns its path."""
+        """Write ``report.html`` of a DataFrame's results into the folder; returns its path.
+
+        Raises
+        ------
+        MissingDependencyError
+            Without matplotlib.
+        """
         from .report import make_report
 
-        page = make_report(self._records_of(df), self.folder.run(), self.calibration)
+        page = make_report(self._results_of(df), self.folder.run(), self.calibration)
         path = self.folder.path / "report.html"
         path.write_text(page, encoding="utf-8")
         return path
 
-    def _records_of(self, df: Any) -> list[dict[str, Any]]:
+    def _results_of(self, df: Any) -> list[dict[str, Any]]:
         wanted = set(df["key"])
-        return [record for record in self.folder.records() if record["key"] in wanted]
+        return [result for result in self.folder.results() if result["key"] in wanted]
 
 
-def _labelled(policies: Sequence[AnyPolicy] | Mapping[str, AnyPolicy]) -> dict[str, AnyPolicy]:
+def _labelled(
+    policies: Sequence[Policy] | Mapping[str, Policy],
+) -> dict[str, PolicySpec | RoutingPolicy]:
     """Label -> policy, text parsed, the model's own routing first."""
-    if isinstance(policies, Mapping):
-        given = [(str(label), p) for label, p in policies.items()]
-    else:
-        given = [(_label(p), p) for p in policies]
-    parsed = [(label, parse_policy(p) if isinstance(p, str) else cast(AnyPolicy, p)) for label, p in given]
-    if not isinstance(policies, Mapping):
-        parsed = [(p.text if isinstance(p, PolicySpec) else label, p) for label, p in parsed]
-    labels = [label for label, _ in parsed]
-    if twice := {label for label in labels if labels.count(label) > 1}:
-        raise InvalidParameterError(
-            f"policy {min(twice)!r} is there twice; give a mapping of labels to policies."
-        )
-    return {"full": parse_policy("full"), **dict(parsed)}
-
-
-def _label(policy: AnyPolicy) -> str:
-    if isinstance(policy, str):
-        return policy
-    return policy.text if isinstance(policy, PolicySpec) else policy.name
+    labels = list(policies) if isinstance(policies, Mapping) else [None] * len(policies)
+    given = policies.values() if isinstance(policies, Mapping) else policies
+    found: dict[str, PolicySpec | RoutingPolicy] = {"full": parse_policy("full")}
+    asked = set()
+    for label, policy in zip(labels, given, strict=True):
+        read = parse_policy(policy) if isinstance(policy, str) else policy
+        name = label or (read.text if isinstance(read, PolicySpec) else read.name)
+        if name in asked:
+            raise InvalidParameterError(
+                f"policy {name!r} is there twice; give a mapping of labels to policies."
+            )
+        asked.add(name)
+        found[name] = read
+    return found

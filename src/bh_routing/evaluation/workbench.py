@@ -12,7 +12,7 @@ from ..calibration.calibration import Calibration
 from ..errors import InvalidParameterError
 from ..integration import RoutingIntegration
 from ..patching import PatchPlan, make_plan
-from .routing_log import RoutingLog, record
+from .routing_log import RoutingLog, log_routing
 
 
 class Workbench:
@@ -54,7 +54,7 @@ class Workbench:
             raise InvalidParameterError(
                 "a budget is solved on calibration text: give a calibration, or text to solve it on."
             )
-        return record(self.model, self.windows)
+        return log_routing(self.model, self.windows)
 
     @cached_property
     def loss_costs(self) -> list[list[float]]:

@@ -92,6 +92,9 @@ class RoutingPolicy(ABC):
     def bind(self, contexts: Iterable[RoutingContext]) -> None:  # noqa: B027 - most policies hold nothing
         """Check that the policy fits these routers and allocate its buffers. Raises; changes no model."""
 
+    def reset(self) -> None:  # noqa: B027 - most policies draw nothing
+        """Start anew: a policy that draws random numbers draws the same ones again."""
+
     def slots(self, context: RoutingContext) -> int:
         """Slots per token in the decision, K' (more than the router's own K only when widening)."""
         return context.top_k

@@ -263,8 +263,12 @@ class RandomPolicy(Baseline):
                 raise InvalidParameterError(
                     f"k={self.k:g} is more than the {context.top_k} experts that router {context.path} selects."
                 )
-            generator = torch.Generator(device=context.device)
-            self._generators[context.path] = generator.manual_seed(self.seed * 1_000_003 + context.index)
+            self._generators[context.path] = torch.Generator(device=context.device)
+        self.reset()
+
+    def reset(self) -> None:
+        for index, generator in enumerate(self._generators.values()):
+            generator.manual_seed(self.seed * 1_000_003 + index)
 
     def keep(self, own: Ordered, logits_TE: Tensor, context: RoutingContext) -> Tensor:
         num_tokens, num = own.scores_TK.shape

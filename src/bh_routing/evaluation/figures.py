@@ -1,0 +1,117 @@
+"""What a result says beside the names: quality, counts, costs and versions; and results as a table."""
+
+from __future__ import annotations
+
+import math
+import platform
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from .. import __version__
+from ..errors import MissingDependencyError
+from ..integration import RoutingIntegration
+from .paired import BLOCK, block_sums
+from .scoring import TextScores
+
+_COUNTED = ("share_saved", "share_floor", "share_ceiling", "jaccard", "count_histogram")
+
+
+def result_of(
+    model: Any, integration: RoutingIntegration, scores: TextScores, words: float
+) -> dict[str, Any]:
+    """The figures of one policy on one text; the keys are in docs/experiments.md.
+
+    Parameters
+    ----------
+    integration : RoutingIntegration
+        Whose statistics are those of this text.
+    words : float
+        Of the text that was read, for the perplexity per word: the loss of all its tokens, spread over words.
+    """
+    losses = scores.losses_C.double()
+    loss = float(losses.mean())
+    counted = integration.telemetry.to_dict()
+    total, layers, policy = counted["total"], counted["layers"], integration.policy
+    return {
+        "perplexity": _exp(loss),
+        "loss": loss,
+        "word_perplexity": _exp(loss * scores.num_tokens / max(words, 1.0)),
+        "token_accuracy": float(scores.hits_C.double().mean()),
+        "kl": None if scores.kl_C is None else float(scores.kl_C.double().mean()),
+        "scored_tokens": losses.numel(),
+        "block": BLOCK,
+        "blocks": block_sums(losses.numpy()),
+        "seconds": scores.seconds,
+        "mean_experts_per_token": total["mean_experts"],
+        "std_experts_per_token": total["std_experts"],
+        **{name: total[name] for name in _COUNTED},
+        "layers": layers,
+        **costs(model, integration, layers),
+        "alpha": getattr(integration, "alpha", getattr(policy, "alpha", None)),
+        "settings": policy.describe() | {"compensation": bool(integration.means)},
+        "causal": policy.causal,
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "versions": versions(),
+        "device": str(model.device),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _exp(exponent: float) -> float:
+    return math.exp(exponent) if exponent < 700 else math.inf
+
+
+def costs(
+    model: Any, integration: RoutingIntegration, layers: Sequence[dict[str, Any]]
+) -> dict[str, float | None]:
+    """Activated parameters and FLOPs per token, from the mean experts per layer; None where experts are not found.
+
+    Parameters of everything but the experts that did not run; two FLOPs for each that multiplies (the input
+    embedding does not, unless it is the output layer too). Attention scores and the routing are left out.
+    """
+    active = float(sum(p.numel() for p in model.parameters()))
+    for layer, counted in zip(integration.plan.layers, layers, strict=True):
+        if layer.experts is None:
+            return {"active_parameters": None, "flops_per_token": None}
+        held = sum(p.numel() for p in layer.experts.parameters())
+        active -= held * (1.0 - (counted["mean_experts"] or 0.0) / layer.context.empty)
+    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings()
+    tied = head is not None and head.weight is embedding
+    return {
+        "active_parameters": active,
+        "flops_per_token": 2.0 * (active - (0 if tied else embedding.numel())),
+    }
+
+
+def versions() -> dict[str, str]:
+    """Of what figures depend on."""
+    import transformers
+
+    return {
+        "bh_routing": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
+def to_frame(results: Sequence[dict[str, Any]]) -> Any:
+    """Results as a pandas DataFrame, one row each: the values that are single numbers or words.
+
+    Raises
+    ------
+    MissingDependencyError
+        Without pandas.
+    """
+    try:
+        import pandas
+    except ImportError as error:
+        raise MissingDependencyError(
+            "a DataFrame needs pandas, which is not installed; pip install 'bh-routing[frame]'."
+        ) from error
+    rows = [{k: v for k, v in r.items() if not isinstance(v, (list, dict))} for r in results]
+    return pandas.DataFrame(rows)
