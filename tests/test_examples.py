@@ -51,16 +51,16 @@ def test_the_study_on_a_stand_in(
         "3000",
     ]
     study.main(asked)
-    records = ResultsFolder(tmp_path / "r").records()
-    assert len(records) == 1 + len(study.AT_BUDGETS) + len(study.ALONE)
-    for record in records:
-        if record["budget"] is not None:
-            assert record["mean_experts_per_token"] == pytest.approx(3.0, rel=0.15), record["policy"]
+    results = ResultsFolder(tmp_path / "r").results()
+    assert len(results) == 1 + len(study.AT_BUDGETS) + len(study.ALONE)
+    for result in results:
+        if result["budget"] is not None:
+            assert result["mean_experts_per_token"] == pytest.approx(3.0, rel=0.15), result["policy"]
     assert (tmp_path / "r" / "report.html").stat().st_size > 20_000
     capsys.readouterr()
     study.main(asked)  # all of it is there
     assert "Pareto front" in capsys.readouterr().out
-    assert len(ResultsFolder(tmp_path / "r").records_path.read_text().splitlines()) == len(records)
+    assert len(ResultsFolder(tmp_path / "r").results_path.read_text().splitlines()) == len(results)
 
 
 def test_the_study_names_policies_that_exist(study: Any) -> None:

@@ -76,7 +76,8 @@ def register() -> type:
 
         def get_model_info(self) -> dict[str, Any]:
             """As in ``hf``, with the policy and the experts that it kept so far."""
-            return super().get_model_info() | {"routing": self.routing.get_routing_stats()}
+            info: dict[str, Any] = super().get_model_info()
+            return info | {"routing": self.routing.get_routing_stats()}
 
     return BHRoutingLM
 

@@ -81,4 +81,5 @@ def lexi_costs(model: Any, *, batches: int = 4, tokens: int = 256, seed: int = 0
 def _run(block: Any, x_BSH: Tensor) -> Tensor:
     parameter = next(block.parameters())
     out = block(x_BSH.to(parameter.device, parameter.dtype))
-    return out[0] if isinstance(out, tuple) else out
+    out_BSH: Tensor = out[0] if isinstance(out, tuple) else out
+    return out_BSH

@@ -48,7 +48,7 @@ def make_report(
     if calibration is not None:
         from ..calibration.plots import calibration_figure
 
-        drawn = _plot(calibration_figure(calibration))
+        drawn = f"<div class='wide broad'>{inline_svg(calibration_figure(calibration))}</div>"
         sections.append(f"<h2>Calibration</h2><pre>{escape(repr(calibration))}</pre>{drawn}")
     template = files(__package__).joinpath("report.html").read_text(encoding="utf-8")
     title = escape(f"Routing policies on {run.get('model', 'a model')}")

@@ -21,7 +21,7 @@ MOST = 8  # policies in a plot of layers: more cannot be told apart
 # Distinguishable without colour vision (after Okabe & Ito), and readable on a light and on a dark ground.
 COLOURS = ("#3a87c8", "#d9701a", "#17a07a", "#b06fb0", "#a58a1f", "#cf4a5a", "#8a8a8a", "#5fb0d9")
 MARKS = "osD^vPX*"
-_STYLE: dict[str, Any] = {
+_STYLE: Any = {
     "svg.fonttype": "none",  # text stays text
     "svg.hashsalt": "bh-routing",  # the same plot has the same identifiers, run by run
     "font.family": "sans-serif",
@@ -146,16 +146,24 @@ def load_plot(row: dict[str, Any]) -> Figure:
     return figure
 
 
-def heat(axes: Axes, cells: Any, names: Sequence[str], x_label: str, unit: str) -> None:
-    """Rows of shaded cells with a scale of their values; rows may differ in length."""
+def heat(
+    axes: Axes,
+    cells: Sequence[Sequence[float]],
+    names: Sequence[str],
+    x_label: str,
+    unit: str,
+    most: float | None = None,
+) -> None:
+    """Rows of shaded cells with a scale of their values, up to ``most``; rows may differ in length."""
     width = max(map(len, cells))
     padded = [[*row, *[float("nan")] * (width - len(row))] for row in cells]
-    image = axes.imshow(padded, cmap="viridis", vmin=0, aspect="auto", interpolation="none")
+    image = axes.imshow(padded, cmap="viridis", vmin=0, vmax=most, aspect="auto", interpolation="none")
     axes.set_yticks(range(len(names)), names, fontsize=8)
     axes.set_xlabel(x_label)
     axes.spines[:].set_visible(False)
-    assert axes.figure is not None
-    axes.figure.colorbar(image, ax=axes, label=unit, pad=0.01)
+    figure = axes.get_figure(root=True)
+    assert figure is not None
+    figure.colorbar(image, ax=axes, label=unit, pad=0.01)
 
 
 def _lines(title: str, lines: Mapping[str, Sequence[float]], x_label: str, y_label: str) -> Figure:
@@ -164,7 +172,7 @@ def _lines(title: str, lines: Mapping[str, Sequence[float]], x_label: str, y_lab
     for i, (name, values) in enumerate(lines.items()):
         axes.plot(range(len(values)), values, label=name, **_mark(i))
     axes.set_ylim(bottom=0)
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.locator_params(axis="x", integer=True)
     return _finished(axes, x_label, y_label)
 
 
@@ -176,13 +184,14 @@ def _finished(axes: Axes, x_label: str, y_label: str) -> Figure:
     axes.set(xlabel=x_label, ylabel=y_label)
     axes.grid(axis="y", color="#8a8a8a", alpha=0.3, lw=0.6)
     axes.spines[["top", "right"]].set_visible(False)
-    figure: Any = axes.figure
+    figure = axes.get_figure(root=True)
+    assert figure is not None
     handles, labels = axes.get_legend_handles_labels()
     labels = [label.replace("$", r"\$") for label in labels]
     if handles:
         columns = 1 if max(map(len, labels)) > 45 else 2
         figure.legend(handles, labels, loc="outside lower left", ncols=columns, fontsize=8.5, frameon=False)
-    return figure  # type: ignore[no-any-return]
+    return figure
 
 
 # ----------------------------------------------------------------------------------------------- helpers

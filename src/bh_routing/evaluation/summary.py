@@ -31,13 +31,14 @@ def summarise(results: Sequence[dict[str, Any]], dataset: str) -> list[dict[str,
         near = None if result in cuts or result is full else _nearest(cuts, result["mean_experts_per_token"])
         against = None if near is None else perplexity_change(result["blocks"], near["blocks"])
         word = "" if near is None or against is None else _verdict(result, near, against)
-        own = full is None or result is full
         rows.append(
             {
                 "result": result,
                 "experts": result["mean_experts_per_token"],
                 "perplexity": result["perplexity"],
-                "change": None if own else perplexity_change(result["blocks"], full["blocks"]),
+                "change": None
+                if full is None or result is full
+                else perplexity_change(result["blocks"], full["blocks"]),
                 "against": near["policy"] if near is not None and word else None,
                 "against_topk": against if word else None,
                 "verdict": word,

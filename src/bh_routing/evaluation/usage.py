@@ -55,12 +55,13 @@ def expert_usage(
     >>> list(usage), tuple(usage["code"].shape), float(usage["code"][0].sum().round(decimals=6))
     (['narrative', 'technical', 'dialogue', 'code'], (4, 64), 4.0)
     """
+    model: Any = integration.model
     usage = {}
     for name, text in texts.items():
         integration.reset_stats()
         with integration:
             for ids_1S in cut_windows(tokenizer, text, window, limit):
-                integration.model(input_ids=ids_1S.to(integration.model.device), use_cache=False)
+                model(input_ids=ids_1S.to(model.device), use_cache=False)
         layers = integration.telemetry.to_dict()["layers"]
         loads = [torch.tensor(layer["expert_load"]) / max(1, layer["tokens"]) for layer in layers]
         usage[name] = torch.nn.utils.rnn.pad_sequence(loads, batch_first=True).double()
@@ -75,6 +76,7 @@ def plot_usage(usage: Mapping[str, Tensor]) -> Figure:
     MissingDependencyError
         Without matplotlib.
     """
+    most = 100 * max(float(usage_LE.max()) for usage_LE in usage.values())
     layers = max(len(usage_LE) for usage_LE in usage.values())
     height = 0.6 + len(usage) * (0.9 + 0.16 * layers)
     figure = new_figure("Share of tokens by expert and layer", height=height)
@@ -85,7 +87,7 @@ def plot_usage(usage: Mapping[str, Tensor]) -> Figure:
             f"{name}: {float(usage_LE.sum(-1).mean()):.2f} experts per token", fontsize=9, loc="left"
         )
         names = [f"layer {i}" for i in range(len(usage_LE))]
-        heat(axes, (100 * usage_LE).tolist(), names, "expert", "% of tokens")
+        heat(axes, (100 * usage_LE).tolist(), names, "expert", "% of tokens", most)
     return figure
 
 
