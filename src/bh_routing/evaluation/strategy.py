@@ -69,7 +69,7 @@ class RoutingStrategy(RoutingPolicy):
             indices_TC,
             own_weights_TK,
             own_experts_TK,
-            replace(context, route_norm="raw"),  # the rule's weights are used as they are
+            replace(context, route_norm="none"),  # the rule's weights are used as they are
             torch.isfinite(logits_TE.sum(-1)),
         )
 
