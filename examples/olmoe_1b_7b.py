@@ -87,7 +87,7 @@ def main(argv: list[str] | None = None) -> None:
             model,
             tokenizer,
             policies(args.budgets),
-            {Path(path).name.split(".")[0]: "".join(TextFile(path)) for path in args.text},
+            {Path(path).name.split(".")[0]: TextFile(path).read() for path in args.text},
             folder,
             calibration=calibration,
             solve_text=next(iter(calibration_text)),

@@ -111,8 +111,6 @@ def run(args: argparse.Namespace) -> None:
     )
 
 
-
-
 def _read_config(args: argparse.Namespace) -> None:
     """Fill in what the command line does not give from a YAML file of the same names."""
     import yaml

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import InvalidInputError
 from ..stats.divergence import kl_divergence
 from ..text import Window
 
