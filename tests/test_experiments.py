@@ -32,6 +32,9 @@ class Letters:
         def __init__(self, ids: list[int], tensor: bool) -> None:
             self.input_ids: Any = torch.tensor([ids]) if tensor else ids
 
+        def __getitem__(self, name: str) -> Any:
+            return getattr(self, name)
+
     def __call__(self, text: str, **settings: Any) -> Any:
         return self.Encoded([min(ord(c), 255) for c in text], settings.get("return_tensors") == "pt")
 
