@@ -48,6 +48,7 @@ def test_content(wheel):
         "bh_routing/py.typed",
         "bh_routing/data/sample.txt",
         "bh_routing/data/prompts.json",
+        "bh_routing/models/families.json",
         "bh_routing/models/olmoe-nano/README.md",
         "bh_routing/models/olmoe-nano/config.json",
         "bh_routing/models/olmoe-nano/model.safetensors",
@@ -55,6 +56,7 @@ def test_content(wheel):
         "bh_routing/models/olmoe-nano/calibration.safetensors",
         "olmoe_bh_integration.py",
         "olmoe_routing_experiments.py",
+        "test_integration.py",
         f"bh_routing-{__version__}.dist-info/licenses/LICENSE",
     ):
         assert name in names
@@ -63,6 +65,7 @@ def test_content(wheel):
         "bh_routing",
         "olmoe_bh_integration.py",
         "olmoe_routing_experiments.py",
+        "test_integration.py",
         f"bh_routing-{__version__}.dist-info",
     }
     assert f"\nVersion: {__version__}\n" in metadata
@@ -84,9 +87,16 @@ def test_demo(environment, tmp_path):
 
 
 def test_self_check(environment, tmp_path):
+    assert call(environment, "-m", "test_integration", cwd=tmp_path).splitlines()[-1] == "7/7 tests passed"
+    call(environment, "-c", "from test_integration import test_with_real_model", cwd=tmp_path)
     script = tmp_path / "test_integration.py"
     script.write_text((ROOT / "test_integration.py").read_text())
     assert call(environment, script, cwd=tmp_path).splitlines()[-1] == "7/7 tests passed"
+
+
+def test_a_self_check_of_ones_own_is_not_shadowed(environment, tmp_path):
+    (tmp_path / "test_integration.py").write_text("print('mine')")
+    assert call(environment, "-c", "import test_integration", cwd=tmp_path) == "mine\n"
 
 
 def test_only_what_the_wheel_asks_for_is_needed(environment, tmp_path):
