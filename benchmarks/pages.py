@@ -5,12 +5,15 @@ A page holds blocks between two comment lines,
     <!-- begin NAME: the command that prints it -->
     <!-- end NAME -->
 
-and a benchmark called with ``--write PAGE`` replaces what is between them.
+and a benchmark called with ``--write PAGE`` replaces what is between them. A Python block of a page may be followed by a
+text block, which is what it prints (`outputs`).
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,6 +27,34 @@ from bh_routing.evaluation import cut_windows
 from bh_routing.text import TextFile
 
 WINDOW = 256  # tokens
+
+
+# A Python block, and where nothing but blank lines stands between, the text block of what it prints.
+PYTHON = re.compile(r"(```python\n)(.*?)(```\n)(\s*```text\n)?(?(4)(.*?)(```\n))", re.DOTALL)
+
+
+def outputs(page: str) -> list[tuple[str, str | None, str]]:
+    """(code, what the page says that it prints, what it prints) of every Python block, run in order as one program."""
+    scope: dict[str, Any] = {"__name__": "__main__"}
+    found = []
+    for block in PYTHON.finditer(page):
+        printed = io.StringIO()
+        with contextlib.redirect_stdout(printed):
+            exec(compile(block[2], "<page>", "exec"), scope)
+        found.append((block[2], block[5], printed.getvalue()))
+    return found
+
+
+def refresh_outputs(page: Path) -> None:
+    """Run a page's Python blocks, and put what they print into the text blocks that follow them."""
+    content = page.read_text(encoding="utf-8")
+    printed = iter([text for _, _, text in outputs(content)])
+
+    def filled(block: re.Match[str]) -> str:
+        text = next(printed)
+        return block[0] if block[4] is None else f"{block[1]}{block[2]}{block[3]}{block[4]}{text}{block[6]}"
+
+    page.write_text(PYTHON.sub(filled, content), encoding="utf-8")
 
 
 def arguments(doc: str | None, *, threads: bool = True) -> argparse.ArgumentParser:

@@ -1,6 +1,6 @@
-"""Make every figure in README.md, docs/ and examples/ anew, by the commands that stand beside them.
+"""Make every figure and output in README.md, docs/ and examples/ anew, by the commands that stand beside them.
 
-    python benchmarks/refresh_docs.py [--data DIR] [demo] [example] [picture] [parameters] [decide] [notebook]
+    python benchmarks/refresh_docs.py [--data DIR] [demo] [programs] [picture] [parameters] [decide] [notebook]
 
 Without names: all of them, in this order. DIR holds books-valid.txt.xz and books-calibration.txt.xz, the texts that
 olmoe-nano was judged and calibrated on; picture and parameters need them. Also needs the extras of `make test`.
@@ -12,32 +12,14 @@ import argparse
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from pages import write_block
+from pages import refresh_outputs, write_block
 
 ROOT = Path(__file__).parent.parent
-README = ROOT / "README.md"
-
-EXAMPLE = """\
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-from bh_routing import BHRoutingIntegration
-from bh_routing.models import bundled_calibration, bundled_path
-
-model = AutoModelForCausalLM.from_pretrained(bundled_path("olmoe-nano"))
-tokenizer = AutoTokenizer.from_pretrained(bundled_path("olmoe-nano"))
-inputs = tokenizer("The old man walked to the", return_tensors="pt")
-
-with BHRoutingIntegration(model, calibration=bundled_calibration(), experts_per_token=4.0) as integrator:
-    output = model.generate(**inputs, max_new_tokens=20, do_sample=False)
-    stats = integrator.get_routing_stats()
-
-print(tokenizer.decode(output[0]))
-print(f"{stats['mean_experts_per_token']:.2f} experts per token, at level {stats['alpha']:.3f}")
-print(integrator.telemetry)
-"""
+PROGRAMS = ("README.md", "docs/quickstart.md")
 
 
 def printed(*argv: str) -> str:
@@ -50,12 +32,16 @@ def printed(*argv: str) -> str:
 
 
 def demo(data: Path) -> None:
-    write_block(README, "demo", f"```text\n{printed('-m', 'bh_routing', 'demo')}\n```")
+    write_block(ROOT / "docs" / "demo.md", "demo", f"```text\n{printed('-m', 'bh_routing', 'demo')}\n```")
 
 
-def example(data: Path) -> None:
-    output = printed("-c", EXAMPLE)
-    write_block(README, "example", f"```python\n{EXAMPLE}```\n\n```text\n{output}\n```")
+def programs(data: Path) -> None:
+    """What the Python of the pages prints."""
+    for name in PROGRAMS:
+        with tempfile.TemporaryDirectory() as folder:
+            os.chdir(folder)  # they write files
+            refresh_outputs(ROOT / name)
+            os.chdir(ROOT)
 
 
 def picture(data: Path) -> None:
@@ -88,7 +74,7 @@ def notebook(data: Path) -> None:
 
 
 PARTS: dict[str, Callable[[Path], None]] = {
-    part.__name__: part for part in (demo, example, picture, parameters, decide, notebook)
+    part.__name__: part for part in (demo, programs, picture, parameters, decide, notebook)
 }
 
 

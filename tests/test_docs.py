@@ -1,15 +1,23 @@
-"""README and docs/: the code runs, the links lead somewhere, and every figure names the command that printed it."""
+"""README and docs/: programs run and print what they say, commands parse, links lead somewhere, figures name their command."""
 
 from __future__ import annotations
 
+import ast
+import importlib
 import re
-import subprocess
+import shlex
 import sys
 from pathlib import Path
 
 import pytest
 
+from bh_routing.cli import COMMANDS, build_parser, main
+
 ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "benchmarks"))
+from pages import outputs  # noqa: E402
+from refresh_docs import PROGRAMS  # noqa: E402
+
 PAGES = sorted([ROOT / "README.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").glob("*.md")])
 
 
@@ -40,20 +48,127 @@ def test_blocks_are_filled(page):
         assert content.strip(), f"{begin} is empty: run {command}"
 
 
-def test_readme_example_runs():
-    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=240)
-    assert run.returncode == 0, run.stderr
-    level, *telemetry = run.stdout.rstrip().split("\n")[-8:]
-    assert re.fullmatch(r"[1-7]\.\d\d experts per token, at level 0\.\d{3}", level)
+def python_blocks(page):
+    return re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_python_names_what_there_is(page):
+    """Every block compiles, and what it imports from this package exists (blocks that need a GPU or a text do not run)."""
+    for code in python_blocks(page):
+        for node in ast.walk(ast.parse(code)):
+            if isinstance(node, ast.ImportFrom) and node.module.startswith(("bh_routing", "olmoe_")):
+                module = importlib.import_module(node.module)
+                for name in node.names:
+                    assert hasattr(module, name.name), f"{node.module}.{name.name}"
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_programs_print_what_the_page_says(name, tmp_path, monkeypatch):
+    """Line by line, but for the digits, which depend on the machine, and for text that the model writes."""
+    monkeypatch.chdir(tmp_path)
+    blocks = outputs((ROOT / name).read_text())
+    assert len(blocks) == len(python_blocks(ROOT / name))
+    assert any(said for _, said, _ in blocks)
+    for code, said, printed in blocks:
+        assert (said is None) == (printed == ""), code
+        if said is None:
+            continue
+        assert len(said.splitlines()) == len(printed.splitlines()), printed
+        for expected, line in zip(said.splitlines(), printed.splitlines(), strict=True):
+            if re.search(r"\d", expected):
+                assert re.sub(r"[\d ]+", "#", line) == re.sub(r"[\d ]+", "#", expected)
+
+
+def test_readme_example_runs(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    ((_, _, printed),) = outputs((ROOT / "README.md").read_text())
+    telemetry = printed.rstrip().split("\n")[-7:]
     assert telemetry[0].startswith("Telemetry: 4 routers, ")
-    assert telemetry[-1].startswith("all ")
+    assert re.fullmatch(r"all +\d+ +[1-7]\.\d\d +\d\.\d\d +\d\d\.\d%", telemetry[-1])
+
+
+def test_quickstart_says_budget_and_level():
+    printed = "".join(re.findall(r"```text\n(.*?)```", (ROOT / "docs/quickstart.md").read_text(), re.DOTALL))
+    assert re.search(r"^[1-7]\.\d\d experts per token, at level 0\.\d{3}$", printed, re.MULTILINE)
 
 
 def test_readme_output_is_of_this_model():
-    """The demo's table in README.md was printed with the calibration that ships."""
-    text = (ROOT / "README.md").read_text()
+    """The demo's table in docs/demo.md was printed with the calibration that ships."""
+    text = (ROOT / "docs" / "demo.md").read_text()
     assert re.search(r"^own top-8 +8\.00 ± 0\.00 ", text, re.MULTILINE)
     for k in (6, 4, 3, 2):
         assert re.search(rf"^BH, {k} experts +\d\.\d\d ± ", text, re.MULTILINE)
         assert re.search(rf"^top-{k} +{k}\.00 ± 0\.00 ", text, re.MULTILINE)
+
+
+# ------------------------------------------------------------------------------------------------ command lines
+
+
+def command_lines(page):
+    """Every command line of a page, in blocks of code (joined where it is continued) and in the text, as words."""
+    text = re.sub(r"\\\n\s*", "", page.read_text())
+    lines = re.findall(r"^(?:    )?([^|`\n]*)$", text, re.MULTILINE) + re.findall(r"`([^`\n]+)`", text)
+    lines += re.findall(r"<!-- begin \S+: (.*?) -->", text)
+    for line in lines:
+        words = shlex.split(line, comments=True) if re.search(COMMAND, line) else []
+        while words and (re.match(r"[A-Z_]+=", words[0])):
+            del words[0]
+        if words and "..." not in words and not words[-1].endswith(":"):  # a line of a log
+            yield [word.strip("[]") for word in words]
+
+
+COMMAND = re.compile(r"^\s*(?:[A-Z_]+=\S+ )*(?:bh-routing|[\w./-]*python|torchrun|scripts/\S+\.sh|make) \S")
+ALL_COMMANDS = sorted({tuple(words) for page in PAGES for words in command_lines(page)})
+
+
+def of(program):
+    return [words for words in ALL_COMMANDS if Path(words[0]).name == program]
+
+
+def test_the_command_lines_are_found():
+    assert len(of("bh-routing")) >= 25
+    assert len(of("python")) >= 10
+    assert len(of("make")) >= 4
+
+
+@pytest.mark.parametrize("words", of("bh-routing"), ids=" ".join)
+def test_commands_parse(words):
+    if len(words) == 2:  # a command is only named
+        assert words[1] in COMMANDS
+        return
+    parser = build_parser()
+    numbers = {"N", "S"}  # what stands for a number
+    args, unknown = parser.parse_known_args(["1" if word in numbers else word for word in words[1:]])
+    assert not unknown
+    assert args.command == words[1]
+
+
+@pytest.mark.parametrize("words", [w for w in of("python") if w[1].endswith(".py")], ids=" ".join)
+def test_scripts_have_these_options(words):
+    script = ROOT / words[1]
+    source = script.read_text()
+    if "from pages import" in source:
+        source += (ROOT / "benchmarks" / "pages.py").read_text()
+    for option in (word.partition("=")[0] for word in words[2:] if word.startswith("--")):
+        assert f'"{option}"' in source, option
+
+
+@pytest.mark.parametrize("words", of("make"), ids=" ".join)
+def test_make_targets_exist(words):
+    (phony,) = re.findall(r"^\.PHONY: (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert words[1] in phony.split()
+
+
+QUICK = [
+    ("bh-routing", "families"),
+    ("bh-routing", "inspect", "olmoe-nano"),
+    ("bh-routing", "evaluate", "--policies"),
+]
+
+
+@pytest.mark.parametrize("words", QUICK, ids=" ".join)
+def test_quick_commands_run(words, capsys):
+    assert words in ALL_COMMANDS
+    assert main(words[1:]) == 0
+    assert len(capsys.readouterr().out.splitlines()) > 5

@@ -8,6 +8,7 @@ slots to keep: ``policy.decide(logits_TE, own_weights_TK, own_experts_TK, contex
 
 from __future__ import annotations
 
+from ..decision.select import Kept
 from .base import RoutingContext, RoutingPolicy, TopKPolicy
 from .pvalue import PValuePolicy
 from .table import TablePolicy
@@ -17,6 +18,7 @@ POLICIES: dict[str, type[RoutingPolicy]] = {p.name: p for p in (TablePolicy, PVa
 
 __all__ = [
     "POLICIES",
+    "Kept",
     "PValuePolicy",
     "RoutingContext",
     "RoutingPolicy",
