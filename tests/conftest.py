@@ -46,7 +46,7 @@ def synthetic_calibration() -> Callable[..., Calibration]:
         sampler = ReservoirSampler(reservoir, layers, experts, top_k)
         hashes = torch.randint(2**62, (tokens,), generator=generator)
         sampler.add(hashes, logits_LTE.transpose(0, 1), own_LTK.transpose(0, 1))
-        measured = join_moments(sums, 6)
+        measured = join_moments(sums)
         if sensitivity:
             from dataclasses import replace
 

@@ -403,7 +403,8 @@ WORKER = """
 import sys
 from pathlib import Path
 import torch
-from bh_routing.calibration.passes import calibrate, distributed
+from bh_routing.calibration.forwards import distributed
+from bh_routing.calibration.passes import calibrate
 from bh_routing.text import TextFile
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging

@@ -6,12 +6,15 @@ Shape legend: L routed layers, T tokens of a batch, E experts, K slots of the ro
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import functools
+import operator
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from .._hashing import Ids
 from ..decision.compensation import lost_and_kept
 from ..errors import CalibrationError
 from ..stats.histogram import FIRST_BIN, LAST_BIN, Histogram, bin_index
@@ -101,16 +104,22 @@ class LayerCounts:
         return result
 
 
+def layer_counts(data: CalibrationData) -> list[LayerCounts]:
+    """Empty counts of a calibration's layers."""
+    return [
+        LayerCounts(layer.path, data.num_experts, layer.score_func, data.temperature, data.trim)
+        for layer in data.layers
+    ]
+
+
 def recount(
     data: CalibrationData, layers: Iterable[tuple[Tensor, Tensor]]
 ) -> dict[str, dict[str, Histogram]]:
     """``[statistic][set]`` -> counts of other tokens of the same routers: (logits [T, E], own choice [T, K]) by layer."""
-    parts = []
-    for layer, (logits_TE, own_TK) in zip(data.layers, layers, strict=True):
-        counts = LayerCounts(layer.path, data.num_experts, layer.score_func, data.temperature, data.trim)
+    every = layer_counts(data)
+    for counts, layer, (logits_TE, own_TK) in zip(every, data.layers, layers, strict=True):
         counts.update(logits_TE.float(), own_TK[:, : layer.top_k].long())
-        parts.append(counts.histograms())
-    return join_layers(parts)
+    return join_layers(counts.histograms() for counts in every)
 
 
 def trimmed_range(logits_TE: Tensor, trim: int) -> tuple[Tensor, Tensor]:
@@ -134,26 +143,40 @@ def trimmed_range(logits_TE: Tensor, trim: int) -> tuple[Tensor, Tensor]:
 
 
 class LayerMoments:
-    """Sums of the experts' outputs of one layer, in float64."""
+    """Sums of the experts' outputs of one layer, in float64; H is 0 until the first output is seen."""
 
     def __init__(self, num_experts: int) -> None:
-        self.num_experts = num_experts
-        self.tokens_E: Tensor | None = None
-        self.square_E: Tensor
-        self.sum_EH: Tensor
+        self.tokens_E = torch.zeros(num_experts, dtype=torch.int64)
+        self.square_E = torch.zeros(num_experts, dtype=torch.float64)
+        self.sum_EH = torch.zeros(num_experts, 0, dtype=torch.float64)
 
     def update(self, outputs_PH: Tensor, experts_P: Tensor) -> None:
         """Add the outputs of some (token, expert) pairs. Padding must have been taken out."""
-        if self.tokens_E is None:
-            zeros = torch.zeros(self.num_experts, dtype=torch.float64, device=outputs_PH.device)
-            self.tokens_E, self.square_E = zeros.long(), zeros.clone()
-            self.sum_EH = zeros.unsqueeze(1).repeat(1, outputs_PH.shape[-1])
+        num, hidden = len(self.tokens_E), outputs_PH.shape[-1]
+        if not self.sum_EH.shape[1]:
+            self.tokens_E, self.square_E = (x.to(outputs_PH.device) for x in (self.tokens_E, self.square_E))
+            self.sum_EH = self.square_E.new_zeros(num, hidden)
         values_PH = outputs_PH.float()
-        self.tokens_E += torch.bincount(experts_P, minlength=self.num_experts)
+        self.tokens_E += torch.bincount(experts_P, minlength=num)
         self.square_E.index_add_(0, experts_P, values_PH.square().sum(-1).double())
         # One batch is summed in float32 (a few hundred terms per expert), batches in float64.
         batch_EH = torch.zeros_like(self.sum_EH, dtype=torch.float32).index_add_(0, experts_P, values_PH)
         self.sum_EH += batch_EH
+
+
+def join_moments(layers: Sequence[LayerMoments]) -> Moments:
+    """Moments over all layers, on the CPU; a layer of which nothing was seen has means of 0."""
+    hidden = max(1, *(layer.sum_EH.shape[1] for layer in layers))
+    sums = [nn.functional.pad(m.sum_EH.cpu(), (0, hidden - m.sum_EH.shape[1])) for m in layers]
+    tokens_LE = torch.stack([layer.tokens_E.cpu() for layer in layers])
+    share_LE = tokens_LE.clamp_min(1).double()
+    mean_LEH = torch.stack(sums) / share_LE.unsqueeze(-1)
+    return Moments(
+        tokens_LE=tokens_LE,
+        square_LE=torch.stack([layer.square_E.cpu() for layer in layers]) / share_LE,
+        mean_square_LE=mean_LEH.square().sum(-1),
+        mean_LEH=mean_LEH,
+    )
 
 
 class LayerSensitivity:
@@ -196,42 +219,19 @@ class LayerSensitivity:
         return self.tokens_E.cpu(), self.square_E.cpu(), self.gram_JJ.cpu(), self.cross_JH.cpu()
 
 
-def join_moments(layers: list[LayerMoments], hidden: int) -> Moments:
-    """Moments over all layers, on the CPU."""
-    num = layers[0].num_experts
-    zeros = torch.zeros(num, dtype=torch.float64)
-    tokens, square, mean = [], [], []
-    for layer in layers:
-        if layer.tokens_E is None:
-            tokens.append(zeros.long())
-            square.append(zeros)
-            mean.append(zeros.unsqueeze(1).repeat(1, hidden))
-            continue
-        tokens_E = layer.tokens_E.cpu()
-        share_E = tokens_E.clamp_min(1).double()
-        tokens.append(tokens_E)
-        square.append(layer.square_E.cpu() / share_E)
-        mean.append(layer.sum_EH.cpu() / share_E.unsqueeze(1))
-    mean_LEH = torch.stack(mean)
-    return Moments(
-        tokens_LE=torch.stack(tokens),
-        square_LE=torch.stack(square),
-        mean_square_LE=mean_LEH.square().sum(-1),
-        mean_LEH=mean_LEH,
-    )
-
-
 class ReservoirSampler:
     """Keeps the tokens with the smallest hashes: the same tokens in any order and on any number of processes."""
 
     def __init__(self, size: int, num_layers: int, num_experts: int, num_slots: int) -> None:
-        self.size = size
-        self.shape = (num_layers, num_experts, num_slots)
-        self.parts: list[Reservoir] = []
-        self.held = 0
-        self.limit = np.iinfo(np.int64).max
+        self.size, self.held, self.limit = size, 0, np.iinfo(np.int64).max
+        nothing = Reservoir(
+            hash_N=torch.zeros(0, dtype=torch.int64),
+            logits_NLE=torch.zeros(0, num_layers, num_experts, dtype=torch.float16),
+            experts_NLK=torch.zeros(0, num_layers, num_slots, dtype=torch.int16),
+        )
+        self.parts = [nothing]
 
-    def admit(self, hash_T: np.ndarray) -> Tensor:
+    def admit(self, hash_T: Ids) -> Tensor:
         """Indices of the batch's tokens that may belong to the reservoir, int64."""
         rows = np.flatnonzero(hash_T < self.limit) if self.size else np.empty(0, dtype=np.int64)
         return torch.from_numpy(rows)
@@ -256,12 +256,4 @@ class ReservoirSampler:
 
     def result(self) -> Reservoir:
         """What is kept, sorted by hash."""
-        layers, experts, slots = self.shape
-        everything = Reservoir(
-            hash_N=torch.zeros(0, dtype=torch.int64),
-            logits_NLE=torch.zeros(0, layers, experts, dtype=torch.float16),
-            experts_NLK=torch.zeros(0, layers, slots, dtype=torch.int16),
-        )
-        for part in self.parts:
-            everything = everything + part
-        return everything.smallest(self.size)
+        return functools.reduce(operator.add, self.parts).smallest(self.size)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -30,30 +30,13 @@ from .moments import Moments
 
 FORMAT, FORMAT_VERSION = "bh-routing calibration", 1
 
-_SCALARS = (
-    "model_id",
-    "num_experts",
-    "temperature",
-    "trim",
-    "tokens",
-    "documents",
-    "text_digest",
-    "seed",
-    "window",
-    "reservoir_size",
-    "library_version",
-)
+IN_FLOAT32 = ("mean_LEH", "gram_LJJ", "cross_LJH")  # of the moments, which are float64 in memory
+PARTS: dict[str, type[Moments | Reservoir]] = {"moments": Moments, "reservoir": Reservoir}
 
-_MOMENTS = {
-    "tokens": "tokens_LE",
-    "square": "square_LE",
-    "mean_square": "mean_square_LE",
-    "mean": "mean_LEH",
-    "sensitivity_tokens": "sensitivity_tokens_LE",
-    "sensitivity": "sensitivity_LE",
-    "gram": "gram_LJJ",
-    "cross": "cross_LJH",
-}
+
+def _keys(part: str) -> dict[str, str]:
+    """Field -> key in the file: ``mean_LEH`` of the moments is ``moments.mean``."""
+    return {field.name: f"{part}.{field.name.rpartition('_')[0]}" for field in fields(PARTS[part])}
 
 
 def save(data: CalibrationData, path: str | os.PathLike[str]) -> None:
@@ -79,20 +62,16 @@ def save(data: CalibrationData, path: str | os.PathLike[str]) -> None:
                 used = Histogram(held.start, held.counts_LEB[layer : layer + 1]).trimmed_to_use()
                 key = f"hist.{kind}.{name}.{layer}"
                 tensors[key], starts[key] = _narrow(used.counts_LEB[0]), used.start
-    if data.moments is not None:
-        for key, field in _MOMENTS.items():
-            if (value := getattr(data.moments, field)) is not None:
-                tensors[f"moments.{key}"] = value.float() if key in ("mean", "gram", "cross") else value
-    if data.reservoir is not None:
-        tensors["reservoir.hash"] = data.reservoir.hash_N
-        tensors["reservoir.logits"] = data.reservoir.logits_NLE
-        tensors["reservoir.experts"] = data.reservoir.experts_NLK
+    for part in PARTS:
+        for name, key in _keys(part).items():
+            if (value := getattr(getattr(data, part), name, None)) is not None:
+                tensors[key] = value.float() if name in IN_FLOAT32 else value
     tensors = {key: value.cpu().contiguous() for key, value in tensors.items()}
+    scalars = {field.name: getattr(data, field.name) for field in fields(data)}
+    scalars = {name: value for name, value in scalars.items() if isinstance(value, (str, int, float))}
+    layers = [asdict(layer) for layer in data.layers]
     header = json.dumps(
-        {name: getattr(data, name) for name in _SCALARS}
-        | {"layers": [asdict(layer) for layer in data.layers], "starts": starts}
-        | {"left_out": list(data.left_out), "compensation_strength": data.compensation_strength},
-        sort_keys=True,
+        scalars | {"layers": layers, "starts": starts, "left_out": data.left_out}, sort_keys=True
     )
     metadata = {
         "format": FORMAT,
@@ -183,24 +162,15 @@ def _fields(header: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, Any
     histograms: dict[str, dict[str, Histogram]] = {}
     for (kind, name), parts in per_layer.items():
         histograms.setdefault(kind, {})[name] = stack_layers(parts)
-    moments = reservoir = None
-    if "moments.tokens" in tensors:
-        held = {field: tensors.get(f"moments.{key}") for key, field in _MOMENTS.items()}
-        moments = Moments(
-            **{f: v.double() if v is not None and v.is_floating_point() else v for f, v in held.items()}  # type: ignore[arg-type]
-        )
-    if "reservoir.hash" in tensors:
-        reservoir = Reservoir(
-            hash_N=tensors["reservoir.hash"],
-            logits_NLE=tensors["reservoir.logits"],
-            experts_NLK=tensors["reservoir.experts"],
-        )
-    return {name: header[name] for name in _SCALARS} | {
-        "compensation_strength": header.get("compensation_strength", 1.0),
+    found: dict[str, Any] = {key: value for key, value in header.items() if key != "starts"}
+    for part, kind_of_part in PARTS.items():
+        held = {name: tensors.get(key) for name, key in _keys(part).items()}
+        if any(value is not None for value in held.values()):
+            wide = {n: v.double() if v is not None and n in IN_FLOAT32 else v for n, v in held.items()}
+            found[part] = kind_of_part(**wide)
+    return found | {
         "left_out": tuple(header.get("left_out", ())),
         "layers": tuple(LayerRecord(**_renamed(layer)) for layer in header["layers"]),
         "histograms": histograms,
-        "moments": moments,
-        "reservoir": reservoir,
         "fingerprint_LD": tensors["fingerprint"],
     }

@@ -1,4 +1,4 @@
-"""The second pass: dropping is rehearsed, and what it costs is measured.
+"""The second pass: experts are dropped, and what that costs is measured.
 
 Experts are dropped as the calibration of the first pass drops them at a third of the router's own number, so that
 sensitivities and compensation are those of the state in which they are used.
@@ -12,38 +12,41 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..decision.compensation import lost_and_kept
 from ..errors import BudgetError, CalibrationError, CalibrationWarning
+from ..patching import LayerPlan, PatchPlan, watch
 from ..policies import RoutingPolicy, TopKPolicy
 from ..text import Batch
 from .accumulate import LayerSensitivity
 from .calibration import Calibration
+from .forwards import forward, gather, pair_outputs, pieces
 from .moments import Moments
-from .running import forward, gather, pair_outputs, pieces
-
-if TYPE_CHECKING:
-    from ..patching import LayerPlan, PatchPlan
 
 
-class Rehearsal:
-    """The second pass: how much the loss feels each expert, under the routing that is calibrated for.
+class SecondPass:
+    """How much the loss feels each expert, and what dropped experts would have added, where experts are dropped.
 
-    The experts are dropped as the calibration of the first pass drops them at a third of the router's own
-    number, so that sensitivities and compensation are those of the state in which they are used.
+    Parameters
+    ----------
+    model : nn.Module
+        A language model, whose parameters require no gradient.
+    plan : PatchPlan
+    calibration : Calibration
+        Of the first pass, with mean outputs.
     """
 
-    def __init__(self, plan: PatchPlan, calibration: Calibration) -> None:
+    def __init__(self, model: nn.Module, plan: PatchPlan, calibration: Calibration) -> None:
         moments = calibration.moments
         assert moments is not None
         assert moments.mean_LEH is not None
-        self.plan = plan
+        self.model, self.plan, self.moments = model, plan, moments
         self.contexts = {layer.path: layer.context for layer in plan.layers}
-        self.policy = rehearsal_policy(calibration, plan)
+        self.policy = dropping_policy(calibration)
         self.policy.bind(plan.contexts)
         self.layers = {
             layer.path: LayerSensitivity(mean_EH.float().to(layer.context.device))
@@ -51,15 +54,14 @@ class Rehearsal:
         }
         self.choice: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
 
-    def run(self, model: nn.Module, batch: Batch) -> None:
-        from ..patching import watch
-
+    def add(self, batch: Batch) -> None:
+        """Run the model forward and backward on a batch."""
         self.batch = batch
         with torch.enable_grad(), watch(self.plan, self._on_choice, self._around):
-            logits_BSV = forward(model, self.plan, batch, head=True)
+            logits_BSV = forward(self.model, self.plan, batch, head=True)
             if logits_BSV is None:
                 raise CalibrationError(
-                    f"sensitivity=True needs next-token logits, {type(model).__name__} gives none; load the model "
+                    f"sensitivity=True needs next-token logits, {type(self.model).__name__} gives none; load the model "
                     "with its language-model head (AutoModelForCausalLM)."
                 )
             ids_BS = batch.input_ids.to(logits_BSV.device)
@@ -67,7 +69,7 @@ class Rehearsal:
             loss = nn.functional.cross_entropy(
                 logits_BSV[:, :-1].flatten(0, 1).float(), targets_BS.flatten(), reduction="sum"
             )
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
         self.choice.clear()
 
     def _on_choice(
@@ -100,13 +102,7 @@ class Rehearsal:
                 for piece in pieces(fixed_TH, index_TK):
                     index = index_TK[piece]
                     outputs_TKH = pair_outputs(inner, fixed_TH[piece], index).view(*index.shape, -1)
-                    parts = (
-                        outputs_TKH,
-                        gradient_TH[piece],
-                        index,
-                        fixed_TK[piece],
-                        dropped_TK[piece],
-                    )
+                    parts = (outputs_TKH, gradient_TH[piece], index, fixed_TK[piece], dropped_TK[piece])
                     if real_T is not None:
                         parts = tuple(part[real_T[piece]] for part in parts)  # type: ignore[assignment]
                     sums.update(*parts)
@@ -114,14 +110,14 @@ class Rehearsal:
         out_TH.register_hook(on_gradient)
         return out_TH
 
-    def result(self, moments: Moments) -> Moments:
-        """The moments with the sums of all processes."""
+    def result(self) -> Moments:
+        """The calibration's moments with the sums of all processes."""
         ours = [torch.stack(part) for part in zip(*(s.sums() for s in self.layers.values()), strict=True)]
         for theirs in gather(ours, others_only=True):
             ours = [a + b for a, b in zip(ours, theirs, strict=True)]
         tokens_LE, square_LE, gram_LJJ, cross_LJH = ours
         return replace(
-            moments,
+            self.moments,
             sensitivity_tokens_LE=tokens_LE,
             sensitivity_LE=square_LE / tokens_LE.clamp_min(1),
             gram_LJJ=gram_LJJ,
@@ -129,19 +125,17 @@ class Rehearsal:
         )
 
 
-def rehearsal_policy(
-    calibration: Calibration, plan: PatchPlan, size: str | None = "deviation"
-) -> RoutingPolicy:
-    """BH at a third of the router's own number of experts; top-k where that has no level.
+def dropping_policy(calibration: Calibration, size: str | None = "deviation") -> RoutingPolicy:
+    """The routing that a calibration is made for: BH at a third of the router's own number of experts, or top-k where
+    that has no level.
 
     The sizes are those of the first pass, unless another kind (None: the best that was collected) is asked for.
     """
     tops = [layer.top_k for layer in calibration.layers]
+    budget = max(1.0, sum(tops) / len(tops) / 3)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", CalibrationWarning)
         try:
-            return calibration.policy(
-                experts_per_token=max(1.0, sum(tops) / len(tops) / 3), size=size, scope="model"
-            )
+            return calibration.policy(experts_per_token=budget, size=size, scope="model")
         except (BudgetError, CalibrationError):
             return TopKPolicy(max(1, min(tops) // 3))

@@ -20,8 +20,8 @@ from ..patching import PatchPlan, RoutingPatch
 from ..stats.divergence import kl_divergence
 from ..text import Batch
 from .calibration import Calibration
-from .running import forward, gather
-from .second_pass import rehearsal_policy
+from .forwards import forward, gather
+from .second_pass import dropping_policy
 
 STRENGTHS = (0.0, 0.5, 1.0)
 TOKENS = 8192  # how many are measured on, about, and at most
@@ -81,7 +81,7 @@ def measure_strength(
     advance : callable
         Called with the number of tokens after each batch.
     """
-    policy = rehearsal_policy(calibration, plan, size=None)
+    policy = dropping_policy(calibration, size=None)
     policy.bind(plan.contexts)
     means = calibration.mean_outputs(1.0)
     # Kept experts keep their own weights, as in BHRoutingIntegration with compensation.

@@ -81,7 +81,8 @@ def run(args: argparse.Namespace) -> None:
     check_dtype(args.dtype)
     check_temperature(args.temperature)
 
-    from ..calibration.passes import calibrate, distributed
+    from ..calibration.forwards import distributed
+    from ..calibration.passes import calibrate
     from .loading import load_model
 
     model, tokenizer = load_model(args.model, device=args.device, dtype=args.dtype)

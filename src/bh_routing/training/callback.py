@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from ..calibration.calibration import Calibration
-from ..calibration.running import gather
+from ..calibration.forwards import gather
 from ..decision.types import RoutingDecision
 from ..errors import InvalidParameterError, InvalidTypeError
 from ..integration import BHRoutingIntegration

@@ -18,7 +18,7 @@ from ..calibration.accumulate import recount
 from ..calibration.calibration import Calibration
 from ..calibration.data import Reservoir
 from ..calibration.fingerprint import fingerprint
-from ..calibration.running import gather
+from ..calibration.forwards import gather
 from ..decision.types import RoutingDecision
 from ..errors import CalibrationError
 from ..integration import BHRoutingIntegration

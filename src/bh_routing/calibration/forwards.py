@@ -10,15 +10,13 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..patching import PatchPlan
 from ..text import Batch
-
-if TYPE_CHECKING:
-    from ..patching import PatchPlan
 
 PAIR_ELEMENTS = 1 << 25  # outputs of (token, expert) pairs that are held at once, P * H
 

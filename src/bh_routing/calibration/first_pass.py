@@ -1,0 +1,123 @@
+"""The first pass over a text: counts of the statistics, moments of the experts' outputs, tokens for budgets.
+
+Shape legend: T tokens of a batch, E experts, K slots of the router's own choice, P pairs of a token and one of its
+experts, H hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import CalibrationError
+from ..patching import LayerPlan, PatchPlan, watch
+from ..text import Batch
+from .accumulate import LayerMoments, ReservoirSampler, join_moments, layer_counts
+from .data import Data, join_layers
+from .forwards import forward, pair_outputs, pieces
+
+
+class FirstPass:
+    """What the routers do, batch by batch, while the model routes as always.
+
+    Parameters
+    ----------
+    model : nn.Module
+    plan : PatchPlan
+        Of the routers that are calibrated.
+    blank : CalibrationData
+        The calibration with all that is known before any text.
+    outputs : bool
+        Also collect the experts' outputs, each formed by itself.
+    """
+
+    def __init__(self, model: nn.Module, plan: PatchPlan, blank: Data, outputs: bool) -> None:
+        self.model, self.plan, self.tokens = model, plan, 0
+        self.slots = max(layer.top_k for layer in blank.layers)
+        self.counts = dict(zip(blank.paths, layer_counts(blank), strict=True))
+        self.moments = {path: LayerMoments(blank.num_experts) for path in blank.paths if outputs}
+        self.sampler = ReservoirSampler(blank.reservoir_size, blank.num_layers, blank.num_experts, self.slots)
+        self.seen: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def add(self, batch: Batch) -> None:
+        """Run the model on a batch."""
+        self.seen.clear()
+        self.batch = batch
+        around = self._around if self.moments else None
+        with torch.inference_mode(), watch(self.plan, self._on_choice, around):
+            forward(self.model, self.plan, batch)
+            self._count(batch)
+
+    def _on_choice(
+        self, layer: LayerPlan, logits_TE: Tensor, own_weights_TK: Tensor, own_experts_TK: Tensor, mask: Any
+    ) -> None:
+        if logits_TE.shape[0] != self.batch.input_ids.numel():
+            raise CalibrationError(
+                f"router {layer.path} saw {logits_TE.shape[0]} tokens of {self.batch.input_ids.numel()}: "
+                "expected every router to see every token of the batch; this model cannot be calibrated."
+            )
+        self.seen[layer.path] = (logits_TE, own_experts_TK)
+
+    def _around(
+        self,
+        layer: LayerPlan,
+        inner: Callable[[Tensor, Tensor, Tensor], Tensor],
+        hidden_TH: Tensor,
+        index_TK: Tensor,
+        weights_TK: Tensor,
+    ) -> Tensor:
+        parts = []
+        real_T = self.batch.mask_on(hidden_TH.device)
+        for piece in pieces(hidden_TH, index_TK):
+            index, weights = index_TK[piece], weights_TK[piece]
+            outputs_PH = pair_outputs(inner, hidden_TH[piece], index)
+            each_TKH = outputs_PH.view(*index.shape, -1)
+            parts.append((each_TKH.float() * weights.float().unsqueeze(-1)).sum(1).to(hidden_TH.dtype))
+            real_P = None if real_T is None else real_T[piece].repeat_interleave(index.shape[-1])
+            experts_P = index.flatten()
+            if real_P is not None:
+                outputs_PH, experts_P = outputs_PH[real_P], experts_P[real_P]
+            self.moments[layer.path].update(outputs_PH, experts_P)
+        return torch.cat(parts)
+
+    def _count(self, batch: Batch) -> None:
+        admitted = self.sampler.admit(batch.hashes)
+        kept_logits, kept_experts = [], []
+        for layer in self.plan.layers:
+            if layer.path not in self.seen:
+                raise CalibrationError(
+                    f"router {layer.path} was never called by the model's forward: expected every router to "
+                    "see the text; a kernel that replaces the whole block bypasses its router."
+                )
+            logits_TE, own_TK = self.seen[layer.path]
+            rows = batch.rows_on(logits_TE.device)
+            if rows is not None:
+                logits_TE, own_TK = logits_TE.index_select(0, rows), own_TK.index_select(0, rows)
+            self.counts[layer.path].update(logits_TE, own_TK)
+            if len(admitted):
+                chosen = admitted.to(logits_TE.device)
+                kept_logits.append(logits_TE[chosen].to("cpu", torch.float16))
+                own = own_TK[chosen].to("cpu", torch.int16)
+                kept_experts.append(nn.functional.pad(own, (0, self.slots - own.shape[-1]), value=-1))
+        if len(admitted):
+            self.sampler.add(
+                torch.from_numpy(batch.hashes)[admitted],
+                torch.stack(kept_logits, 1),
+                torch.stack(kept_experts, 1),
+            )
+        self.tokens += batch.num_tokens
+        self.seen.clear()
+
+    def result(self, blank: Data) -> Data:
+        """The calibration with what was seen."""
+        return replace(
+            blank,
+            histograms=join_layers(counts.histograms() for counts in self.counts.values()),
+            moments=join_moments(list(self.moments.values())) if self.moments else None,
+            reservoir=self.sampler.result() if self.sampler.size else None,
+            tokens=self.tokens,
+        )
