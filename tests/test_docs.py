@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import pkgutil
 import re
 import shlex
 import sys
@@ -61,6 +62,16 @@ def test_python_names_what_there_is(page):
                 module = importlib.import_module(node.module)
                 for name in node.names:
                     assert hasattr(module, name.name), f"{node.module}.{name.name}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_names_and_files_exist(page):
+    """What a page calls bh_routing.X.Y can be imported, and what it calls benchmarks/X, say, is there."""
+    text = page.read_text()
+    for name in re.findall(r"\bbh_routing(?:\.[A-Za-z_]\w*)+", text):
+        pkgutil.resolve_name(name)
+    for name in re.findall(r"\b(?:src|benchmarks|scripts|tests|docs|examples)/[\w./-]*\w", text):
+        assert (ROOT / name).exists(), name
 
 
 @pytest.mark.parametrize("name", PROGRAMS)

@@ -41,7 +41,7 @@ class NullSettings:
     scope : {"model", "layer"}
     estimator : {"empirical", "kde", "normal", "given"}
     kernel, bandwidth
-        Of the KDE (`bh_routing.stats.kde.kde_null`).
+        Of the KDE (`bh_routing.stats.nulls.kde_null`).
     extended : bool
         Whether the null falls exponentially beyond its samples (`bh_routing.stats.nulls.with_exponential_tail`).
     """
