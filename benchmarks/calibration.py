@@ -105,22 +105,11 @@ class Run:
 def run(model: Any, text: Text, policy: RoutingPolicy | None, means: dict[str, Tensor] | None = None) -> Run:
     if policy is None:
         return Run(losses(model, text.windows_BS), math.nan, [])
-    integration = integrate(model, policy, means)
+    integration = RoutingIntegration(model, policy, means=means)
     with integration:
         measured = losses(model, text.windows_BS)
     total = integration.telemetry.to_dict()
     return Run(measured, total["total"]["mean_experts"], [row["mean_experts"] for row in total["layers"]])
-
-
-class _RawIntegration(RoutingIntegration):
-    def _make_plan(self) -> Any:
-        return super()._make_plan().with_route_norm("none")
-
-
-def integrate(model: Any, policy: RoutingPolicy, means: dict[str, Tensor] | None) -> RoutingIntegration:
-    """With compensation the kept experts keep their own weights, as in `BHRoutingIntegration`."""
-    kind = _RawIntegration if means and policy.weights == "model" else RoutingIntegration
-    return kind(model, policy, means=means)
 
 
 def change(run: Run, base: Run) -> float:
@@ -362,7 +351,7 @@ def divergence_from_own(
 ) -> float:
     """Mean KL(own || routed) per token, nats."""
     total = 0.0
-    integration = integrate(model, policy, means)
+    integration = RoutingIntegration(model, policy, means=means)
     for part in text.windows_BS.split(8):
         own_BSV = model(input_ids=part, use_cache=False).logits
         with integration:

@@ -186,7 +186,7 @@ def test_a_half_precision_copy_of_the_model_is_accepted(tiny_olmoe, calibration,
         ({"experts_per_token": 0.5}, BudgetError, "0.5"),
         ({"experts_per_token": 3.0, "min_k": 4}, BudgetError, "min_k=4"),
         ({"temperature": 2.0}, CalibrationMismatchError, "made at temperature 1, got temperature=2"),
-        ({"statistic": "odds"}, InvalidParameterError, "unknown statistic 'odds'"),
+        ({"statistic": "odds"}, InvalidParameterError, "statistic must be 'contribution', 'logprob' or 'logit', got 'odds'."),
         ({"null": "some"}, InvalidParameterError, "some"),
     ],
 )

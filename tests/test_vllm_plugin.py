@@ -61,11 +61,11 @@ def test_settings_survive_json():
 @pytest.mark.parametrize(
     ("value", "error", "sentence"),
     [
-        ({"experts": 4}, InvalidParameterError, r"^bh_routing has no setting 'experts'; "),
+        ({"experts": 4}, InvalidParameterError, r"^there is no setting 'experts'; did you mean 'experts_per_token'\?$"),
         (
             {"alhpa": 0.1},
             InvalidParameterError,
-            r"^bh_routing has no setting 'alhpa'; did you mean 'alpha'\?$",
+            r"^there is no setting 'alhpa'; did you mean 'alpha'\?$",
         ),
         ({"alpha": 0.1, "top_k": 4}, InvalidParameterError, r"got alpha and top_k; give one\.$"),
         ({"experts_per_token": 4}, InvalidParameterError, r"^experts_per_token=4 needs a calibration: "),
@@ -80,7 +80,7 @@ def test_settings_survive_json():
             InvalidParameterError,
             r"must be true, false or a strength from 0 to 1, got 1\.5\.$",
         ),
-        ({"ragged": 1}, InvalidTypeError, r"^bh_routing\.ragged must be true or false, got 1\.$"),
+        ({"ragged": 1}, InvalidTypeError, r"^ragged must be true or false, got 1\.$"),
         ({"mode": "maybe"}, InvalidParameterError, r"^mode must be 'patch' or 'analyze', got 'maybe'\.$"),
         ({"min_k": 0}, InvalidParameterError, r"^min_k must be at least 1, got 0; "),
         ([4], InvalidTypeError, r"^bh_routing must be an object such as .*, got \[4\]\.$"),
@@ -308,7 +308,7 @@ def test_set_level(routed):
 @pytest.mark.parametrize(
     ("settings", "level", "sentence"),
     [
-        ({"alpha": 0.1}, {"experts_per_token": 4}, r"^experts_per_token=4 needs a calibration; "),
+        ({"alpha": 0.1}, {"experts_per_token": 4}, r"^experts_per_token=4\.0 needs a calibration: "),
         ({"top_k": 4}, {"alpha": 0.1}, r"^this engine was started with top_k=4, which has no level; "),
         ({"alpha": 0.1}, {}, r"^expected exactly one of alpha and experts_per_token, got alpha=None"),
         ({"alpha": 0.1}, {"alpha": "much"}, r"^alpha must be a number, got 'much'\.$"),

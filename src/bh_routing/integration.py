@@ -9,26 +9,23 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, Literal
+from dataclasses import replace
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
-from .decision.backend import Backend, check_backend
-from .decision.compensation import check_strength
-from .decision.types import Clamp, WeightRule, check_clamp, check_k, check_temperature
+from ._words import Mode, Skip, check_word
+from .calibration.calibration import Calibration
 from .errors import InvalidParameterError, InvalidTypeError, PatchError
 from .patching import PatchPlan, RoutingPatch, make_plan
-from .patching.apply import Skip
-from .policies import PValuePolicy, RoutingPolicy, TablePolicy
-from .stats.procedures import check_alpha, check_one_level, get_procedure
+from .policies import RoutingPolicy
+from .settings import RoutingSettings, level_of
+from .stats.procedures import get_procedure
 from .telemetry.figures import Telemetry
-
-if TYPE_CHECKING:
-    from .calibration.calibration import Calibration
 
 logger = logging.getLogger(__name__)
 
-Mode = Literal["patch", "analyze"]
+T = TypeVar("T", bound="RoutingIntegration")
 
 
 class RoutingIntegration:
@@ -51,7 +48,9 @@ class RoutingIntegration:
         nothing and is safe everywhere; ``"auto"`` takes ``"compact"`` wherever the experts allow it.
     means : mapping of router path to Tensor, optional
         Mean outputs [E, H] of the experts; what a dropped expert of the model's own choice would have added
-        on average is then added back (compensation).
+        on average is then added back (compensation), and with ``weights="model"`` kept experts keep their own weights.
+    plan : PatchPlan, optional
+        Which routers, where it was made already (`bh_routing.make_plan`).
 
     Raises
     ------
@@ -79,17 +78,16 @@ class RoutingIntegration:
         collect_stats: bool = True,
         skip: Skip = "auto",
         means: Mapping[str, Tensor] | None = None,
+        plan: PatchPlan | None = None,
     ) -> None:
-        if not isinstance(model, nn.Module):
-            raise InvalidTypeError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
-        if mode not in ("patch", "analyze"):
-            raise InvalidParameterError(f"mode must be 'patch' or 'analyze', got {mode!r}.")
-        if skip not in ("auto", "compact", "zero"):
-            raise InvalidParameterError(f"skip must be 'auto', 'compact' or 'zero', got {skip!r}.")
+        check_word("mode", mode, Mode)
+        check_word("skip", skip, Skip)
         self.model, self.policy, self.mode = model, policy, mode
         self.collect_stats, self.skip = bool(collect_stats), skip
         self.means = dict(means or {})
-        self.plan = self._make_plan()
+        self.plan = _plan_of(model) if plan is None else plan
+        if self.means and policy.weights == "model":  # the weight of what is dropped is still used
+            self.plan = self.plan.with_route_norm("none")
         policy.bind(self.plan.contexts)
         slots = [policy.slots(context) for context in self.plan.contexts]
         self._telemetry = Telemetry(self.plan.contexts, slots) if collect_stats else None
@@ -101,9 +99,6 @@ class RoutingIntegration:
             skip=skip,
             means=self.means,
         )
-
-    def _make_plan(self) -> PatchPlan:
-        return make_plan(self.model)
 
     @property
     def is_patched(self) -> bool:
@@ -153,7 +148,7 @@ class RoutingIntegration:
         """Restore the model, bit for bit. Does nothing if it is not patched."""
         self._patch.remove()
 
-    def __enter__(self) -> Any:
+    def __enter__(self: T) -> T:
         self.patch_model()
         return self
 
@@ -207,6 +202,12 @@ class RoutingIntegration:
         return f"{type(self).__name__}({self.plan.model_class}, {self.policy!r}, mode={self.mode!r}, {state})"
 
 
+def _plan_of(model: nn.Module) -> PatchPlan:
+    if not isinstance(model, nn.Module):
+        raise InvalidTypeError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
+    return make_plan(model)
+
+
 class BHRoutingIntegration(RoutingIntegration):
     """Benjamini-Hochberg routing of a pretrained Mixture-of-Experts model.
 
@@ -217,43 +218,12 @@ class BHRoutingIntegration(RoutingIntegration):
     ----------
     model : nn.Module
         A transformers model with supported routers (``bh-routing families``).
-    alpha : float, optional
-        Level, 0 < alpha < 1. Default 0.05, unless ``experts_per_token`` is given.
-    temperature : float
-        Divides the router logits before the statistic.
-    min_k : int
-        At least so many experts.
-    max_k : int, optional
-        At most so many. Default: the model's own top-k. More than that widens the choice, where the family's
-        scores are plain softmax or sigmoid.
-    mode : {"patch", "analyze"}
-        Change the routing, or only count what it would be.
-    collect_stats : bool
-    weights : {"model", "preserve", "sum"}
-        ``"model"``: what the model's own convention gives the selected experts. ``"preserve"``: the row keeps
-        the sum it had with top-k. ``"sum"``: sums to 1 (the original design; ruins a model trained without).
+    alpha, temperature, min_k, max_k, mode, collect_stats
+        The original design's parameters, in its order; as in `bh_routing.RoutingSettings`.
     calibration : Calibration or path, optional
         Calibrated null (``bh-routing calibrate``). Without one, every token is its own robust null.
-    experts_per_token : float or mapping of router path to float, optional
-        A budget instead of a level: the level is solved on the calibration text.
-    procedure : str
-        A key of `bh_routing.PROCEDURES`.
-    pvalues : str or callable
-        Only without a calibration: ``"robust"``, ``"softmax"`` or ``"batch"``.
-    clamp : {"after", "inside"}
-        See `bh_routing.benjamini_hochberg_routing`.
-    statistic, null, scope, estimator, size, kernel, bandwidth : optional
-        Which calibrated statistic and null (`Calibration.settings`); default: the recommended configuration.
-    compensation : bool or float, optional
-        Add what the dropped experts would have added on average back; default: where the calibration has it, at the
-        strength that the calibration measured. A number from 0 to 1 is another strength. With compensation, and
-        ``weights="model"``, kept experts keep their own weights in every family: nothing is renormalised,
-        because the dropped weight is still used.
-    skip : {"auto", "compact", "zero"}
-    backend : {"auto", "torch", "triton"}
-        What computes a calibrated decision: one fused kernel on a GPU with Triton, else PyTorch.
-    strict : bool
-        False: a calibration whose router weights differ from the model's only warns.
+    **settings
+        Any other field of `bh_routing.RoutingSettings`: experts_per_token, procedure, weights, compensation, ...
 
     Raises
     ------
@@ -282,134 +252,60 @@ class BHRoutingIntegration(RoutingIntegration):
     def __init__(
         self,
         model: nn.Module,
-        alpha: float | None = None,
-        temperature: float = 1.0,
-        min_k: int = 1,
-        max_k: int | None = None,
-        mode: Mode = "patch",
-        collect_stats: bool = True,
+        alpha: float | None = RoutingSettings.alpha,
+        temperature: float = RoutingSettings.temperature,
+        min_k: int = RoutingSettings.min_k,
+        max_k: int | None = RoutingSettings.max_k,
+        mode: Mode = RoutingSettings.mode,
+        collect_stats: bool = RoutingSettings.collect_stats,
         *,
-        weights: WeightRule = "model",
         calibration: Calibration | str | os.PathLike[str] | None = None,
-        experts_per_token: float | Mapping[str, float] | None = None,
-        procedure: str = "bh",
-        pvalues: Any = "robust",
-        clamp: Clamp = "after",
-        statistic: str | None = None,
-        null: str | None = None,
-        scope: str | None = None,
-        estimator: str | None = None,
-        size: str | None = None,
-        kernel: str | None = None,
-        bandwidth: str | float | None = None,
-        compensation: bool | float | None = None,
-        skip: Skip = "auto",
-        backend: Backend = "auto",
-        strict: bool = True,
+        **settings: Any,
     ) -> None:
-        if alpha is not None and experts_per_token is not None:
-            raise InvalidParameterError(
-                f"expected a level or a budget, got both alpha={alpha!r} and "
-                f"experts_per_token={experts_per_token!r}; give one of them."
-            )
-        if alpha is None and experts_per_token is None:
-            alpha = 0.05
-        if alpha is not None:
-            alpha = check_alpha(alpha)
-        self.temperature = check_temperature(temperature)
-        check_k(min_k, max_k)
-        check_clamp(clamp)
-        get_procedure(procedure)
-        check_backend(backend)
-        self._strength = check_strength(compensation)
-        self.min_k, self.clamp, self.procedure = min_k, clamp, procedure
-        self.weights = weights
-        chosen = {
-            "statistic": statistic,
-            "null": null,
-            "scope": scope,
-            "estimator": estimator,
-            "size": size,
-            "kernel": kernel,
-            "bandwidth": bandwidth,
-        }
-        self._choice: dict[str, Any] = {key: value for key, value in chosen.items() if value is not None}
-        self._strict = strict
-        self.calibration: Calibration | None = None
-        self._budget: Any = experts_per_token
-        self._told = False
-        limits: dict[str, Any] = {"min_k": min_k, "max_k": max_k, "clamp": clamp, "weights": weights}
-
-        if calibration is None:
-            needs = {"experts_per_token": experts_per_token, "compensation": compensation or None} | chosen
-            for name, value in needs.items():
-                if value is not None:
-                    raise InvalidParameterError(
-                        f"{name}={value!r} needs a calibration: pass calibration=..., made by "
-                        "`bh-routing calibrate MODEL --text FILE`."
-                    )
-            assert alpha is not None
-            policy: RoutingPolicy = PValuePolicy(
-                pvalues, procedure=procedure, alpha=alpha, temperature=self.temperature, **limits
-            )
-            if self.temperature != 1.0 and pvalues in ("robust", "batch"):
-                logger.warning(
-                    "temperature=%g has no effect: %s p-values do not depend on the scale of the logits.",
-                    self.temperature,
-                    pvalues,
-                )
-            means: Mapping[str, Tensor] = {}
-        else:
-            from .calibration.calibration import Calibration
-
-            held = calibration if isinstance(calibration, Calibration) else Calibration.load(calibration)
-            self.calibration = held
-            means = held.mean_outputs(self._strength)
-            if compensation and not means:
-                raise InvalidParameterError(
-                    f"compensation={compensation!r} needs the experts' mean outputs, which this calibration does not hold; "
-                    "calibrate without --no-means, or pass compensation=False."
-                )
-            self._choice["compensated"] = bool(means)
-            policy = held.policy(
-                alpha=alpha,
-                experts_per_token=experts_per_token,
-                procedure=procedure,
-                temperature=self.temperature,
-                **self._choice,
-                **limits,
-            )
-        if isinstance(policy, TablePolicy):
-            policy.backend = backend
-        elif backend != "auto":
-            logger.warning(
-                "backend=%r has no effect: without a calibration p-values are computed in PyTorch.", backend
-            )
-        super().__init__(model, policy, mode=mode, collect_stats=collect_stats, skip=skip, means=means)
-        self.max_k = max_k if max_k is not None else max(c.top_k for c in self.plan.contexts)
-
-    def _make_plan(self) -> PatchPlan:
-        plan = super()._make_plan()
-        if self.calibration is not None:
-            self.calibration.check(plan, strict=self._strict)
-            plan = plan.without(self.calibration.left_out)
-        self._calibrated_plan = plan
-        if self.means and self.weights == "model":
-            plan = plan.with_route_norm("none")
-        return plan
+        asked = RoutingSettings.from_dict(
+            {
+                "alpha": alpha,
+                "temperature": temperature,
+                "min_k": min_k,
+                "max_k": max_k,
+                "mode": mode,
+                "collect_stats": collect_stats,
+                **settings,
+            }
+        )
+        asked.check_calibrated(calibration)
+        if calibration is not None and not isinstance(calibration, Calibration):
+            calibration = Calibration.load(calibration)
+        policy, means = asked.policy(calibration), asked.mean_outputs(calibration)
+        plan = _plan_of(model)
+        if calibration is not None:
+            calibration.check(plan, strict=asked.strict)
+            plan = plan.without(calibration.left_out)
+        super().__init__(
+            model,
+            policy,
+            mode=asked.mode,
+            collect_stats=asked.collect_stats,
+            skip=asked.skip,
+            means=means,
+            plan=plan,
+        )
+        # Without mean outputs now, there are none after a change of the calibration either.
+        self.settings = asked if means else replace(asked, compensation=False)
+        self.calibration = calibration
+        self.temperature, self.min_k = asked.temperature, asked.min_k
+        self.max_k = asked.max_k or max(c.top_k for c in plan.contexts)
+        self._calibrated_plan, self._told = plan, False
 
     @property
     def alpha(self) -> float | None:
         """The level in use; with a budget, the solved one (None where each layer has its own)."""
-        policy = self.policy
-        if isinstance(policy, PValuePolicy):
-            return policy.alpha
-        return policy.table.alpha if isinstance(policy, TablePolicy) else None
+        return level_of(self.policy)
 
     @property
     def budget(self) -> float | Mapping[str, float] | None:
         """The budget in use, experts per token; None where a level was given."""
-        return self._budget
+        return self.settings.experts_per_token
 
     def set_level(
         self,
@@ -424,32 +320,9 @@ class BHRoutingIntegration(RoutingIntegration):
         InvalidParameterError, BudgetError
             Unless exactly one of the two is given and can be served; nothing has changed then.
         """
-        check_one_level(alpha, experts_per_token)
-        if self.calibration is None:
-            if alpha is None:
-                raise InvalidParameterError(
-                    f"experts_per_token={experts_per_token!r} needs a calibration: pass calibration=..., made "
-                    "by `bh-routing calibrate MODEL --text FILE`."
-                )
-            assert isinstance(self.policy, PValuePolicy)
-            self.policy.set_alpha(alpha)
-            return
-        new = self.calibration.policy(
-            alpha=None if alpha is None else check_alpha(alpha),
-            experts_per_token=experts_per_token,
-            procedure=self.procedure,
-            temperature=self.temperature,
-            min_k=self.min_k,
-            max_k=self.policy.max_k,  # type: ignore[attr-defined]
-            clamp=self.clamp,
-            weights=self.weights,
-            **self._choice,
-        )
-        if isinstance(self.policy, TablePolicy) and isinstance(new, TablePolicy):
-            self.policy.set_table(new.table)
-        elif isinstance(self.policy, PValuePolicy) and isinstance(new, PValuePolicy):
-            self.policy.set_alpha(new.alpha)
-        self._budget = experts_per_token
+        settings = self.settings.with_level(alpha=alpha, experts_per_token=experts_per_token)
+        settings.rewrite(self.policy, self.calibration)
+        self.settings = settings
 
     def set_calibration(self, calibration: Calibration) -> None:
         """Follow another calibration of the same routers, at the same level or budget, also while patched.
@@ -469,20 +342,15 @@ class BHRoutingIntegration(RoutingIntegration):
                 "expected an integration that was made with a calibration, got one without; make it with "
                 "calibration=..."
             )
-        means = calibration.mean_outputs(self._strength) if self.means else {}
+        means = self.settings.mean_outputs(calibration)
         if self.means.keys() != means.keys() or any(means[p].shape != m.shape for p, m in self.means.items()):
             raise InvalidParameterError(
                 "expected a calibration with mean outputs of the same form as the one in use (the compensation is on), "
                 "got others; calibrate with the same options."
             )
-        calibration.check(self._calibrated_plan, strict=self._strict)
-        level = {"experts_per_token": self._budget} if self._budget is not None else {"alpha": self.alpha}
+        calibration.check(self._calibrated_plan, strict=self.settings.strict)
+        self.settings.rewrite(self.policy, calibration)
         self.calibration = calibration
-        try:
-            self.set_level(**level)
-        except BaseException:
-            self.calibration = old
-            raise
         self.means = means
         self._patch.set_means(means)
 
@@ -504,16 +372,16 @@ class BHRoutingIntegration(RoutingIntegration):
         return super().get_routing_stats()
 
     def _settings(self) -> dict[str, Any]:
-        settings = {
+        settings: dict[str, Any] = {
             "alpha": self.alpha,
             "temperature": self.temperature,
             "min_k": self.min_k,
             "max_k": self.max_k,
-            "procedure": self.procedure,
+            "procedure": get_procedure(self.settings.procedure).name,
             "calibrated": self.calibration is not None,
         }
-        if self._budget is not None:
-            settings["experts_per_token"] = self._budget
+        if self.budget is not None:
+            settings["experts_per_token"] = self.budget
         return settings
 
     def _tell_uncalibrated(self) -> None:

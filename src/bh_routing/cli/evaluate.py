@@ -137,10 +137,10 @@ def _read_config(args: argparse.Namespace) -> None:
 
 
 def _list_policies() -> None:
-    from ..evaluation.entries import ENTRIES, INSPIRED
+    from ..evaluation.entries import POLICIES
 
-    for name, entry in ENTRIES.items():
-        note = f" (inspired by {entry.source}: {INSPIRED[name]})" if name in INSPIRED else ""
+    for name, entry in POLICIES.items():
+        note = f" (inspired by {entry.source}: {entry.inspired})" if entry.inspired else ""
         source = f" ({entry.source})" if entry.source and not note else ""
         common.print_text(f"{name}: {entry.summary}{source}{note}")
         for key, (_, text) in entry.parameters.items():

@@ -1,7 +1,8 @@
 """The registry of routing policies by name: parameters, how each is built, where it was published.
 
-`ENTRIES` is the only list of the names. Every entry takes a budget, ``experts=4``: its parameter is then solved on
-calibration text, so that all can be compared at the same mean number of experts.
+`POLICIES` is the only list of the names; an own rule is added as ``POLICIES["mine"] = Entry(...)``. Every entry takes
+a budget, ``experts=4``: its parameter is then solved on calibration text, so that all can be compared at the same mean
+number of experts.
 """
 
 from __future__ import annotations
@@ -14,14 +15,17 @@ from typing import Any
 from ..decision.compensation import check_strength
 from ..errors import BudgetError, InvalidParameterError
 from ..integration import BHRoutingIntegration, RoutingIntegration
-from ..policies import PValuePolicy, RoutingPolicy, TopKPolicy
+from ..policies import RoutingPolicy, TopKPolicy
+from ..settings import TEXT_OPTIONS, RoutingSettings
 from ..stats.procedures import PROCEDURES
 from . import baselines
 from .baselines import allocate, solve
 from .baselines.tokenwise import whole_budget
-from .workbench import CompensatedIntegration, Workbench
+from .workbench import Workbench
 
 Converter = Callable[[str], Any]
+Builder = Callable[[Workbench, dict[str, Any]], RoutingIntegration]
+Maker = Callable[[Workbench, dict[str, Any]], RoutingPolicy]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +36,8 @@ class Entry:
     ----------
     summary, source : str
         One line for people; where the rule was published.
+    inspired : str
+        In what it differs from the published rule; empty if in nothing.
     parameters : dict
         Name -> (converter from text, one line of help); ``experts`` is the budget.
     needs : tuple of str
@@ -42,20 +48,13 @@ class Entry:
 
     summary: str
     source: str = ""
+    inspired: str = ""
     parameters: dict[str, tuple[Converter, str]]
     needs: tuple[str, ...] = ()
-    build: Callable[[Workbench, dict[str, Any]], RoutingIntegration]
+    build: Builder
 
 
-# --------------------------------------------------------------------------------------------- converters
-
-
-def _strength(text: str) -> bool | float:
-    words = {"true": True, "yes": True, "false": False, "no": False}
-    try:
-        return words[text.lower()] if text.lower() in words else float(text)
-    except ValueError:
-        raise ValueError("expected true, false or a strength from 0 to 1") from None
+# --------------------------------------------------------------------------------------------- parameters
 
 
 def _integers(text: str) -> list[int]:
@@ -66,48 +65,38 @@ def _floats(text: str) -> list[float]:
     return [float(part) for part in text.split("/")]
 
 
-def _number_or_name(text: str) -> float | str:
-    try:
-        return float(text)
-    except ValueError:
-        return text
+def _of_settings(*names: str) -> dict[str, tuple[Converter, str]]:
+    return {name: TEXT_OPTIONS[name][1:3] for name in names}
 
 
-_BUDGET = {"experts": (float, "budget: mean number of experts per token")}
-_WEIGHTS = {"weights": (str, "model, preserve or sum")}
-_COMPENSATION = {
-    "compensation": (_strength, "add back what dropped experts add on average: true, false or 0 to 1")
-}
-_COMMON: dict[str, tuple[Converter, str]] = _BUDGET | _WEIGHTS | _COMPENSATION  # type: ignore[operator]
+_BUDGET, _WEIGHTS, _COMPENSATION = (_of_settings(name) for name in ("experts", "weights", "compensation"))
+_COMMON = _BUDGET | _WEIGHTS | _COMPENSATION
+_CALIBRATED = _of_settings(*(name for name in TEXT_OPTIONS if name not in ("mode", "procedure")))
+_LEVEL = _of_settings("alpha", "experts", "min_k", "max_k", "clamp", "temperature", "weights")
+_OWN_K = {"k": (int, "experts per token (default: the model's own)")}
 SOLVED = ("alpha", "k", "p", "t", "q", "scale", "thresholds")  # what a budget takes the place of
 
 
 # ----------------------------------------------------------------------------------------------- builders
 
 
-def _integrate(
-    bench: Workbench, policy: RoutingPolicy, compensation: bool | float = False
-) -> RoutingIntegration:
-    strength = check_strength(compensation)
-    if strength == 0.0:
-        return RoutingIntegration(bench.model, policy, collect_stats=bench.collect_stats)
-    means = {} if bench.calibration is None else bench.calibration.mean_outputs(strength)
-    if not means:
-        raise InvalidParameterError(
-            f"compensation={json.dumps(compensation)} needs the experts' mean outputs: give a calibration that holds them."
-        )
-    return CompensatedIntegration(bench.model, policy, means=means, collect_stats=bench.collect_stats)
-
-
-def _from_policy(
-    make: Callable[[Workbench, dict[str, Any]], RoutingPolicy],
-) -> Callable[[Workbench, dict[str, Any]], RoutingIntegration]:
+def _from_policy(make: Maker) -> Builder:
     """A builder from a function that makes the policy; ``compensation`` is taken out first."""
 
     def build(bench: Workbench, parameters: dict[str, Any]) -> RoutingIntegration:
         rest = dict(parameters)
         compensation = rest.pop("compensation", False)
-        return _integrate(bench, make(bench, rest), compensation)
+        strength, means = check_strength(compensation), {}
+        if strength != 0.0:
+            means = {} if bench.calibration is None else bench.calibration.mean_outputs(strength)
+            if not means:
+                raise InvalidParameterError(
+                    f"compensation={json.dumps(compensation)} needs the experts' mean outputs: give a calibration that "
+                    "holds them."
+                )
+        return RoutingIntegration(
+            bench.model, make(bench, rest), means=means, collect_stats=bench.collect_stats
+        )
 
     return build
 
@@ -119,29 +108,23 @@ def _top_k(bench: Workbench, p: dict[str, Any], **fixed: Any) -> RoutingPolicy:
     return TopKPolicy(k, **({"weights": p["weights"]} if "weights" in p else {}) | fixed)
 
 
-def _simple(policy: Any, parameter: str) -> Callable[[Workbench, dict[str, Any]], RoutingPolicy]:
+def _simple(policy: Any, parameter: str = "") -> Builder:
     """A rule with one parameter and a `for_budget`."""
 
     def make(bench: Workbench, p: dict[str, Any]) -> RoutingPolicy:
         rest = dict(p)
         if (budget := rest.pop("experts", None)) is not None:
             return policy.for_budget(budget, bench.log, **rest)
+        if policy is baselines.DynamicSkippingPolicy:
+            return policy.from_log(bench.log, **rest)
         return policy(rest.pop(parameter), **rest) if parameter in rest else policy(**rest)
 
-    return make
-
-
-def _naee(bench: Workbench, p: dict[str, Any]) -> RoutingPolicy:
-    rest = dict(p)
-    if (budget := rest.pop("experts", None)) is not None:
-        return baselines.DynamicSkippingPolicy.for_budget(budget, bench.log, **rest)
-    return baselines.DynamicSkippingPolicy.from_log(bench.log, **rest)
+    return _from_policy(make)
 
 
 def _entropy(bench: Workbench, p: dict[str, Any]) -> RoutingPolicy:
     rest = dict(p)
     if (budget := rest.pop("experts", None)) is not None:
-        rest.pop("thresholds", None)
         return baselines.EntropyPolicy.for_budget(budget, bench.log, **rest)
     if "ks" not in rest or "thresholds" not in rest:
         raise InvalidParameterError(
@@ -188,71 +171,32 @@ def _alloc(bench: Workbench, p: dict[str, Any]) -> RoutingPolicy:
     return baselines.AllocatedPolicy(ks, **rest)
 
 
-def _procedure(name: str) -> Callable[[Workbench, dict[str, Any]], RoutingIntegration]:
+def _bh(calibrated: bool = True, **fixed: Any) -> Builder:
+    """The settings that the parameters say, with some given beforehand."""
+
     def build(bench: Workbench, parameters: dict[str, Any]) -> RoutingIntegration:
-        rest = dict(parameters)
-        calibration = bench.calibration if rest.get("pvalues") is None else None
-        if calibration is None and "experts" in rest:
-            return _uncalibrated(bench, rest, procedure=name)
-        return BHRoutingIntegration(
-            bench.model,
-            alpha=rest.pop("alpha", None),
-            experts_per_token=rest.pop("experts", None),
-            calibration=calibration,
-            procedure=name,
-            collect_stats=bench.collect_stats,
-            **rest,
-        )
+        said = {TEXT_OPTIONS[name][0]: value for name, value in parameters.items()}
+        settings = RoutingSettings.from_dict({"collect_stats": bench.collect_stats} | fixed | said)
+        calibration = bench.calibration if calibrated and "pvalues" not in said else None
+        if calibration is None and settings.experts_per_token is not None:
+            return _uncalibrated(bench, settings)
+        return BHRoutingIntegration(bench.model, calibration=calibration, **settings.to_dict())
 
     return build
 
 
-def _uncalibrated(bench: Workbench, rest: dict[str, Any], procedure: str) -> RoutingIntegration:
+def _uncalibrated(bench: Workbench, settings: RoutingSettings) -> RoutingIntegration:
     """A procedure on p-values of the token itself, its level solved on recorded routing."""
-    rest = dict(rest)
-    budget, kind = rest.pop("experts"), rest.pop("pvalues", "robust")
-    allowed = ("weights", "min_k", "max_k", "clamp", "temperature")
-    if other := [key for key in rest if key not in allowed]:
-        raise InvalidParameterError(f"{other[0]}={rest[other[0]]!r} needs a calibration.")
+    what = f"{settings.procedure}'s level with {settings.pvalues} p-values"
 
-    def make(log_alpha: float) -> PValuePolicy:
-        return PValuePolicy(kind, procedure=procedure, alpha=10.0**log_alpha, **rest)
+    def make(log_alpha: float) -> RoutingPolicy:
+        return settings.with_level(alpha=10.0**log_alpha).policy()
 
-    policy = solve(make, bench.log, budget, -12.0, -1e-9, f"{procedure}'s level with {kind} p-values")
-    return _integrate(bench, policy)
+    policy = solve(make, bench.log, settings.experts_per_token, -12.0, -1e-9, what)  # type: ignore[arg-type]
+    return RoutingIntegration(bench.model, policy, collect_stats=bench.collect_stats)
 
 
-def _original(bench: Workbench, parameters: dict[str, Any]) -> RoutingIntegration:
-    rest = {"pvalues": "softmax", "weights": "sum"} | parameters
-    if "experts" in rest:
-        return _uncalibrated(bench, rest, procedure="bh")
-    return BHRoutingIntegration(
-        bench.model, alpha=rest.pop("alpha", 0.05), collect_stats=bench.collect_stats, **rest
-    )
-
-
-_LEVEL: dict[str, tuple[Converter, str]] = {
-    "alpha": (float, "level, 0 < alpha < 1"),
-    "experts": (float, "budget: mean number of experts per token"),
-    "min_k": (int, "at least so many experts"),
-    "max_k": (int, "at most so many"),
-    "clamp": (str, "after or inside"),
-    "temperature": (float, "divides the logits"),
-    "weights": (str, "model, preserve or sum"),
-}
-_CALIBRATED: dict[str, tuple[Converter, str]] = _LEVEL | {
-    "statistic": (str, "contribution, logprob or logit"),
-    "size": (str, "sensitivity, deviation or output"),
-    "null": (str, "unselected, all or trimmed"),
-    "scope": (str, "model or layer"),
-    "estimator": (str, "empirical, kde or normal"),
-    "kernel": (str, "of the kde"),
-    "bandwidth": (_number_or_name, "of the kde"),
-    "compensation": (_strength, "add back what dropped experts add on average: true, false or 0 to 1"),
-    "pvalues": (str, "robust, softmax or batch: without the calibration"),
-}
-
-ENTRIES: dict[str, Entry] = {
+POLICIES: dict[str, Entry] = {
     "full": Entry(
         summary="the model's own routing",
         parameters={},
@@ -268,50 +212,54 @@ ENTRIES: dict[str, Entry] = {
     "regular": Entry(
         summary="top-k, weights as the model makes them",
         source="the original OLMoE routing experiments",
-        parameters=_BUDGET | {"k": (int, "experts per token (default: the model's own)")},
+        parameters=_BUDGET | _OWN_K,
         build=_from_policy(_top_k),
     ),
     "normalised": Entry(
         summary="top-k, weights made to sum to 1",
         source="the original OLMoE routing experiments",
-        parameters=_BUDGET | {"k": (int, "experts per token (default: the model's own)")},
+        parameters=_BUDGET | _OWN_K,
         build=_from_policy(lambda bench, p: _top_k(bench, p, weights="sum")),
     ),
     "uniform": Entry(
         summary="top-k with equal weights",
         source=baselines.UniformPolicy.source,
-        parameters=_BUDGET | _WEIGHTS | {"k": (int, "experts per token (default: the model's own)")},
-        build=_from_policy(_simple(baselines.UniformPolicy, "k")),
+        parameters=_BUDGET | _WEIGHTS | _OWN_K,
+        build=_simple(baselines.UniformPolicy, "k"),
     ),
     "adaptive": Entry(
         summary="the number of experts in proportion to the router's entropy",
         source=baselines.AdaptivePolicy.source,
+        inspired=baselines.AdaptivePolicy.inspired,
         parameters=_COMMON | {"scale": (float, "0 to 1 (default 1)")},
-        build=_from_policy(_simple(baselines.AdaptivePolicy, "scale")),
+        build=_simple(baselines.AdaptivePolicy, "scale"),
     ),
     "topp": Entry(
         summary="the fewest experts that reach the probability p together",
         source=baselines.TopPPolicy.source,
+        inspired=baselines.TopPPolicy.inspired,
         parameters=_COMMON | {"p": (float, "0 to 1")},
         needs=("p", "experts"),
-        build=_from_policy(_simple(baselines.TopPPolicy, "p")),
+        build=_simple(baselines.TopPPolicy, "p"),
     ),
     "minp": Entry(
         summary="experts with at least p times the largest score",
         source=baselines.MinPPolicy.source,
+        inspired=baselines.MinPPolicy.inspired,
         parameters=_COMMON | {"p": (float, "0 to 1")},
         needs=("p", "experts"),
-        build=_from_policy(_simple(baselines.MinPPolicy, "p")),
+        build=_simple(baselines.MinPPolicy, "p"),
     ),
     "threshold": Entry(
         summary="experts with a routing score of at least t",
         parameters=_COMMON | {"t": (float, "0 to 1")},
         needs=("t", "experts"),
-        build=_from_policy(_simple(baselines.ThresholdPolicy, "t")),
+        build=_simple(baselines.ThresholdPolicy, "t"),
     ),
     "entropy": Entry(
         summary="the number of experts by bucket of the router's entropy",
         source=baselines.EntropyPolicy.source,
+        inspired=baselines.EntropyPolicy.inspired,
         parameters=_COMMON
         | {
             "ks": (_integers, "experts per bucket, 2/4/8"),
@@ -322,32 +270,35 @@ ENTRIES: dict[str, Entry] = {
     "naee": Entry(
         summary="skip experts whose score is small beside the best one",
         source=baselines.DynamicSkippingPolicy.source,
+        inspired=baselines.DynamicSkippingPolicy.inspired,
         parameters=_COMMON | {"q": (float, "quantile of the ratio on calibration text (default 0.5)")},
-        build=_from_policy(_naee),
+        build=_simple(baselines.DynamicSkippingPolicy),
     ),
     "random": Entry(
         summary="k of the model's own experts by chance",
         parameters=_COMMON | {"k": (float, "experts per token"), "seed": (int, "default 0")},
         needs=("k", "experts"),
-        build=_from_policy(_simple(baselines.RandomPolicy, "k")),
+        build=_simple(baselines.RandomPolicy, "k"),
     ),
     "seqtopk": Entry(
         summary="the k * S largest scores of a sequence of S tokens",
         source=baselines.SequenceTopKPolicy.source,
+        inspired=baselines.SequenceTopKPolicy.inspired,
         parameters=_COMMON | {"k": (float, "mean experts per token")},
         needs=("k", "experts"),
-        build=_from_policy(_simple(baselines.SequenceTopKPolicy, "k")),
+        build=_simple(baselines.SequenceTopKPolicy, "k"),
     ),
     "perlayer": Entry(
         summary="k per layer, as given",
         source=baselines.PerLayerPolicy.source,
         parameters=_WEIGHTS | _COMPENSATION | {"k": (_integers, "experts per layer, 6/3/3/5")},
         needs=("k",),
-        build=_from_policy(_simple(baselines.PerLayerPolicy, "k")),
+        build=_simple(baselines.PerLayerPolicy, "k"),
     ),
     "lexi": Entry(
         summary="k per layer from output changes on random inputs",
         source=baselines.PerLayerPolicy.source,
+        inspired=baselines.PerLayerPolicy.inspired,
         parameters=_COMMON,
         needs=("experts",),
         build=_from_policy(_lexi),
@@ -355,6 +306,7 @@ ENTRIES: dict[str, Entry] = {
     "allocmoe": Entry(
         summary="a budget given to layers by their effect on the loss, then to the tokens of a sequence",
         source=baselines.AllocatedPolicy.source,
+        inspired=baselines.AllocatedPolicy.inspired,
         parameters=_COMMON,
         needs=("experts",),
         build=_from_policy(_alloc),
@@ -363,25 +315,14 @@ ENTRIES: dict[str, Entry] = {
         summary="the original design: BH on 1 - softmax probability, weights made to sum to 1",
         source="the original design",
         parameters=_LEVEL,
-        build=_original,
+        build=_bh(calibrated=False, pvalues="softmax", weights="sum"),
     ),
 } | {
     name: Entry(
         summary=f"{name} on calibrated p-values (without a calibration: the token's own robust null)",
         source=procedure.source,
         parameters=_CALIBRATED,
-        build=_procedure(name),
+        build=_bh(procedure=name),
     )
     for name, procedure in PROCEDURES.items()
-}
-
-INSPIRED: dict[str, str] = {
-    "topp": baselines.TopPPolicy.inspired,
-    "minp": baselines.MinPPolicy.inspired,
-    "entropy": baselines.EntropyPolicy.inspired,
-    "adaptive": baselines.AdaptivePolicy.inspired,
-    "naee": baselines.DynamicSkippingPolicy.inspired,
-    "seqtopk": baselines.SequenceTopKPolicy.inspired,
-    "lexi": baselines.PerLayerPolicy.inspired,
-    "allocmoe": baselines.AllocatedPolicy.inspired,
 }

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from typing import Any
 
+from .._words import did_you_mean
 from ..errors import InvalidParameterError, UnknownPolicyError
 from ..integration import RoutingIntegration
-from .entries import ENTRIES, SOLVED
+from .entries import POLICIES, SOLVED
 from .workbench import Workbench
 
 
@@ -32,8 +32,8 @@ class PolicySpec:
 
 def _unknown(what: str, name: str, known: Iterable[str]) -> UnknownPolicyError:
     known = list(known)
-    near = get_close_matches(name, known, n=1, cutoff=0.5)
-    hint = f"; did you mean {near[0]}?" if near else "."
+    hint = did_you_mean(name, known)
+    hint = f"; {hint}" if hint.startswith("did") else "."
     return UnknownPolicyError(f"{what} must be one of {', '.join(known) or '(none)'}, got {name!r}{hint}")
 
 
@@ -56,13 +56,13 @@ def parse_policy(text: str) -> PolicySpec:
     ...
     bh_routing.errors.UnknownPolicyError: policy must be one of full, topk, regular, normalised, uniform, adaptive, \
 topp, minp, threshold, entropy, naee, random, seqtopk, perlayer, lexi, allocmoe, original, bh, by, bonferroni, holm, \
-hochberg, storey, higher_criticism, got 'topq'; did you mean topp?
+hochberg, storey, higher_criticism, got 'topq'; did you mean 'topp'?
     """
     name, _, rest = text.strip().partition(":")
     name = name.strip()
-    if name not in ENTRIES:
-        raise _unknown("policy", name, ENTRIES)
-    entry = ENTRIES[name]
+    if name not in POLICIES:
+        raise _unknown("policy", name, POLICIES)
+    entry = POLICIES[name]
     parameters: dict[str, Any] = {}
     for part in filter(None, (p.strip() for p in rest.split(","))):
         key, equals, value = (p.strip() for p in part.partition("="))
@@ -109,4 +109,4 @@ def make_routing(spec: PolicySpec | str, bench: Workbench) -> RoutingIntegration
         If the budget cannot be met.
     """
     spec = parse_policy(spec) if isinstance(spec, str) else spec
-    return ENTRIES[spec.name].build(bench, dict(spec.parameters))
+    return POLICIES[spec.name].build(bench, dict(spec.parameters))

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from ..calibration.calibration import Calibration
 from ..errors import InvalidParameterError
-from ..integration import RoutingIntegration
 from ..patching import PatchPlan, make_plan
 from .routing_log import RoutingLog, log_routing
 
@@ -78,10 +77,3 @@ class Workbench:
     def top_k(self) -> int:
         """The smallest number of experts that a router selects."""
         return min(context.top_k for context in self.plan.contexts)
-
-
-class CompensatedIntegration(RoutingIntegration):
-    """Any policy with the mean outputs of dropped experts added back: kept weights stay the model's own."""
-
-    def _make_plan(self) -> PatchPlan:
-        return super()._make_plan().with_route_norm("none")

@@ -13,11 +13,7 @@ from .base import RoutingContext, RoutingPolicy, TopKPolicy
 from .pvalue import PValuePolicy
 from .table import TablePolicy
 
-POLICIES: dict[str, type[RoutingPolicy]] = {p.name: p for p in (TablePolicy, PValuePolicy, TopKPolicy)}
-
-
 __all__ = [
-    "POLICIES",
     "Kept",
     "PValuePolicy",
     "RoutingContext",

@@ -19,11 +19,12 @@ from torch import Tensor
 
 from ...calibration.calibration import Calibration
 from ...calibration.fingerprint import check_complete, check_layer
-from ...decision.compensation import check_strength, compensation
+from ...decision.compensation import compensation
 from ...decision.types import RouteNorm, RoutingDecision
 from ...errors import CalibrationMismatchError, InvalidParameterError, UnsupportedModelError
-from ...policies import PValuePolicy, RoutingContext, RoutingPolicy, TablePolicy
-from ...stats.procedures import check_one_level
+from ...policies import RoutingContext, RoutingPolicy
+from ...settings import level_of
+from ...stats.procedures import get_procedure
 from ...telemetry.figures import Telemetry
 from .paths import match_layer
 from .settings import Settings
@@ -155,12 +156,14 @@ class EngineRouting:
         self.settings = settings
         with _plain_tensors():
             self.calibration = settings.load_calibration()
-            self.compensates = settings.compensates(self.calibration)
-            self.policy: RoutingPolicy | None = settings.make_policy(self.calibration)
+            self.means = settings.mean_outputs(self.calibration)
+            self.policy: RoutingPolicy | None = None  # of top_k: made when the layers are known
+            if settings.top_k is None:
+                self.policy = settings.policy(self.calibration)
         self.telemetry: Telemetry | None = None
         self.layers: list[LayerRouting] = []
         self.left_out: list[str] = []  # names of layers that the calibration left out
-        self.budget = settings.experts_per_token
+        self.compensates = bool(self.means)
 
     # -- layers ------------------------------------------------------------------------------------------
 
@@ -250,19 +253,20 @@ class EngineRouting:
         if self.settings.collect_stats:
             self.telemetry = Telemetry(contexts, [context.top_k for context in contexts])
         if self.compensates and self.settings.mode == "patch":
-            assert self.calibration is not None
-            means = self.calibration.mean_outputs(check_strength(self.settings.compensation))
             for layer in self.layers:
-                layer.means = means[layer.context.path].to(device)
+                layer.means = self.means[layer.context.path].to(device)
 
     # -- while it runs -----------------------------------------------------------------------------------
 
     @property
     def alpha(self) -> float | None:
         """The level in use; with a budget the solved one."""
-        if isinstance(self.policy, PValuePolicy):
-            return self.policy.alpha
-        return self.policy.table.alpha if isinstance(self.policy, TablePolicy) else None
+        return level_of(self.policy)
+
+    @property
+    def budget(self) -> Any:
+        """The budget in use, experts per token; None where a level was given."""
+        return self.settings.experts_per_token
 
     def set_level(self, *, alpha: float | None = None, experts_per_token: Any = None) -> None:
         """Another level or budget, in the same buffers: nothing is compiled anew.
@@ -272,28 +276,18 @@ class EngineRouting:
         InvalidParameterError, BudgetError
             Unless exactly one of the two is given and can be served; nothing has changed then.
         """
-        check_one_level(alpha, experts_per_token)
         if self.settings.top_k is not None:
             raise InvalidParameterError(
                 f"this engine was started with top_k={self.settings.top_k}, which has no level; start it with a "
                 "calibration instead."
             )
-        if alpha is None and self.calibration is None:
-            raise InvalidParameterError(
-                f"experts_per_token={experts_per_token!r} needs a calibration; start the engine with one."
-            )
-        level: dict[str, Any] = {"alpha": _number("alpha", alpha)} if alpha is not None else {}
-        if not level:
-            level = {"experts_per_token": _budget(experts_per_token)}
+        settings = self.settings.with_level(
+            alpha=_number("alpha", alpha), experts_per_token=_budget(experts_per_token)
+        )
+        assert self.policy is not None
         with _plain_tensors():
-            new = self.settings.make_policy(self.calibration, **level)
-        if isinstance(self.policy, TablePolicy) and isinstance(new, TablePolicy):
-            self.policy.set_table(new.table)
-        else:
-            assert isinstance(self.policy, PValuePolicy)
-            assert isinstance(new, PValuePolicy)
-            self.policy.set_alpha(new.alpha)
-        self.budget = level.get("experts_per_token")
+            settings.rewrite(self.policy, self.calibration)
+        self.settings = settings
 
     def reset(self) -> None:
         """Set all statistics to zero."""
@@ -317,7 +311,7 @@ class EngineRouting:
             "temperature": settings.temperature,
             "min_k": settings.min_k,
             "max_k": settings.max_k or max((x.facts.top_k for x in self.layers), default=None),
-            "procedure": settings.procedure,
+            "procedure": get_procedure(settings.procedure).name,
             "calibrated": self.calibration is not None,
             "compensation": self.compensates and settings.mode == "patch",
         }
@@ -348,7 +342,8 @@ class EngineRouting:
         if settings.top_k is not None:
             what = f"the {settings.top_k} largest logits"
         else:
-            what = settings.procedure if level is None else f"{settings.procedure} at alpha {level:.4g}"
+            name = get_procedure(settings.procedure).name
+            what = name if level is None else f"{name} at alpha {level:.4g}"
         if self.budget is not None:
             what += f", budget {self.budget}"
         source = "calibrated" if self.calibration is not None else "each token its own null"
@@ -368,8 +363,10 @@ def _plain_tensors() -> Iterator[None]:
         torch.set_default_dtype(dtype)
 
 
-def _number(name: str, value: Any) -> float:
+def _number(name: str, value: Any) -> float | None:
     """A number, also where it came as text (over HTTP)."""
+    if value is None:
+        return None
     try:
         number = float(value)
     except (TypeError, ValueError):

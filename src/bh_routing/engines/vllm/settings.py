@@ -6,33 +6,32 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
-from difflib import get_close_matches
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
 
 from ... import __version__
-from ...decision.compensation import check_strength
+from ...calibration.calibration import Calibration
+from ...decision.table import DecisionTable
 from ...errors import InvalidParameterError, InvalidTypeError
-
-if TYPE_CHECKING:
-    from ...calibration.calibration import Calibration
-    from ...policies import RoutingPolicy
+from ...policies import RoutingPolicy, TablePolicy
+from ...settings import RoutingSettings
 
 KEY = "bh_routing"  # in vLLM's additional_config
 DIGEST_KEY = "bh_routing_digest"
 VARIABLE = "BH_ROUTING_CONFIG"
 
-# What belongs to a calibration and is passed on to it.
-CALIBRATED = ("statistic", "null", "scope", "estimator", "size", "kernel", "bandwidth")
 
-
-@dataclass(frozen=True, kw_only=True)
-class Settings:
-    """The routing of one engine. Fields mean what they mean in `bh_routing.BHRoutingIntegration`, and more:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Settings(RoutingSettings):
+    """The routing of one engine: `bh_routing.RoutingSettings`, and what only an engine needs.
 
     Attributes
     ----------
+    calibration : str, optional
+        The calibration's file.
     top_k : int, optional
         Instead of a level or a budget: a table that keeps the ``top_k`` largest logits of the model's own choice.
     ragged : bool
@@ -41,54 +40,21 @@ class Settings:
     """
 
     calibration: str | None = None
-    alpha: float | None = None
-    experts_per_token: float | dict[str, float] | None = None
     top_k: int | None = None
-    temperature: float = 1.0
-    min_k: int = 1
-    max_k: int | None = None
-    mode: str = "patch"
-    collect_stats: bool = True
-    weights: str = "model"
-    procedure: str = "bh"
-    pvalues: str = "robust"
-    clamp: str = "after"
-    statistic: str | None = None
-    null: str | None = None
-    scope: str | None = None
-    estimator: str | None = None
-    size: str | None = None
-    kernel: str | None = None
-    bandwidth: str | float | None = None
-    compensation: bool | float | None = None
     ragged: bool = True
-    strict: bool = True
 
     def __post_init__(self) -> None:
-        from ...decision.types import check_clamp, check_k, check_temperature
-
-        for name in ("collect_stats", "ragged", "strict"):
-            if not isinstance(getattr(self, name), bool):
-                raise InvalidTypeError(f"{KEY}.{name} must be true or false, got {getattr(self, name)!r}.")
-        check_strength(self.compensation)
-        if self.mode not in ("patch", "analyze"):
-            raise InvalidParameterError(f"mode must be 'patch' or 'analyze', got {self.mode!r}.")
-        check_k(self.min_k, self.max_k)
-        check_clamp(self.clamp)
-        check_temperature(self.temperature)
+        super().__post_init__()
         given = [n for n in ("alpha", "experts_per_token", "top_k") if getattr(self, n) is not None]
         if len(given) > 1:
             raise InvalidParameterError(
                 f"expected one of alpha, experts_per_token and top_k in {KEY}, got {' and '.join(given)}; give one."
             )
-        if self.calibration is None:
-            needs = ["experts_per_token", *CALIBRATED, *(["compensation"] if self.compensation else [])]
-            for name in needs:
-                if getattr(self, name) is not None:
-                    raise InvalidParameterError(
-                        f'{name}={getattr(self, name)!r} needs a calibration: add "calibration": FILE to {KEY}, '
-                        "made by `bh-routing calibrate MODEL --text FILE`."
-                    )
+        if self.skip != "auto":
+            raise InvalidParameterError(
+                f"skip={self.skip!r} has no meaning in vLLM, which says by ragged what is computed; leave it out."
+            )
+        self.check_calibrated(self.calibration)
 
     @classmethod
     def from_value(cls, value: Any) -> Settings:
@@ -99,8 +65,6 @@ class Settings:
         InvalidParameterError, InvalidTypeError
             For an unknown key or a value out of range.
         """
-        if isinstance(value, Settings):
-            return value
         if isinstance(value, str):
             value = _parse(value)
         if not isinstance(value, Mapping):
@@ -108,17 +72,7 @@ class Settings:
                 f'{KEY} must be an object such as {{"calibration": "calib.safetensors", '
                 f'"experts_per_token": 4}}, got {value!r}.'
             )
-        names = [field.name for field in fields(cls)]
-        for key in value:
-            if key not in names:
-                near = get_close_matches(str(key), names, n=1)
-                hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(names)}."
-                raise InvalidParameterError(f"{KEY} has no setting {key!r}; {hint}")
-        return cls(**value)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Only what differs from the defaults: the shortest configuration that means the same."""
-        return {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
+        return cls.from_dict(value)
 
     def digest(self) -> str:
         """SHA-256 (hexadecimal) of the settings, of the calibration's own digest, and of the library's version."""
@@ -128,71 +82,13 @@ class Settings:
 
     def load_calibration(self) -> Calibration | None:
         """The calibration, or None without one; raises `CalibrationError` for a file that is none."""
-        if self.calibration is None:
-            return None
-        from ...calibration.calibration import Calibration
-
-        return Calibration.load(self.calibration)
-
-    def make_policy(self, calibration: Calibration | None, **level: Any) -> RoutingPolicy | None:
-        """The policy at the configured level, or at another one given as ``alpha`` or ``experts_per_token``.
-
-        None for ``top_k``, whose table needs the number of layers and experts (`top_k_policy`).
-        """
-        from ...policies import PValuePolicy
-
-        if not level:
-            level = {"alpha": self.alpha, "experts_per_token": self.experts_per_token}
-        limits: dict[str, Any] = {
-            "min_k": self.min_k,
-            "max_k": self.max_k,
-            "clamp": self.clamp,
-            "weights": self.weights,
-        }
-        if self.top_k is not None:
-            return None
-        if calibration is None:
-            alpha = level.get("alpha")
-            return PValuePolicy(
-                self.pvalues,
-                procedure=self.procedure,
-                alpha=0.05 if alpha is None else alpha,
-                temperature=self.temperature,
-                **limits,
-            )
-        chosen = {name: getattr(self, name) for name in CALIBRATED if getattr(self, name) is not None}
-        return calibration.policy(
-            **level,
-            procedure=self.procedure,
-            temperature=self.temperature,
-            compensated=self.compensates(calibration),
-            **chosen,
-            **limits,
-        )
+        return None if self.calibration is None else Calibration.load(self.calibration)
 
     def top_k_policy(self, num_layers: int, num_experts: int) -> RoutingPolicy:
         """The policy of ``top_k``: a table that keeps the largest logits."""
-        from ...decision.table import DecisionTable
-        from ...policies import TablePolicy
-
         assert self.top_k is not None
-        return TablePolicy(
-            DecisionTable.top_k(self.top_k, num_layers, num_experts),
-            max_k=self.max_k,
-            weights=self.weights,  # type: ignore[arg-type]
-        )
-
-    def compensates(self, calibration: Calibration | None) -> bool:
-        """Whether the dropped experts' stand-ins are added: as configured, by default where they are known."""
-        known = calibration is not None and calibration.moments is not None
-        known = known and calibration.moments.mean_LEH is not None  # type: ignore[union-attr]
-        if self.compensation and not known:
-            raise InvalidParameterError(
-                f"compensation={json.dumps(self.compensation)} needs the experts' mean outputs, which this "
-                "calibration does not hold; "
-                'calibrate without --no-means, or configure "compensation": false.'
-            )
-        return known and check_strength(self.compensation) != 0.0
+        table = DecisionTable.top_k(self.top_k, num_layers, num_experts)
+        return TablePolicy(table, max_k=self.max_k, weights=self.weights)
 
 
 def _parse(text: str) -> Any:
@@ -220,8 +116,6 @@ def read_settings(additional_config: Any, environ: Mapping[str, str] | None = No
 
 def file_digest(path: str) -> str | None:
     """The digest that a calibration file carries; None for what is no such file."""
-    from safetensors import SafetensorError, safe_open
-
     try:
         with safe_open(path, framework="pt") as file:
             return (file.metadata() or {}).get("digest")

@@ -1,0 +1,389 @@
+"""`RoutingSettings`: everything that a person can say about a routing, and the policy that it means.
+
+The keywords of `bh_routing.BHRoutingIntegration`, vLLM's configuration, policies as text, the command line and YAML
+files make one of these and hand it on. Importing this loads no torch, so that the options can be listed at once.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import TYPE_CHECKING, Any, Literal
+
+from ._words import (
+    Backend,
+    Clamp,
+    Estimator,
+    Mode,
+    NullSet,
+    Scope,
+    Size,
+    Skip,
+    Statistic,
+    WeightRule,
+    check_word,
+    did_you_mean,
+)
+from .errors import InvalidParameterError, InvalidTypeError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from .calibration.calibration import Calibration
+    from .policies import PValuePolicy, RoutingPolicy, TablePolicy
+    from .stats.procedures import Procedure
+
+logger = logging.getLogger(__name__)
+
+NEEDS_CALIBRATION = (
+    "pass calibration=..., made by `bh-routing calibrate MODEL --text FILE`."  # the end of a sentence
+)
+
+
+def read_compensation(text: str) -> bool | float:
+    """``true``, ``false`` or a strength, as people type it."""
+    words = {"true": True, "yes": True, "false": False, "no": False}
+    return words[text.lower()] if text.lower() in words else float(text)
+
+
+def read_number_or_name(text: str) -> float | str:
+    """A number where it is one."""
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+def _said(text: str, read: Callable[[str], Any] = str, **more: Any) -> dict[str, Any]:
+    """Of a field, what text interfaces need: one line of help, what reads it, ``words``, another ``name``."""
+    return {"help": text, "read": read, **more}
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class RoutingSettings:
+    """Everything that a person can say about a routing. Checked on creation.
+
+    Attributes
+    ----------
+    alpha : float, optional
+        Level, 0 < alpha < 1. Default 0.05, unless ``experts_per_token`` is given.
+    temperature : float
+        Divides the router logits before the statistic.
+    min_k : int
+        At least so many experts.
+    max_k : int, optional
+        At most so many. Default: the model's own top-k. More than that widens the choice, where the family's
+        scores are plain softmax or sigmoid.
+    mode : {"patch", "analyze"}
+        Change the routing, or only count what it would be.
+    collect_stats : bool
+    weights : {"model", "preserve", "sum"}
+        ``"model"``: what the model's own convention gives the selected experts. ``"preserve"``: the row keeps
+        the sum it had with top-k. ``"sum"``: sums to 1 (the original design; ruins a model trained without).
+    experts_per_token : float or mapping of router path to float, optional
+        A budget instead of a level: the level is solved on the calibration text.
+    procedure : str or Procedure
+        A key of `bh_routing.PROCEDURES`, or an own one.
+    pvalues : str or callable
+        Only without a calibration: ``"robust"``, ``"softmax"`` or ``"batch"``, or ``f(logits_TE, context) -> p_TE``.
+    clamp : {"after", "inside"}
+        See `bh_routing.benjamini_hochberg_routing`.
+    statistic, null, scope, estimator, size, kernel, bandwidth : optional
+        Which calibrated statistic and null (`Calibration.settings`); default: the recommended configuration.
+    compensation : bool or float, optional
+        Add what the dropped experts would have added on average back; default: where the calibration has it, at the
+        strength that the calibration measured. A number from 0 to 1 is another strength. With compensation, and
+        ``weights="model"``, kept experts keep their own weights in every family: nothing is renormalised,
+        because the dropped weight is still used.
+    skip : {"auto", "compact", "zero"}
+        How a dropped expert is kept out (`bh_routing.RoutingIntegration`).
+    backend : {"auto", "torch", "triton"}
+        What computes a calibrated decision: one fused kernel on a GPU with Triton, else PyTorch.
+    strict : bool
+        False: a calibration whose router weights differ from the model's only warns.
+
+    Raises
+    ------
+    InvalidParameterError, InvalidTypeError
+        On creation, for a value out of range; one sentence that names it.
+
+    Examples
+    --------
+    >>> RoutingSettings(alpha=0.1, min_k=2).to_dict()
+    {'alpha': 0.1, 'min_k': 2}
+    >>> RoutingSettings.from_dict({"alhpa": 0.1})
+    Traceback (most recent call last):
+    ...
+    bh_routing.errors.InvalidParameterError: there is no setting 'alhpa'; did you mean 'alpha'?
+    """
+
+    alpha: float | None = field(default=None, metadata=_said("level, 0 < alpha < 1 (default 0.05)", float))
+    temperature: float = field(default=1.0, metadata=_said("divides the router logits (default 1)", float))
+    min_k: int = field(default=1, metadata=_said("at least so many experts (default 1)", int))
+    max_k: int | None = field(
+        default=None, metadata=_said("at most so many experts (default: the model's own top-k)", int)
+    )
+    mode: Mode = field(
+        default="patch",
+        metadata=_said(
+            "patch: BH routing decides; analyze: the model routes as always, BH is counted", words=Mode
+        ),
+    )
+    collect_stats: bool = True
+    weights: WeightRule = field(
+        default="model",
+        metadata=_said("model, preserve or sum: what kept experts weigh (default model)", words=WeightRule),
+    )
+    experts_per_token: float | Mapping[str, float] | None = field(
+        default=None,
+        metadata=_said(
+            "a budget: mean number of experts per token (needs a calibration)", float, name="experts"
+        ),
+    )
+    procedure: str | Procedure = field(
+        default="bh", metadata=_said("multiple-testing procedure (default bh)")
+    )
+    pvalues: Literal["robust", "softmax", "batch"] | Callable[..., Tensor] = field(
+        default="robust", metadata=_said("robust, softmax or batch: without a calibration")
+    )
+    clamp: Clamp = field(
+        default="after", metadata=_said("after or inside: when min_k and max_k bind", words=Clamp)
+    )
+    statistic: Statistic | None = field(
+        default=None, metadata=_said("contribution, logprob or logit", words=Statistic)
+    )
+    size: Size | None = field(
+        default=None, metadata=_said("sensitivity, deviation or output: of the contribution", words=Size)
+    )
+    null: NullSet | None = field(
+        default=None, metadata=_said("unselected, all or trimmed: what the null is made of", words=NullSet)
+    )
+    scope: Scope | None = field(
+        default=None, metadata=_said("model or layer: what has a null of its own", words=Scope)
+    )
+    estimator: Estimator | None = field(
+        default=None, metadata=_said("empirical, kde or normal", words=Estimator)
+    )
+    kernel: str | None = field(default=None, metadata=_said("of the kde"))
+    bandwidth: str | float | None = field(
+        default=None, metadata=_said("of the kde: silverman, isj or a number", read_number_or_name)
+    )
+    compensation: bool | float | None = field(
+        default=None,
+        metadata=_said(
+            "add back what dropped experts add on average: true, false or 0 to 1", read_compensation
+        ),
+    )
+    skip: Skip = field(
+        default="auto", metadata=_said("auto, compact or zero: how dropped experts are kept out", words=Skip)
+    )
+    backend: Backend = field(
+        default="auto", metadata=_said("auto, torch or triton: what computes decisions", words=Backend)
+    )
+    strict: bool = True
+
+    def __post_init__(self) -> None:
+        from .decision.compensation import check_strength
+        from .decision.types import check_k, check_temperature
+        from .stats.kde import BANDWIDTHS, KERNELS
+        from .stats.procedures import check_alpha, get_procedure
+        from .stats.pvalues import P_VALUES
+
+        for item in fields(self):
+            value, words = getattr(self, item.name), item.metadata.get("words")
+            if words is not None and (value is not None or item.default is not None):
+                check_word(item.name, value, words)
+            if item.type == "bool" and not isinstance(value, bool):
+                raise InvalidTypeError(f"{item.name} must be true or false, got {value!r}.")
+        if self.alpha is not None and self.experts_per_token is not None:
+            raise InvalidParameterError(
+                f"expected a level or a budget, got both alpha={self.alpha!r} and "
+                f"experts_per_token={self.experts_per_token!r}; give one of them."
+            )
+        if self.alpha is not None:
+            check_alpha(self.alpha)
+        for budget in _budgets(self.experts_per_token):
+            if isinstance(budget, bool) or not isinstance(budget, (int, float)) or not budget > 0:
+                raise InvalidParameterError(
+                    f"experts_per_token must be a number of experts per token above 0, or one for each router, got {budget!r}."
+                )
+        check_temperature(self.temperature)
+        check_k(self.min_k, self.max_k)
+        check_strength(self.compensation)
+        get_procedure(self.procedure)
+        if not callable(self.pvalues):
+            check_word("pvalues", self.pvalues, P_VALUES)
+        if self.kernel is not None:
+            check_word("kernel", self.kernel, KERNELS)
+        if isinstance(self.bandwidth, str):
+            check_word("bandwidth", self.bandwidth, BANDWIDTHS)
+
+    # -- other forms --------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> RoutingSettings:
+        """Settings of a mapping of field names to values.
+
+        Raises
+        ------
+        InvalidParameterError, InvalidTypeError
+            For an unknown name, with the nearest one, or a value out of range.
+        """
+        known = [item.name for item in fields(cls)]
+        for name in values:
+            if name not in known:
+                raise InvalidParameterError(f"there is no setting {name!r}; {did_you_mean(str(name), known)}")
+        return cls(**values)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Only what differs from the defaults: the shortest mapping that means the same."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
+
+    def __repr__(self) -> str:
+        return f"RoutingSettings({', '.join(f'{name}={value!r}' for name, value in self.to_dict().items())})"
+
+    def with_level(
+        self, *, alpha: float | None = None, experts_per_token: float | Mapping[str, float] | None = None
+    ) -> RoutingSettings:
+        """The same settings at another level or budget.
+
+        Raises
+        ------
+        InvalidParameterError
+            Unless exactly one of the two is given, and in range.
+        """
+        from .stats.procedures import check_one_level
+
+        check_one_level(alpha, experts_per_token)
+        return replace(self, alpha=alpha, experts_per_token=experts_per_token)
+
+    # -- what they mean -----------------------------------------------------------------------------------
+
+    @property
+    def null_settings(self) -> dict[str, Any]:
+        """What `Calibration.settings` is asked for: the fields of the null that were chosen."""
+        names = ("statistic", "null", "scope", "estimator", "size", "kernel", "bandwidth")
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+
+    def check_calibrated(self, calibration: object) -> None:
+        """Raise `InvalidParameterError` for a setting that needs a calibration where there is none."""
+        if calibration is not None:
+            return
+        needs = {"experts_per_token": self.experts_per_token, "compensation": self.compensation or None}
+        for name, value in (needs | self.null_settings).items():
+            if value is not None:
+                raise InvalidParameterError(f"{name}={value!r} needs a calibration: {NEEDS_CALIBRATION}")
+
+    def mean_outputs(self, calibration: Calibration | None) -> dict[str, Tensor]:
+        """What stands in for dropped experts, by router path (`Calibration.mean_outputs`); empty for nothing.
+
+        Raises
+        ------
+        InvalidParameterError
+            If the compensation was asked for and the calibration does not hold it.
+        """
+        from .decision.compensation import check_strength
+
+        means = {} if calibration is None else calibration.mean_outputs(check_strength(self.compensation))
+        if self.compensation and not means:
+            raise InvalidParameterError(
+                f"compensation={self.compensation!r} needs the experts' mean outputs, which this "
+                "calibration does not hold; calibrate without --no-means, or turn the compensation off."
+            )
+        return means
+
+    def policy(self, calibration: Calibration | None = None) -> TablePolicy | PValuePolicy:
+        """The policy: from the calibration's table, else from p-values. Warns about settings that have no effect.
+
+        Raises
+        ------
+        InvalidParameterError
+            For a setting that needs a calibration where there is none.
+        CalibrationError, BudgetError
+            For a calibration that cannot serve the settings, or a budget that no level meets.
+        """
+        from .policies import PValuePolicy, TablePolicy
+
+        self.check_calibrated(calibration)
+        limits: dict[str, Any] = {
+            "procedure": self.procedure,
+            "temperature": self.temperature,
+            "min_k": self.min_k,
+            "max_k": self.max_k,
+            "clamp": self.clamp,
+            "weights": self.weights,
+        }
+        made: RoutingPolicy
+        if calibration is None:
+            made = PValuePolicy(self.pvalues, alpha=0.05 if self.alpha is None else self.alpha, **limits)
+            if self.temperature != 1.0 and self.pvalues in ("robust", "batch"):
+                logger.warning(
+                    "temperature=%g has no effect: %s p-values do not depend on the scale of the logits.",
+                    self.temperature,
+                    self.pvalues,
+                )
+        else:
+            made = calibration.policy(
+                alpha=self.alpha,
+                experts_per_token=self.experts_per_token,
+                compensated=bool(self.mean_outputs(calibration)),
+                **self.null_settings,
+                **limits,
+            )
+            if self.pvalues != "robust":
+                logger.warning("pvalues=%r has no effect: the calibration's are used.", self.pvalues)
+        if isinstance(made, TablePolicy):
+            made.backend = self.backend
+        elif self.backend != "auto":
+            logger.warning(
+                "backend=%r has no effect: without a calibration p-values are computed in PyTorch.",
+                self.backend,
+            )
+        return made
+
+    def rewrite(self, policy: RoutingPolicy, calibration: Calibration | None) -> None:
+        """Write what these settings decide by into a policy that is in use, in the same buffers.
+
+        Raises
+        ------
+        InvalidParameterError, CalibrationError, BudgetError
+            If they cannot be served, or need another kind of policy; nothing has changed then.
+        """
+        from .policies import PValuePolicy, TablePolicy
+
+        new = self.policy(calibration)
+        if isinstance(policy, TablePolicy) and isinstance(new, TablePolicy):
+            policy.set_table(new.table)
+        elif isinstance(policy, PValuePolicy) and isinstance(new, PValuePolicy):
+            policy.set_alpha(new.alpha)
+            policy.pvalues = new.pvalues
+        else:
+            raise InvalidParameterError(
+                f"expected settings of a {type(policy).__name__}, which is in use, got some of a {type(new).__name__}; "
+                "unpatch and patch anew for that."
+            )
+
+
+def level_of(policy: RoutingPolicy | None) -> float | None:
+    """The level of a policy; None where it has none, or one for each layer."""
+    return getattr(getattr(policy, "table", policy), "alpha", None)
+
+
+def _budgets(experts_per_token: Any) -> list[Any]:
+    if experts_per_token is None:
+        return []
+    return list(experts_per_token.values()) if isinstance(experts_per_token, Mapping) else [experts_per_token]
+
+
+# The fields that text can say, by the name that people type: (field, what reads it, one line of help, default).
+TEXT_OPTIONS: dict[str, tuple[str, Callable[[str], Any], str, Any]] = {
+    item.metadata.get("name", item.name): (
+        item.name,
+        item.metadata["read"],
+        item.metadata["help"],
+        item.default,
+    )
+    for item in fields(RoutingSettings)
+    if "read" in item.metadata
+}
