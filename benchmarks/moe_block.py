@@ -29,7 +29,8 @@ from transformers import OlmoeConfig
 from transformers.models.olmoe.modeling_olmoe import OlmoeSparseMoeBlock
 
 from bh_routing import DecisionTable, RoutingIntegration, TablePolicy
-from bh_routing.evaluation.bench import router_patches, threshold_for
+from bh_routing.evaluation.bench import threshold_for
+from bh_routing.patching.instance import find_patch
 from bh_routing.stats.statistic import base_statistic
 
 HIDDEN, INTERMEDIATE, EXPERTS, TOP_K = 2048, 1024, 64, 8
@@ -69,31 +70,6 @@ def thresholds(block: Any, pool_TH: Tensor) -> tuple[DecisionTable, DecisionTabl
         return DecisionTable(thresholds_LE=full, offset_LE=torch.zeros_like(full), label=label)
 
     return table(float("-inf"), "all"), table(level, "4.0 experts")
-
-
-class Share:
-    """Clocks around what the patch adds to the router."""
-
-    def __init__(self, integration: RoutingIntegration) -> None:
-        (self.patch,) = router_patches(integration)
-        self.run = self.own = 0.0
-
-    def __enter__(self) -> Share:
-        self.patch.inner = self._clocked(self.patch.inner, "own")
-        self.patch.run = self._clocked(self.patch.run, "run")
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        del self.patch.inner, self.patch.run
-
-    def _clocked(self, function: Callable[..., Any], name: str) -> Callable[..., Any]:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            start = time.perf_counter()
-            result = function(*args, **kwargs)
-            setattr(self, name, time.perf_counter() - start)
-            return result
-
-        return call
 
 
 def machine_limits(dtype: torch.dtype) -> tuple[float, float]:
@@ -168,11 +144,11 @@ class Bench:
                     elapsed, _ = _clock(lambda name=name, x=x: self.stock(name, x))
                 else:
                     self.block.experts.config._experts_implementation = configured
-                    with keep_all if name == "all 8" else fewer as integration:
+                    with keep_all if name == "all 8" else fewer:
                         if clocks:
-                            with Share(integration) as share:
+                            with find_patch(self.block.gate).clocked() as part:
                                 elapsed, _ = _clock(lambda x=x: self.block(x))
-                            times["share"].append((share.run - share.own) / elapsed)
+                            times["share"].append((part["run"] - part["inner"]) / elapsed)
                             continue
                         elapsed, _ = _clock(lambda x=x: self.block(x))
                 if turn:

@@ -320,3 +320,15 @@ def test_profiles_fall_to_the_full_model(tiny_olmoe: Any, token_ids: torch.Tenso
         assert len(row) == 6
         assert row[-1] == pytest.approx(full, abs=1e-5)
         assert row[0] != row[-1]
+
+
+def test_a_layer_of_fewer_experts_in_a_routing_log() -> None:
+    contexts = tuple(
+        RoutingContext(path=str(i), index=i, num_experts=num, empty=num, top_k=1)
+        for i, num in enumerate((4, 3))
+    )
+    logits = torch.tensor([[[1.0, 2.0, 3.0, 4.0], [3.0, 2.0, 1.0, -torch.inf]]])
+    own = torch.tensor([[[3], [0]]])
+    log = RoutingLog(contexts=contexts, logits_NLE=logits, experts_NLK=own, weights_NLK=torch.ones(1, 2, 1))
+    assert [log.layer(i)[0].tolist() for i in range(2)] == [[[1.0, 2.0, 3.0, 4.0]], [[3.0, 2.0, 1.0]]]
+    assert [ratios.tolist() for ratios in log.score_ratios()] == [[[1.0]], [[1.0]]]

@@ -7,10 +7,11 @@ import json
 import pytest
 import torch
 
-from bh_routing import is_patched
+from bh_routing import RoutingIntegration, TopKPolicy, is_patched
 from bh_routing.cli import main
 from bh_routing.errors import InvalidInputError, InvalidParameterError
 from bh_routing.evaluation.bench import CONTEXT, measure, paired_ratio, threshold_for, threshold_variants
+from bh_routing.patching.instance import find_patch
 
 
 @pytest.fixture
@@ -62,6 +63,19 @@ def test_counts_of_a_random_model(tiny_olmoe, token_ids):
     figures = fewer.figures(stock)
     assert figures["operations_ratio"] == pytest.approx(fewer.experts / stock.experts)
     assert 0 < figures["decision_share"] < 1
+
+
+def test_a_patch_is_clocked_from_outside(tiny_olmoe, token_ids):
+    model = tiny_olmoe()
+    with RoutingIntegration(model, TopKPolicy(2)) as integration, torch.no_grad():
+        patch = find_patch(integration.plan.layers[0].router)
+        before = model(input_ids=token_ids).logits
+        ticks = iter(range(100))
+        with patch.clocked(lambda: next(ticks)) as seconds:
+            assert torch.equal(model(input_ids=token_ids).logits, before)
+        # run begins at 0, what it replaced takes 1 to 2, run ends at 3
+        assert seconds == {"run": 3.0, "inner": 1.0}
+        assert not {"run", "inner"} & set(patch.__dict__)
 
 
 def test_a_text_that_is_too_short(tiny_olmoe):

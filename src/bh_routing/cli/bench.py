@@ -55,6 +55,7 @@ def run(args: argparse.Namespace) -> None:
 
     from ..data import sample_text
     from ..evaluation import bench
+    from ..integration import BHRoutingIntegration, RoutingIntegration
     from ..patching import make_plan
     from ..text import TextFile
     from .loading import load_model
@@ -68,10 +69,14 @@ def run(args: argparse.Namespace) -> None:
     top_k = max(context.top_k for context in make_plan(model).contexts)
     budgets = args.experts or sorted({max(1.0, top_k * share) for share in (0.75, 0.5, 0.25)}, reverse=True)
     torch.manual_seed(args.seed)
+    variants: dict[str, RoutingIntegration]
     if calibration is None:
         variants = bench.threshold_variants(model, input_ids, budgets)
     else:
-        variants = bench.calibrated_variants(model, calibration, budgets)
+        variants = {
+            f"{n:g} experts": BHRoutingIntegration(model, calibration=calibration, experts_per_token=n)
+            for n in budgets
+        }
     results = bench.measure(model, variants, input_ids, tokens, rounds=args.rounds)
     stock = {r.tokens: r for r in results if r.variant == "stock"}
     figures = [r.figures(stock[r.tokens]) for r in results]

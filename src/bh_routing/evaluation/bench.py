@@ -10,9 +10,10 @@ work that was done: bytes of expert weights that were touched, and floating-poin
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -21,12 +22,13 @@ from torch import Tensor, nn
 
 from ..decision.table import DecisionTable
 from ..errors import InvalidInputError, InvalidParameterError
-from ..integration import BHRoutingIntegration, RoutingIntegration
-from ..patching import PatchPlan, make_plan, watch
-from ..patching.apply import RouterPatch
+from ..integration import RoutingIntegration
+from ..patching import PatchPlan, make_plan
 from ..patching.forward import CACHES
+from ..patching.instance import find_patch
 from ..policies import TablePolicy
 from ..stats.statistic import base_statistic
+from .routing_log import log_routing
 
 CONTEXT = 32  # tokens in the cache before decoding is timed
 
@@ -87,16 +89,6 @@ def paired_ratio(times: Sequence[float], base: Sequence[float]) -> float:
 # -------------------------------------------------------------------------------------------------- variants
 
 
-def calibrated_variants(
-    model: nn.Module, calibration: Any, budgets: Sequence[float]
-) -> dict[str, RoutingIntegration]:
-    """One integration per budget, as a user of the calibration would have it."""
-    return {
-        f"{budget:g} experts": BHRoutingIntegration(model, calibration=calibration, experts_per_token=budget)
-        for budget in budgets
-    }
-
-
 def threshold_variants(
     model: nn.Module, input_ids: Tensor, budgets: Sequence[float]
 ) -> dict[str, RoutingIntegration]:
@@ -104,33 +96,19 @@ def threshold_variants(
 
     The thresholds are such that on these tokens each layer runs ``budget`` experts on average.
     """
-    plan = make_plan(model)
-    scores: dict[str, list[Tensor]] = {layer.path: [] for layer in plan.layers}
-
-    def collect(
-        layer: Any, logits_TE: Tensor, own_weights_TK: Tensor, own_experts_TK: Tensor, mask_T: Any
-    ) -> None:
-        base_TE = base_statistic(logits_TE, "logprob", layer.context.score_func)
-        scores[layer.path].append(base_TE.gather(-1, own_experts_TK).float().cpu())
-
-    with torch.no_grad(), watch(plan, collect):
-        model(input_ids=input_ids, use_cache=False)
-    if missing := [path for path, seen in scores.items() if not seen]:
-        raise InvalidInputError(
-            f"router {missing[0]} saw no token of a text prompt; bench times models all of whose routers text reaches."
-        )
-    num_experts = max(c.num_experts for c in plan.contexts)
-    variants: dict[str, RoutingIntegration] = {}
+    log = log_routing(model, [input_ids], max_tokens=input_ids.numel(), dtype=torch.float32)
+    scores: list[Tensor] = []
+    for context in log.contexts:
+        logits_NE, _, own_NK = log.layer(context.index)
+        scores.append(base_statistic(logits_NE, "logprob", context.score_func).gather(-1, own_NK))
+    variants = {}
     for budget in budgets:
-        rows = [
-            torch.full((num_experts,), threshold_for(torch.cat(scores[layer.path]), budget))
-            for layer in plan.layers
-        ]
-        thresholds_LE = torch.stack(rows)
+        levels_L1 = torch.tensor([[threshold_for(scores_NK, budget)] for scores_NK in scores])
+        thresholds_LE = levels_L1.repeat(1, log.logits_NLE.shape[-1])
         table = DecisionTable(
             thresholds_LE=thresholds_LE,
             offset_LE=torch.zeros_like(thresholds_LE),
-            paths=tuple(layer.path for layer in plan.layers),
+            paths=tuple(context.path for context in log.contexts),
             label=f"{budget:g} experts by a threshold",
         )
         variants[f"{budget:g} experts"] = RoutingIntegration(model, TablePolicy(table))
@@ -188,30 +166,22 @@ def measure(
                 names = list(row)
                 names = names[turn % len(names) :] + names[: turn % len(names)]
                 for name in names:
-                    with _applied(variants.get(name)) as integration:
-                        instruments = _Instruments(plan, integration) if instrumented else None
-                        seconds = _time(model, input_ids, count, steps, turn * steps, instruments)
+                    integration = variants.get(name)
+                    work = _Work(plan, patched=integration is not None) if instrumented else None
+                    with integration or nullcontext():
+                        seconds = _time(model, input_ids, count, steps, turn * steps, work)
                     if turn == 0:
                         continue  # warm-up
-                    if instruments is None:
+                    if work is None:
                         row[name].seconds += seconds
                     else:
-                        instruments.write(row[name], plan, len(seconds) * count)
+                        work.write(row[name], len(seconds) * count)
         results += row.values()
     return results
 
 
-@contextmanager
-def _applied(integration: RoutingIntegration | None) -> Iterator[RoutingIntegration | None]:
-    if integration is None:
-        yield None
-        return
-    with integration:
-        yield integration
-
-
 def _time(
-    model: Any, input_ids: Tensor, tokens: int, steps: int, first: int, instruments: _Instruments | None
+    model: Any, input_ids: Tensor, tokens: int, steps: int, first: int, work: _Work | None
 ) -> list[float]:
     """Seconds of one forward, or of each of ``steps`` decoding steps over the text's tokens from ``first`` on.
 
@@ -219,86 +189,73 @@ def _time(
     """
     seconds = []
     if tokens > 1:
-        with _installed(instruments):
-            start = _now(input_ids)
+        with work.watched() if work else nullcontext():
+            start = _now(input_ids.device)
             model(input_ids=input_ids[:, :tokens], use_cache=False)
-            seconds.append(_now(input_ids) - start)
-        return seconds
+            return [_now(input_ids.device) - start]
     output = model(input_ids=input_ids[:, :CONTEXT], use_cache=True)
     cache = next(name for name in CACHES if name in output)
-    with _installed(instruments):
+    with work.watched() if work else nullcontext():
         for step in range(first, first + steps):
             column = step % input_ids.shape[1]
             token = input_ids[:, column : column + 1]
-            start = _now(input_ids)
+            start = _now(input_ids.device)
             output = model(input_ids=token, use_cache=True, **{cache: output[cache]})
             output.logits[:, -1].argmax(-1)
-            seconds.append(_now(input_ids) - start)
+            seconds.append(_now(input_ids.device) - start)
     return seconds
 
 
-def _now(tensor: Tensor) -> float:
-    if tensor.is_cuda:
-        torch.cuda.synchronize(tensor.device)
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
     return time.perf_counter()
 
 
-@contextmanager
-def _installed(instruments: _Instruments | None) -> Iterator[None]:
-    if instruments is None:
-        yield
-        return
-    with instruments:
-        yield
+class _Work:
+    """Hooks on routers and experts, clocks around the decisions, and what they saw."""
 
-
-class _Instruments:
-    """Hooks on routers and experts, and clocks around the decisions."""
-
-    def __init__(self, plan: PatchPlan, integration: RoutingIntegration | None) -> None:
-        self.plan = plan
-        self.patches = [] if integration is None else router_patches(integration)
-        self.seconds = {"layer": 0.0, "own": 0.0, "run": 0.0}
+    def __init__(self, plan: PatchPlan, *, patched: bool) -> None:
+        self.plan, self.patched = plan, patched
+        self.layer_seconds = self.decision_seconds = self.start = 0.0
         self.pairs = self.distinct = self.calls = 0
         self.bytes = self.operations = 0.0
-        self.handles: list[Any] = []
 
-    def __enter__(self) -> None:
-        for layer in self.plan.layers:
-            for module in (layer.router, layer.experts):
-                if module is None:
-                    continue
-                # The experts' pre-hook looks at the routing before the clock starts.
-                before = _Before(self, layer.experts if module is layer.experts else None)
-                self.handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
-                self.handles.append(module.register_forward_hook(_After(self, before)))
-        for patch in self.patches:
-            for name, kind in (("inner", "own"), ("run", "run")):
-                setattr(patch, name, self._clocked(getattr(patch, name), kind))
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """Within it, forwards of the model are seen."""
+        clocks = []
+        with ExitStack() as stack:
+            for layer in self.plan.layers:
+                now = partial(_now, layer.context.device)
+                for module in filter(None, (layer.router, layer.experts)):
+                    self._hook(stack, module, now, module is layer.experts)
+                patch = find_patch(layer.call.module, layer.call.attribute) if self.patched else None
+                if patch is not None:
+                    clocks.append(stack.enter_context(patch.clocked(now)))
+            yield
+        self.decision_seconds += sum(seconds["run"] - seconds["inner"] for seconds in clocks)
 
-    def __exit__(self, *exception: object) -> None:
-        while self.handles:
-            self.handles.pop().remove()
-        for patch in self.patches:
-            del patch.inner, patch.run  # the class's own again
+    def _hook(self, stack: ExitStack, module: nn.Module, now: Callable[[], float], experts: bool) -> None:
+        def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if experts:  # it looks at the routing before the clock starts
+                tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
+                self._look(
+                    module, next(x for x in tensors if not x.is_floating_point() and x.dtype != torch.bool)
+                )
+            self.start = now()
 
-    def _clocked(self, function: Any, kind: str) -> Any:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            start = self.now()
-            result = function(*args, **kwargs)
-            self.seconds[kind] += self.now() - start
-            return result
+        def after(module: nn.Module, args: Any, output: Any) -> None:
+            self.layer_seconds += now() - self.start
 
-        return call
+        stack.callback(module.register_forward_pre_hook(before, with_kwargs=True).remove)
+        stack.callback(module.register_forward_hook(after).remove)
 
-    def now(self) -> float:
-        if any(c.device.type == "cuda" for c in self.plan.contexts):
-            torch.cuda.synchronize()
-        return time.perf_counter()
-
-    def look(self, experts: Any, index_TK: Tensor) -> None:
+    def _look(self, experts: Any, index_TK: Tensor) -> None:
         """Count the work that these indices ask of the experts."""
-        num_experts = _num_experts(experts)
+        num_experts = getattr(experts, "num_experts", None)
+        if not isinstance(num_experts, int):
+            num_experts = next((p.shape[0] for p in experts.parameters() if p.dim() == 3), 0)
         kept_P = index_TK[index_TK < num_experts]
         distinct = int(kept_P.unique().numel())
         weights = [p for p in experts.parameters() if p.shape[:1] == (num_experts,)]
@@ -310,53 +267,20 @@ class _Instruments:
         )
         self.calls += 1
 
-    def write(self, result: Result, plan: PatchPlan, tokens: int) -> None:
+    def write(self, result: Result, tokens: int) -> None:
         """Add what was seen to a result; ``tokens`` went through each layer."""
-        layers = len(plan.layers)
         calls = max(1, self.calls)
-        result.layer_seconds.append(self.seconds["layer"] / calls)
-        result.decision_seconds.append((self.seconds["run"] - self.seconds["own"]) / calls)
-        seen = len(result.layer_seconds)
-
-        def update(name: str, value: float) -> None:
-            setattr(result, name, getattr(result, name) + (value - getattr(result, name)) / seen)
-
-        update("experts", self.pairs / (tokens * layers))
-        update("distinct", self.distinct / calls)
-        update("megabytes", self.bytes / calls / 1e6)
-        update("megaflops", self.operations / calls / 1e6)
-
-
-class _Before:
-    def __init__(self, instruments: _Instruments, experts: nn.Module | None) -> None:
-        self.instruments, self.experts, self.start = instruments, experts, 0.0
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self.experts is not None:
-            tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
-            index_TK = next(x for x in tensors if not x.is_floating_point() and x.dtype != torch.bool)
-            self.instruments.look(self.experts, index_TK)
-        self.start = self.instruments.now()
+        result.layer_seconds.append(self.layer_seconds / calls)
+        result.decision_seconds.append(self.decision_seconds / calls)
+        seen = {
+            "experts": self.pairs / (tokens * len(self.plan.layers)),
+            "distinct": self.distinct / calls,
+            "megabytes": self.bytes / calls / 1e6,
+            "megaflops": self.operations / calls / 1e6,
+        }
+        for name, value in seen.items():  # the mean over rounds so far
+            held = getattr(result, name)
+            setattr(result, name, held + (value - held) / len(result.layer_seconds))
 
 
-class _After:
-    def __init__(self, instruments: _Instruments, before: _Before) -> None:
-        self.instruments, self.before = instruments, before
-
-    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
-        self.instruments.seconds["layer"] += self.instruments.now() - self.before.start
-
-
-def _num_experts(experts: Any) -> int:
-    stated = getattr(experts, "num_experts", None)
-    if isinstance(stated, int):
-        return stated
-    return next((p.shape[0] for p in experts.parameters() if p.dim() == 3), 0)
-
-
-def router_patches(integration: RoutingIntegration) -> list[RouterPatch]:
-    """The patches of an applied integration's routers."""
-    return [piece for piece in integration._patch._pieces if isinstance(piece, RouterPatch)]
-
-
-__all__ = ["CONTEXT", "Result", "calibrated_variants", "measure", "paired_ratio", "threshold_variants"]
+__all__ = ["CONTEXT", "Result", "measure", "paired_ratio", "threshold_for", "threshold_variants"]

@@ -8,6 +8,7 @@ Shape legend: N tokens, L routed layers, E experts, K slots of the router's own 
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -42,7 +43,7 @@ class RoutingLog:
     contexts : tuple of RoutingContext
         The routers, in order.
     logits_NLE : Tensor
-        Router logits, float16 or wider.
+        Router logits, float16 or wider; -inf where a layer has fewer experts than the widest.
     experts_NLK : Tensor
         int16 or int64, the model's own choice, -1 where a layer has fewer slots than the widest.
     weights_NLK : Tensor
@@ -69,7 +70,7 @@ class RoutingLog:
         """Logits float32 [N, E], own weights [N, K] and own experts int64 [N, K] of one layer."""
         top = self.contexts[index].top_k
         return (
-            self.logits_NLE[:, index].float(),
+            self.logits_NLE[:, index, : self.contexts[index].num_experts].float(),
             self.weights_NLK[:, index, :top].float(),
             self.experts_NLK[:, index, :top].long(),
         )
@@ -212,14 +213,14 @@ def log_routing(
     Raises
     ------
     InvalidInputError
-        If there is no token, or a router saw another number of them.
+        If there is no token, or a router saw none or another number of them.
     """
     plan = make_plan(model)
     total = sum(w.numel() for w in windows)
     if not total:
         raise InvalidInputError("expected at least one token to log, got none.")
     stride = max(1, -(-total // max_tokens))
-    slots = max(c.top_k for c in plan.contexts)
+    slots, width = max(c.top_k for c in plan.contexts), max(c.num_experts for c in plan.contexts)
     seen: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
     parts: list[tuple[Tensor, ...]] = []
 
@@ -228,10 +229,10 @@ def log_routing(
             raise InvalidInputError(
                 f"a router saw {len(logits_TE)} of {num} tokens; this model's routing cannot be logged."
             )
-        more = slots - own_TK.shape[-1]
+        more, missing = slots - own_TK.shape[-1], width - logits_TE.shape[-1]
         rows = picked.to(logits_TE.device)
         seen[layer.path] = (
-            logits_TE[rows].to("cpu", dtype),
+            nn.functional.pad(logits_TE[rows].to("cpu", dtype), (0, missing), value=-math.inf),
             nn.functional.pad(own_TK[rows].to("cpu", torch.int16), (0, more), value=-1),
             nn.functional.pad(own_weights_TK[rows].to("cpu", dtype), (0, more)),
         )
@@ -245,6 +246,10 @@ def log_routing(
         if len(picked):
             with torch.inference_mode(), watch(plan, on_choice):
                 model(input_ids=window.to(device), use_cache=False)
+            if missing := [c.path for c in plan.contexts if c.path not in seen]:
+                raise InvalidInputError(
+                    f"router {missing[0]} saw no token of the text: expected a model all of whose routers text reaches."
+                )
             layers = zip(*(seen[c.path] for c in plan.contexts), strict=True)
             parts.append((*(torch.stack(x, 1) for x in layers), window.flatten()[picked].cpu(), picked))
         step()

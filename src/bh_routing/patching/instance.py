@@ -8,6 +8,9 @@ tombstone that passes everything through.
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -82,6 +85,29 @@ class InstancePatch:
     def run(self, *args: Any, **kwargs: Any) -> Any:
         """What runs in place of the module's forward."""
         raise NotImplementedError
+
+    @contextmanager
+    def clocked(self, now: Callable[[], float] = time.perf_counter) -> Iterator[dict[str, float]]:
+        """Measure within a ``with``: seconds in this patch, ``"run"``, and of these in what it replaced, ``"inner"``."""
+        seconds = {"run": 0.0, "inner": 0.0}
+
+        def timed(name: str) -> Callable[..., Any]:
+            function = getattr(self, name)
+
+            def call(*args: Any, **kwargs: Any) -> Any:
+                start = now()
+                result = function(*args, **kwargs)
+                seconds[name] += now() - start
+                return result
+
+            return call
+
+        self.__dict__.update({name: timed(name) for name in seconds})
+        try:
+            yield seconds
+        finally:
+            for name in seconds:
+                del self.__dict__[name]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.run(*args, **kwargs) if self.active else self.inner(*args, **kwargs)
