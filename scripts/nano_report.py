@@ -1,59 +1,113 @@
-"""What is said about a trained olmoe-nano: perplexity, load of the experts, a sample, and the model card.
+"""Measure a trained olmoe-nano and write its model card.
 
-Every figure of the card is read from the run's record (``training.json``) or from the model's configuration.
+    python scripts/nano_report.py --model olmoe-nano --data mixed --work nano.work --baseline "earlier model=DIR"
+
+Bits per byte on the validation and test text of each domain, beside other models; the use of the experts, with a
+figure; a sample. What was measured is added to the run's record, ``training.json``; the card is in ``nano_card.py``.
 """
 
 from __future__ import annotations
 
+import argparse
+import hashlib
+import json
 import math
+import os
+import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from nano_card import FIGURE, OURS, model_card, relative_use, table_of_bits, table_of_sources, table_of_use
+from nano_data import bytes_of_tokens, cached_ids, text_path
 from nano_forward import Fused, forward
-from tqdm import tqdm
-from transformers import OlmoeConfig, OlmoeForCausalLM, PreTrainedTokenizerFast
+from torch import Tensor
+from transformers import AutoTokenizer, OlmoeForCausalLM, PreTrainedTokenizerFast
 
+SPLITS = ("valid", "test")
 PROMPTS = (
     "The old man looked at the sea and said",
-    "It was a dark night, and the",
-    "She opened the letter, and",
+    "The city lies on the river",
+    "To install the package, run",
+    "def read_file(path):\n",
+    "USER: I would like to book a table for two.\nSYSTEM:",
 )
+
+
+def write_text(path: Path, text: str) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def write_json(path: Path, content: Any) -> None:
+    write_text(path, json.dumps(content, indent=1) + "\n")
+
+
+# ----------------------------------------------------------------------------------------------------- measuring
 
 
 @torch.no_grad()
 def evaluate(
-    model: OlmoeForCausalLM, ids: np.ndarray, window: int, batch: int = 16, progress: bool = False
+    model: OlmoeForCausalLM, ids: np.ndarray, bytes_V: Tensor, window: int, batch: int = 8
 ) -> dict[str, Any]:
-    """Perplexity over whole windows (each predicts all but its first token), in float32 arithmetic on the model's
-    weights, and the share of the top-k load of each expert in each layer, as a multiple of uniform."""
+    """Bits per byte over whole windows, each of which predicts all but its first token, in float32 arithmetic on the
+    model's weights; and how many of the top-k slots each expert of each layer got.
+
+    Bytes are those of the predicted tokens; end-of-text, which stands for no byte, is not counted as predicted.
+    """
     was_fused = Fused.on
     windows = torch.from_numpy(ids[: len(ids) // window * window].astype(np.int64)).view(-1, window)
     E = model.config.num_experts
-    load_LE = torch.zeros(model.config.num_hidden_layers, E)
-    total = 0.0
-    for rows in tqdm(windows.split(batch), desc="evaluate", disable=not progress, mininterval=5):
+    slots_LE = torch.zeros(model.config.num_hidden_layers, E, dtype=torch.long)
+    nats, tokens, size = 0.0, 0, 0
+    for rows in windows.split(batch):
         Fused.on = was_fused and len(rows) == batch  # a last, smaller batch is not worth compiling for
         hidden, _, _, experts = forward(model, rows, torch.float32)
         for layer, experts_TK in enumerate(experts):
-            load_LE[layer] += experts_TK.flatten().bincount(minlength=E)
-        embedding = model.model.embed_tokens.weight
+            slots_LE[layer] += experts_TK.flatten().bincount(minlength=E)
         for x, targets in zip(hidden[:, :-1], rows[:, 1:], strict=True):
-            total += F.cross_entropy(x @ embedding.t(), targets, reduction="sum").item()
+            size_of_target = bytes_V[targets]
+            loss = F.cross_entropy(x @ model.model.embed_tokens.weight.t(), targets, reduction="none")
+            nats += loss[size_of_target > 0].sum().item()
+            tokens += int((size_of_target > 0).sum())
+            size += int(size_of_target.sum())
     Fused.on = was_fused
-    predicted = windows.shape[0] * (window - 1)
-    relative = load_LE / load_LE.mean(dim=1, keepdim=True)
     return {
-        "tokens": windows.numel(),
+        "tokens": tokens,
+        "bytes": size,
         "window": window,
-        "loss": total / predicted,
-        "perplexity": math.exp(total / predicted),
-        "load": [[round(x, 4) for x in row] for row in relative.tolist()],
-        "load_min": [round(x, 4) for x in relative.amin(dim=1).tolist()],
-        "load_max": [round(x, 4) for x in relative.amax(dim=1).tolist()],
-        "dead_experts": (load_LE == 0).sum(dim=1).tolist(),
+        "perplexity": math.exp(nats / tokens),
+        "bits_per_byte": nats / size / math.log(2),
+        "slots": slots_LE.tolist(),
     }
+
+
+def evaluate_texts(
+    folder: Path, data: Path, domains: list[str], windows: list[int], work: Path
+) -> dict[str, dict[str, dict[str, Any]]]:
+    """``evaluate`` by split, domain and window. What was found is kept in ``work``: the same weights are not evaluated
+    twice on the same tokens."""
+    model = OlmoeForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    bytes_V = bytes_of_tokens(tokenizer)
+    weights = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        weights.update(name.encode() + tensor.numpy().tobytes())
+    found: dict[str, dict[str, dict[str, Any]]] = {}
+    for split in SPLITS:
+        for domain in domains:
+            ids = cached_ids(tokenizer, text_path(data, domain, split), work)
+            for window in windows:
+                digest = hashlib.sha256(weights.digest() + ids.tobytes() + str(window).encode())
+                kept = work / f"evaluation-{digest.hexdigest()[:16]}.json"
+                if not kept.exists():
+                    write_json(kept, evaluate(model, ids, bytes_V, window))
+                one = json.loads(kept.read_text(encoding="utf-8"))
+                found.setdefault(split, {}).setdefault(domain, {})[str(window)] = one
+    return found
 
 
 @torch.no_grad()
@@ -67,165 +121,79 @@ def sample(model: OlmoeForCausalLM, tokenizer: PreTrainedTokenizerFast, tokens: 
     return found
 
 
-def markdown_table(head: list[str], rows: list[list[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+def draw_use(domains: list[str], use_DLE: np.ndarray, path: Path) -> None:
+    """Which expert serves which domain: a panel per layer, experts ordered by the domain that uses them most."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    layers = use_DLE.shape[1]
+    figure, panels = plt.subplots(
+        layers, 1, figsize=(10, 1.6 * layers + 0.8), layout="constrained", squeeze=False
+    )
+    for layer, (panel,) in enumerate(panels):
+        use_DE = use_DLE[:, layer]
+        order = np.lexsort((-use_DE.max(axis=0), use_DE.argmax(axis=0)))
+        logs = np.log2(np.maximum(use_DE[:, order], 2.0**-4))
+        image = panel.imshow(logs, cmap="PuOr_r", vmin=-4, vmax=4, aspect="auto", interpolation="nearest")
+        panel.set_yticks(range(len(domains)), domains, fontsize=8)
+        panel.set_xticks([])
+        panel.set_ylabel(f"layer {layer}", fontsize=9)
+    panels[-1][0].set_xlabel("experts, ordered by the domain that uses them most")
+    bar = figure.colorbar(image, ax=panels[:, 0], shrink=0.6, ticks=[-4, -2, 0, 2, 4])
+    bar.ax.set_yticklabels(["1/16 or less", "1/4", "1", "4", "16"])
+    bar.set_label("share of the top-k slots, multiple of uniform")
+    temporary = path.with_name("tmp-" + path.name)
+    figure.savefig(temporary, dpi=110, metadata={"Software": None})
+    plt.close(figure)
+    os.replace(temporary, path)
 
 
-def table_of_perplexities(evaluation: dict[str, dict[str, dict[str, Any]]]) -> str:
-    texts = next(iter(evaluation.values()))
-    rows = [
-        [text, *(f"{by_text[text]['perplexity']:.2f}" for by_text in evaluation.values())] for text in texts
-    ]
-    return markdown_table(["text", *evaluation], rows)
+def parse_baseline(value: str) -> tuple[str, Path]:
+    name, equals, path = value.partition("=")
+    if not (name and equals and path):
+        raise argparse.ArgumentTypeError(f"expected NAME=DIR, got {value!r}")
+    return name, Path(path)
 
 
-def table_of_load(by_text: dict[str, dict[str, Any]]) -> str:
-    """Smallest and largest share of the top-k load in each layer, as multiples of uniform."""
-    rows = []
-    for text, found in by_text.items():
-        spans = [
-            f"{low:.2f} to {high:.2f}" for low, high in zip(found["load_min"], found["load_max"], strict=True)
-        ]
-        low = sum(share < 1 / 3 for layer in found["load"] for share in layer)
-        rows.append([text, *spans, str(low), str(sum(found["dead_experts"]))])
-    layers = [f"layer {i}" for i in range(len(rows[0]) - 3)]
-    return markdown_table(["text", *layers, "below 1/3", "dead"], rows)
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    add = parser.add_argument
+    add("--model", type=Path, required=True, help="folder of the model; the card is written there")
+    add("--data", type=Path, required=True, help="folder of the texts, with README.md")
+    add("--work", type=Path, required=True, help="folder for token ids and for what was measured")
+    add("--baseline", type=parse_baseline, action="append", default=[], help="NAME=DIR; may be repeated")
+    add("--baseline-window", type=int, default=256, help="window of the comparison, in tokens")
+    add("--threads", type=int, default=1)
+    return parser.parse_args(argv)
 
 
-def table_of_curve(curve: list[dict[str, float]], rows: int = 9) -> str:
-    validated = [point for point in curve if "valid_loss" in point] or curve
-    keep = sorted({round(i * (len(validated) - 1) / max(rows - 1, 1)) for i in range(rows)})
-    lines = []
-    for p in (validated[i] for i in keep):
-        numbers = [f"{p[name]:.3f}" if name in p else "" for name in ("loss", "valid_loss", "balance")]
-        load = f"{p['load_min']:.2f} to {p['load_max']:.2f}"
-        lines.append([f"{p['step']:,}", f"{p['tokens'] / 1e6:.1f} M", *numbers, load])
-    head = ["step", "tokens", "training loss", "validation loss", "balancing loss", "load, least to most"]
-    return markdown_table(head, lines)
-
-
-def describe_stage(number: int, stage: dict[str, Any]) -> str:
-    s = stage["settings"]
-    start = "from the stage before" if s["init"] else "from scratch"
-    precision = "bfloat16 matmuls on float32 weights" if s["bf16"] else "float32"
-    adamw = f"AdamW (0.9, 0.95), peak learning rate {s['lr']:g}"
-    if s["optimiser"] == "muon":
-        muon = (
-            f"Muon (momentum 0.95), peak learning rate {s['muon_lr']:g}, weight decay {s['weight_decay']:g}"
+def main(argv: list[str] | None = None) -> int:
+    args = parse_arguments(argv)
+    torch.set_num_threads(args.threads)
+    args.work.mkdir(parents=True, exist_ok=True)
+    record = json.loads((args.model / "training.json").read_text(encoding="utf-8"))
+    model = OlmoeForCausalLM.from_pretrained(args.model, dtype=torch.float32)
+    domains, context = list(record["tokens_in_text"]), model.config.max_position_embeddings
+    windows = sorted({args.baseline_window, context})
+    record["evaluation"] = {OURS: evaluate_texts(args.model, args.data, domains, windows, args.work)}
+    for name, folder in args.baseline:
+        record["evaluation"][name] = evaluate_texts(
+            folder, args.data, domains, [args.baseline_window], args.work
         )
-        optimiser = f"{muon}, for attention and experts; {adamw}, no decay, for embedding, router and norms"
-    else:
-        optimiser = f"{adamw}, weight decay {s['weight_decay']:g} on attention and experts"
-    return f"""### Stage {number}
-
-{start.capitalize()}, seed {s["seed"]}: {s["steps"]:,} steps of {s["batch_tokens"]:,} tokens in windows of {s["window"]}; {precision}.
-{optimiser}. {s["warmup"]} warm-up steps, then constant, then linear to zero over the last {s["decay"]:.0%} of the steps;
-gradients clipped at {s["clip"]:g}. Balancing loss with coefficient {s["balance"]:g}; z-loss {s["z"]:g}.
-
-    {stage["command"]}
-
-{table_of_curve(stage["curve"])}"""
-
-
-def model_card(record: dict[str, Any], config: OlmoeConfig) -> str:
-    """The model card; every figure in it is read from the run's record or from the configuration."""
-    s, evaluation, in_text = record["settings"], record["evaluation"], record["train_tokens_in_text"]
-    stages = [*record["earlier_stages"], {k: record[k] for k in ("command", "settings", "seconds", "curve")}]
-    tokens = sum(stage["settings"]["steps"] * stage["settings"]["batch_tokens"] for stage in stages)
-    minutes = sum(stage["seconds"] for stage in stages) / 60
-    described = "\n\n".join(describe_stage(i, stage) for i, stage in enumerate(stages, 1))
-    tokenizer = "taken from the earlier checkpoint" if record["tokenizer"] == "given" else record["tokenizer"]
-    ours = evaluation["this model"].values()
-    dead = max(sum(found["dead_experts"]) for found in ours)
-    least, most = min(min(f["load_min"]) for f in ours), max(max(f["load_max"]) for f in ours)
-    alive = (
-        "No expert is dead on any text below"
-        if dead == 0
-        else f"Up to {dead} experts are dead on a text below"
+    record["samples"] = sample(model, AutoTokenizer.from_pretrained(args.model))
+    _, pooled_LE, use_DLE = relative_use(record["evaluation"][OURS]["valid"], context)
+    draw_use(domains, use_DLE, args.model / FIGURE)
+    write_json(args.model / "training.json", record)
+    sources = table_of_sources((args.data / "README.md").read_text(encoding="utf-8"))
+    write_text(args.model / "README.md", model_card(record, model.config, sources))
+    print(
+        table_of_bits(record["evaluation"], "valid"), table_of_bits(record["evaluation"], "test"), sep="\n\n"
     )
-    alive += f": their shares of the load are {least:.2f} to {most:.2f} times the uniform share."
-    quotes = "\n".join(
-        f"- **{prompt}**{' '.join(text.split(chr(10)))}" for prompt, text in record["samples"].items()
-    )
-    others = [name for name in evaluation if name != "this model"]
-    beside = f" Measured beside it by the same code: {', '.join(others)}." if others else ""
-    return f"""---
-license: apache-2.0
-language: en
-library_name: transformers
-pipeline_tag: text-generation
-tags: [olmoe, mixture-of-experts]
----
+    print("\n" + table_of_use(pooled_LE))
+    return 0
 
-# olmoe-nano
 
-A small, real `OlmoeForCausalLM`: {config.num_hidden_layers} layers, hidden {config.hidden_size},
-{config.num_attention_heads} heads, {config.num_experts} experts of width {config.intermediate_size}, top-{config.num_experts_per_tok},
-`norm_topk_prob` false, tied embeddings, byte-level BPE with {config.vocab_size:,} tokens, context
-{config.max_position_embeddings} (trained at {s["window"]}), {record["parameters"] / 1e6:.1f} M parameters, stored in bfloat16.
-
-```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
-```
-
-## What it is for
-
-Trying, testing and demonstrating routing on a laptop, without a download: it has the structure of OLMoE-1B-7B with
-{config.num_experts} experts and top-{config.num_experts_per_tok}, and routing changes its perplexity in measurable ways.
-{alive}
-
-It is not for use as a language model. It writes grammatical fragments in the manner of old novels, knows nothing
-reliable, has seen no modern text and no dialogue format, and has had no safety training; old books carry the prejudices
-of their time. Figures measured on it say how a method behaves on *this* model; they do not carry over to large ones.
-
-## How it was trained
-
-- Text: English prose, public-domain books (Project Gutenberg, headers and footers mostly removed), {in_text / 1e6:.1f} M tokens.
-  The validation books are by authors who are not in it.
-- Tokenizer: byte-level BPE, {tokenizer}.
-- Tokens seen: {tokens / 1e6:.1f} M ({tokens / in_text:.2f} epochs), in {minutes:.0f} minutes on one CPU core.
-- Router: a load-balancing loss *for each layer*, averaged (E * sum of load share * mean probability, which is 1 when
-  uniform), and a z-loss. transformers' own auxiliary loss pools all layers before it balances, so that one layer may let
-  experts die.
-
-{described}
-
-The validation loss is that of the first {s["valid_tokens"]:,} tokens of the validation text. `training.json` beside this file
-has all settings, the whole curve and every expert's load.
-
-## Perplexity
-
-Per token, windows of {s["window"]}, float32 arithmetic on the stored weights.{beside}
-Settings were chosen on the first half of the validation text, which contains its first tokens; the second half and the
-other texts had no part in them.
-
-{table_of_perplexities(evaluation)}
-
-## Load
-
-Smallest and largest share of the top-{config.num_experts_per_tok} load that any expert gets, as a multiple of the uniform share 1/{config.num_experts}.
-
-{table_of_load(evaluation["this model"])}
-
-"Below 1/3" counts the experts, of all layers, with less than a third of the uniform share. Training balances them on the
-training text; a text of another kind needs some of them less.
-
-## What it writes
-
-Greedily, 40 tokens after each prompt:
-
-{quotes}
-
-## Beside the weights
-
-- `calibration.safetensors`: the null distributions of its routers, for `bh-routing` (289,000 tokens, equal parts of other books).
-- `vllm-lm-head.safetensors`, `model.safetensors.index.json`: for vLLM, whose OLMoE does not tie embeddings and reads every weight file of a
-  folder without an index (`scripts/nano_vllm_files.py` writes them). transformers looks at neither.
-
-## Licence
-
-The training text is in the public domain (Project Gutenberg). The weights are part of this package and under its licence.
-"""
+if __name__ == "__main__":
+    sys.exit(main())
