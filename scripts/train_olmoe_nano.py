@@ -65,9 +65,10 @@ def make_model(args: argparse.Namespace, tokenizer: PreTrainedTokenizerFast) -> 
 
 
 def settings_of(args: argparse.Namespace) -> dict[str, Any]:
-    """What determines the result: the arguments without the paths and without what only says how far and how to run."""
-    left_out = {"data", "work", "out", "init", "steps", "decay_steps", "checkpoint_minutes", "progress"}
-    return {k: v for k, v in vars(args).items() if k not in left_out}
+    """What determines the result, to rounding: the arguments without the paths and without what only says how far and
+    how to run, so that a run may go on with more threads."""
+    paths, how = {"data", "work", "out", "init"}, {"checkpoint_minutes", "progress", "threads", "compile"}
+    return {k: v for k, v in vars(args).items() if k not in {*paths, *how, "steps", "decay_steps"}}
 
 
 def keep_freed_memory() -> None:
