@@ -17,6 +17,8 @@ from ..patching import make_plan
 from .paired import Interval, perplexity_change
 from .perplexity import perplexity, window_losses
 
+_COUNTED = ("mean_experts", "std_experts", "share_saved", "share_floor", "share_ceiling")
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Measured:
@@ -68,17 +70,9 @@ class Measured:
 
     def to_dict(self) -> dict[str, Any]:
         """The figures as plain Python values (without the losses of single tokens)."""
-        return {
-            "label": self.label,
-            "alpha": self.alpha,
-            "perplexity": self.perplexity,
-            "mean_experts": self.mean_experts,
-            "std_experts": self.std_experts,
-            "share_saved": self.share_saved,
-            "share_floor": self.share_floor,
-            "share_ceiling": self.share_ceiling,
+        return {name: getattr(self, name) for name in ("label", "alpha", "perplexity", *_COUNTED)} | {
             "layers": [{"mean_experts": mean, "std_experts": std} for mean, std in self.layers],
-            "median_seconds": None if not self.seconds else self.median_seconds,
+            "median_seconds": self.median_seconds if self.seconds else None,
         }
 
 
@@ -127,19 +121,13 @@ def compare(
 def _figures(model: Any, integration: RoutingIntegration | None) -> dict[str, Any]:
     if integration is None:
         own = [float(context.top_k) for context in make_plan(model).contexts]
-        return {
+        total = dict.fromkeys(_COUNTED, 0.0) | {
             "mean_experts": statistics.fmean(own),
             "std_experts": statistics.pstdev(own),
-            "layers": tuple((k, 0.0) for k in own),
-            "share_saved": 0.0,
-            "share_floor": 0.0,
-            "share_ceiling": 0.0,
-            "alpha": None,
         }
+        return total | {"layers": tuple((k, 0.0) for k in own), "alpha": None}
     counted = integration.telemetry.to_dict()
-    names = ("mean_experts", "std_experts", "share_saved", "share_floor", "share_ceiling")
-    return {
-        **{name: counted["total"][name] for name in names},
+    return {name: counted["total"][name] for name in _COUNTED} | {
         "layers": tuple((layer["mean_experts"], layer["std_experts"]) for layer in counted["layers"]),
         "alpha": getattr(integration, "alpha", None),
     }

@@ -6,16 +6,16 @@ Shape legend: T tokens, E experts, K slots of the router's own choice.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable
-from typing import TYPE_CHECKING, ClassVar, NamedTuple
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ...calibration.budget import solve_parameter
 from ...decision.select import Kept
-from ...decision.types import RoutingDecision
-from ...errors import BudgetError
+from ...decision.types import RoutingDecision, WeightRule
+from ...errors import BudgetError, InvalidParameterError
 from ...policies import RoutingContext, RoutingPolicy
 from ...stats.pvalues import at_least_float32
 from ...stats.statistic import LOG_SCORES
@@ -40,10 +40,16 @@ class Baseline(RoutingPolicy):
         Where the rule was published.
     inspired : str
         In what it differs from the published rule; empty if in nothing.
+    shown : tuple of str
+        Attributes that `describe` tells beside the name and the weight rule.
     """
 
     source: ClassVar[str] = ""
     inspired: ClassVar[str] = ""
+    shown: ClassVar[tuple[str, ...]] = ()
+
+    def describe(self) -> dict[str, Any]:
+        return super().describe() | {name: getattr(self, name) for name in self.shown}
 
     @abstractmethod
     def keep(self, own: Ordered, logits_TE: Tensor, context: RoutingContext) -> Tensor:
@@ -62,6 +68,41 @@ class Baseline(RoutingPolicy):
         keep_TK = self.keep(Ordered(scores_TK, order_TK), logits_TE, context)
         counts_T = keep_TK.sum(-1)
         return Kept(torch.zeros_like(keep_TK).scatter(-1, order_TK, keep_TK), counts_T, counts_T)
+
+
+class MeanK(Baseline):
+    """A rule whose parameter is the mean number of experts per token, k >= 1, at most the router's own.
+
+    Raises
+    ------
+    InvalidParameterError
+        For another k, here or where it is bound.
+    """
+
+    shown: ClassVar[tuple[str, ...]] = ("k",)
+
+    def __init__(self, k: float, *, weights: WeightRule = "model") -> None:
+        super().__init__(weights=weights)
+        if isinstance(k, bool) or not isinstance(k, (int, float)) or not k >= 1:
+            raise InvalidParameterError(f"k must be at least 1, got {k!r}.")
+        self.k = float(k)
+
+    @classmethod
+    def for_budget(cls, budget: float, log: RoutingLog, **fixed: Any) -> Baseline:
+        """The rule at a mean number of experts per token."""
+        return cls(check_budget(budget, min(c.top_k for c in log.contexts), cls.name), **fixed)
+
+    def share(self, context: RoutingContext) -> float:
+        """Mean number of experts per token in a layer."""
+        return self.k
+
+    def bind(self, contexts: Iterable[RoutingContext]) -> None:
+        for context in contexts:
+            if self.share(context) > context.top_k:
+                raise InvalidParameterError(
+                    f"k={self.share(context):g} is more than the {context.top_k} experts that router {context.path} "
+                    "selects."
+                )
 
 
 def own_scores(logits_TE: Tensor, own_experts_TK: Tensor, context: RoutingContext) -> Tensor:

@@ -82,6 +82,7 @@ class PerLayerPolicy(Baseline):
     name = "perlayer"
     source = "Chitty-Venkata et al. 2025, LExI, arXiv:2509.02753"
     inspired = "exact allocation in place of the evolutionary search"
+    shown = ("ks", "rule")
 
     def __init__(
         self, ks: Sequence[int] | Mapping[str, int], *, rule: str = "given", weights: WeightRule = "model"
@@ -111,7 +112,3 @@ class PerLayerPolicy(Baseline):
 
     def keep(self, own: Ordered, logits_TE: Tensor, context: RoutingContext) -> Tensor:
         return first(torch.full_like(own.order_TK[:, 0], self._held[context.path]), own.scores_TK.shape[-1])
-
-    def describe(self) -> dict[str, Any]:
-        ks = list(self.ks.values()) if isinstance(self.ks, dict) else self.ks
-        return super().describe() | {"ks": ks, "rule": self.rule}

@@ -6,7 +6,6 @@ Shape legend: T tokens, E experts, K slots of the router's own choice, B sequenc
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,11 +13,10 @@ from torch import Tensor
 from ...decision.types import WeightRule
 from ...errors import InvalidParameterError
 from ...policies import RoutingContext
-from ..routing_log import RoutingLog
-from .base import Baseline, Ordered, check_budget
+from .base import MeanK, Ordered
 
 
-class SequenceTopKPolicy(Baseline):
+class SequenceTopKPolicy(MeanK):
     """The k * S largest routing scores of a sequence of S tokens, at least one per token.
 
     Where the shape of the batch is not known, all tokens of the call are one sequence. Padding takes nothing from
@@ -33,29 +31,6 @@ class SequenceTopKPolicy(Baseline):
     causal = False
     source = "SeqTopK 2025, arXiv:2511.06494"
     inspired = "among the router's own choice, one expert per token at least"
-
-    def __init__(self, k: float, *, weights: WeightRule = "model") -> None:
-        super().__init__(weights=weights)
-        if isinstance(k, bool) or not isinstance(k, (int, float)) or k < 1:
-            raise InvalidParameterError(f"k must be a number of at least 1, got {k!r}.")
-        self.k = float(k)
-
-    @classmethod
-    def for_budget(cls, budget: float, log: RoutingLog, **fixed: Any) -> Baseline:
-        """The rule at a mean number of experts per token."""
-        return cls(check_budget(budget, min(c.top_k for c in log.contexts), cls.name), **fixed)
-
-    def bind(self, contexts: Iterable[RoutingContext]) -> None:
-        for context in contexts:
-            if self.share(context) > context.top_k:
-                raise InvalidParameterError(
-                    f"k={self.share(context):g} is more than the {context.top_k} experts that router {context.path} "
-                    "selects."
-                )
-
-    def share(self, context: RoutingContext) -> float:
-        """Mean number of experts per token in a layer."""
-        return self.k
 
     def keep(self, own: Ordered, logits_TE: Tensor, context: RoutingContext) -> Tensor:
         num_tokens, num = own.scores_TK.shape
@@ -72,9 +47,6 @@ class SequenceTopKPolicy(Baseline):
         keep_TK = (rank_BN < limit_B1).view(num_tokens, num)
         keep_TK[:, 0] = True
         return keep_TK
-
-    def describe(self) -> dict[str, Any]:
-        return super().describe() | {"k": self.k}
 
 
 class AllocatedPolicy(SequenceTopKPolicy):
@@ -94,6 +66,7 @@ class AllocatedPolicy(SequenceTopKPolicy):
     name = "allocmoe"
     source = "Liu et al. 2026, Alloc-MoE, arXiv:2604.08133"
     inspired = "among the router's own choice, one expert per token at least, shared within a sequence"
+    shown = ("k", "ks")
 
     def __init__(self, ks: Sequence[float], *, weights: WeightRule = "model") -> None:
         super().__init__(sum(ks) / max(1, len(ks)), weights=weights)
@@ -111,6 +84,3 @@ class AllocatedPolicy(SequenceTopKPolicy):
 
     def share(self, context: RoutingContext) -> float:
         return self.ks[context.index]
-
-    def describe(self) -> dict[str, Any]:
-        return super().describe() | {"ks": self.ks}

@@ -18,7 +18,7 @@ from ...errors import InvalidParameterError
 from ...policies import RoutingContext, TopKPolicy
 from ...stats.pvalues import at_least_float32
 from ..routing_log import RoutingLog
-from .base import Baseline, Ordered, check_budget, first, solve
+from .base import Baseline, MeanK, Ordered, check_budget, first, solve
 
 
 class _OneNumber(Baseline):
@@ -109,12 +109,13 @@ class EntropyPolicy(Baseline):
     name = "entropy"
     source = "Balsamo 2026, Adaptive-K, preprint"
     inspired = "thresholds from quantiles of the calibration text"
+    shown = ("ks", "thresholds")
 
     def __init__(
         self, ks: Sequence[int], thresholds: Sequence[float], *, weights: WeightRule = "model"
     ) -> None:
         super().__init__(weights=weights)
-        self.ks, self.thresholds = tuple(ks), tuple(float(t) for t in thresholds)
+        self.ks, self.thresholds = list(ks), [float(t) for t in thresholds]
         if len(self.ks) < 2 or len(self.thresholds) != len(self.ks) - 1:
             raise InvalidParameterError(
                 f"entropy needs two or more ks and one threshold fewer, got {len(self.ks)} and {len(self.thresholds)}."
@@ -157,9 +158,6 @@ class EntropyPolicy(Baseline):
         bucket_T = torch.bucketize(routing_entropy(logits_TE), thresholds_J)
         return first(ks_J[bucket_T], own.scores_TK.shape[-1])
 
-    def describe(self) -> dict[str, Any]:
-        return super().describe() | {"ks": list(self.ks), "thresholds": list(self.thresholds)}
-
 
 class AdaptivePolicy(_OneNumber):
     """From one expert to all of the router's own, in proportion to its entropy: 1 + round(s * (K - 1) * H / log E).
@@ -194,6 +192,7 @@ class DynamicSkippingPolicy(Baseline):
     name = "naee"
     source = "Lu et al. 2024, arXiv:2402.14800"
     inspired = "one ratio per rank, for more than two experts"
+    shown = ("q",)
 
     def __init__(
         self, betas: Mapping[str, Tensor], *, q: float | None = None, weights: WeightRule = "model"
@@ -232,11 +231,8 @@ class DynamicSkippingPolicy(Baseline):
         passes_TK = own.scores_TK >= self._held[context.path] * own.scores_TK[:, :1]
         return first(passes_TK.long().cumprod(-1).sum(-1), own.scores_TK.shape[-1])
 
-    def describe(self) -> dict[str, Any]:
-        return super().describe() | {"q": self.q}
 
-
-class RandomPolicy(Baseline):
+class RandomPolicy(MeanK):
     """A random choice of k of the router's own experts; a fraction of k is decided by chance per token.
 
     Seeded: the same calls in the same order give the same choice. A plain baseline.
@@ -244,26 +240,17 @@ class RandomPolicy(Baseline):
 
     name = "random"
     source = "plain baseline"
+    shown = ("k", "seed")
 
     def __init__(self, k: float, *, seed: int = 0, weights: WeightRule = "model") -> None:
-        super().__init__(weights=weights)
-        if not k >= 1.0:
-            raise InvalidParameterError(f"k must be at least 1, got {k!r}.")
-        self.k, self.seed = float(k), int(seed)
+        super().__init__(k, weights=weights)
+        self.seed = int(seed)
         self._generators: dict[str, torch.Generator] = {}
 
-    @classmethod
-    def for_budget(cls, budget: float, log: RoutingLog, **fixed: Any) -> Baseline:
-        """The rule at a mean number of experts per token."""
-        return cls(check_budget(budget, min(c.top_k for c in log.contexts), cls.name), **fixed)
-
     def bind(self, contexts: Iterable[RoutingContext]) -> None:
-        for context in contexts:
-            if self.k > context.top_k:
-                raise InvalidParameterError(
-                    f"k={self.k:g} is more than the {context.top_k} experts that router {context.path} selects."
-                )
-            self._generators[context.path] = torch.Generator(device=context.device)
+        contexts = list(contexts)
+        super().bind(contexts)
+        self._generators = {c.path: torch.Generator(device=c.device) for c in contexts}
         self.reset()
 
     def reset(self) -> None:
@@ -280,9 +267,6 @@ class RandomPolicy(Baseline):
         rank_TK = drawn_TN[:, :-1].argsort(-1).argsort(-1)
         return rank_TK < counts_T.unsqueeze(-1)
 
-    def describe(self) -> dict[str, Any]:
-        return super().describe() | {"k": self.k, "seed": self.seed}
-
 
 class UniformPolicy(Baseline):
     """The k best experts with equal weights: 1 / k each (``weights="sum"``), or sharing what they weighed together.
@@ -292,6 +276,7 @@ class UniformPolicy(Baseline):
 
     name = "uniform"
     source = "the original OLMoE routing experiments"
+    shown = ("k",)
 
     def __init__(self, k: int | None = None, *, weights: WeightRule = "sum") -> None:
         super().__init__(weights=weights)
@@ -320,9 +305,6 @@ class UniformPolicy(Baseline):
         assert decision.fallback_T is not None
         weights_TK = torch.where(decision.fallback_T.unsqueeze(-1), decision.weights_TK, equal_TK)
         return replace(decision, weights_TK=weights_TK)
-
-    def describe(self) -> dict[str, Any]:
-        return super().describe() | {"k": self.k}
 
 
 def whole_budget(budget: float, most: int, what: str) -> int:
