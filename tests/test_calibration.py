@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import warnings
+from dataclasses import fields, replace
 
 import pytest
 import torch
 
+from bh_routing.calibration.budget import solve_parameter
 from bh_routing.errors import (
     BudgetError,
     CalibrationError,
@@ -263,6 +266,63 @@ def test_policies_without_a_table(synthetic_calibration):
     assert 1.0 < float(decision.counts_T.double().mean()) < K
 
 
+class Logistic:
+    """A null of one's own."""
+
+    num = 0
+
+    def p_values(self, statistic):
+        return torch.sigmoid(-statistic.double())
+
+
+def test_nulls_of_ones_own(synthetic_calibration, tmp_path):
+    own = synthetic_calibration()
+    given = own.with_nulls(Logistic(), statistic="logit")
+    x_TE = torch.tensor([[0.25] * E])
+    assert given.p_values(x_TE, 1)[0, 0].item() == pytest.approx(1 / (1 + math.exp(0.25)))
+    table = given.table(0.4)  # p <= 0.4 k / 16
+    expected_E = -torch.logit(0.025 * torch.arange(1.0, 17.0))
+    torch.testing.assert_close(table.thresholds_LE[0], expected_E, rtol=1e-5, atol=1e-6)
+    assert given.solve(2.5).mean_experts == pytest.approx(2.5, rel=0.02)
+    assert own.settings().estimator == "empirical"  # the calibration itself is as it was
+    per_layer = own.with_nulls(
+        {"layers.0.gate": Logistic(), "layers.1.gate": own.fit(own.settings()).nulls[0]}
+    )
+    assert not torch.equal(*per_layer.table(0.4).thresholds_LE)
+    with pytest.raises(CalibrationMismatchError, match=r"there is none for 'layers\.1\.gate'"):
+        own.with_nulls({"layers.0.gate": Logistic()})
+    with pytest.raises(
+        CalibrationMismatchError, match=r"the given nulls hold one distribution per layer .* got null='all'"
+    ):
+        given.table(0.4, null="all")
+    with pytest.raises(CalibrationError, match=r"nulls from outside \(the given nulls\) are not written"):
+        given.save(tmp_path / "c.safetensors")
+
+
+def test_what_was_fitted_is_kept_and_a_changed_copy_starts_anew(synthetic_calibration):
+    calibration = synthetic_calibration()
+    chosen = calibration.settings(statistic="logprob")
+    assert calibration.fit(chosen) is calibration.fit(chosen)
+    changed = replace(calibration, temperature=2.0)
+    assert changed.fit(chosen) is not calibration.fit(chosen)
+    assert "memo" not in {field.name for field in fields(calibration)}
+
+
+@pytest.mark.parametrize(("kept", "found"), [(lambda x: 8 * x, 0.25), (lambda x: 8 * (1 - x), 0.75)])
+def test_a_budget_for_any_parameter(kept, found):
+    parameter, mean = solve_parameter(kept, 2.0, 0.0, 1.0)
+    assert parameter == pytest.approx(found, abs=1e-9)
+    assert mean == pytest.approx(2.0, abs=1e-9)
+    with pytest.raises(
+        BudgetError, match=r"^no share selects 9 experts per token on average: 0 to 8 are reachable; change"
+    ):
+        solve_parameter(kept, 9.0, 0.0, 1.0, what="share")
+    with pytest.raises(
+        BudgetError, match=r"no share comes within 2 % of 2\.5 experts per token: the mean jumps from 2 to 3"
+    ):
+        solve_parameter(lambda x: float(round(kept(x))), 2.5, 0.0, 1.0, what="share")
+
+
 def test_level_and_budget_exclude_each_other(synthetic_calibration):
     with pytest.raises(InvalidParameterError, match=r"got both alpha=0\.1 and experts_per_token=2\.0"):
         synthetic_calibration().policy(alpha=0.1, experts_per_token=2.0)
@@ -334,8 +394,6 @@ def test_moments_merge_to_those_of_all_tokens(synthetic_calibration):
 def test_only_like_merges_with_like(synthetic_calibration, changes, name):
     other = synthetic_calibration(**({"seed": 2} | {k: v for k, v in changes.items() if k != "seed"}))
     if name == "seed":
-        from dataclasses import replace
-
         other = replace(other, seed=5)
     with pytest.raises(CalibrationMismatchError, match=f"can be merged, but {name} differs"):
         synthetic_calibration().merge(other)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..decision.table import DecisionTable
 from ..decision.types import Clamp, WeightRule, check_clamp, check_k
-from ..errors import InvalidParameterError
+from ..errors import CalibrationMismatchError, InvalidParameterError
 from ..policies import PValuePolicy, RoutingContext, TablePolicy
 from ..stats.histogram import Histogram
 from ..stats.nulls import Null
@@ -77,11 +77,19 @@ class Calibration(CalibrationData):
             Anything with ``num`` (samples; 0: unknown) and ``p_values(statistic) -> float64``, non-increasing.
         statistic, size : str
             Of what they are the null, as in `settings`.
+
+        Raises
+        ------
+        CalibrationMismatchError
+            If a router has none.
         """
-        each = (
-            [nulls[path] for path in self.paths] if isinstance(nulls, Mapping) else [nulls] * self.num_layers
-        )
-        return replace(self, given=GivenNulls(nulls=tuple(each), statistic=statistic, size=size))
+        by_path = nulls if isinstance(nulls, Mapping) else dict.fromkeys(self.paths, nulls)
+        if missing := [path for path in self.paths if path not in by_path]:
+            raise CalibrationMismatchError(
+                f"expected a null for every router, or one for all; there is none for {missing[0]!r}."
+            )
+        each = tuple(by_path[path] for path in self.paths)
+        return replace(self, given=GivenNulls(nulls=each, statistic=statistic, size=size))
 
     def settings(self, **settings: Any) -> NullSettings:
         """Statistic and null with their defaults resolved (`bh_routing.calibration.fit.resolve`)."""

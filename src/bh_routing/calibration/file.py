@@ -166,7 +166,9 @@ def _fields(header: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, Any
     for part, kind_of_part in PARTS.items():
         held = {name: tensors.get(key) for name, key in _keys(part).items()}
         if any(value is not None for value in held.values()):
-            wide = {n: v.double() if v is not None and n in IN_FLOAT32 else v for n, v in held.items()}
+            wide: dict[str, Any] = {
+                n: v.double() if v is not None and n in IN_FLOAT32 else v for n, v in held.items()
+            }
             found[part] = kind_of_part(**wide)
     return found | {
         "left_out": tuple(header.get("left_out", ())),

@@ -174,7 +174,7 @@ def calibrate(
     with evaluating(model):
         first, spread = FirstPass(model, plan, blank, outputs), SpreadWindows(stream.window)
         read("calibrating", max_tokens, first.add, spread.add)
-        found = functools.reduce(operator.add, gather(first.result(blank)))
+        found: Calibration = functools.reduce(operator.add, gather(first.result(blank)))
         # Every process reads all documents and runs its own batches: what describes the text is counted once.
         found = replace(found, documents=stream.documents, text_digest=f"{stream.digest:032x}")
         if found.tokens == 0:

@@ -282,7 +282,7 @@ def arrays_of(content: bytes, path: str) -> dict[str, np.ndarray]:
         )
     found = {key: item.value if isinstance(item, _Array) else item for key, item in value.items()}
     return {
-        key: item if isinstance(item, np.ndarray) else np.float64(item)
+        key: np.asarray(item, dtype=None if isinstance(item, np.ndarray) else np.float64)
         for key, item in found.items()
         if isinstance(item, (np.ndarray, float)) or (type(item) is int and abs(item) < 2**53)
     }

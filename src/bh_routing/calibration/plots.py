@@ -165,11 +165,10 @@ def _tables(calibration: CalibrationData, chosen: NullSettings) -> dict[float, A
         warnings.simplefilter("ignore", CalibrationWarning)
         for alpha in LEVELS:
             try:
-                tables[alpha] = fit.table(
-                    calibration, alpha, get_procedure("bh"), chosen
-                ).thresholds_LE.numpy()
+                table = fit.table(calibration, alpha, get_procedure("bh"), chosen)
             except CalibrationError:
                 continue
+            tables[alpha] = table.thresholds_LE.numpy()
     return tables
 
 
@@ -201,15 +200,8 @@ def _densities(axis: Axes, calibration: CalibrationData, chosen: NullSettings, r
 
 def _thresholds(axis: Axes, tables: dict[float, Any], row: int, top_k: int) -> None:
     for alpha, thresholds_LE in tables.items():
-        line = thresholds_LE[row]
-        ranks = np.arange(1, len(line) + 1)
-        axis.plot(
-            ranks[np.isfinite(line)],
-            line[np.isfinite(line)],
-            color=LEVELS[alpha],
-            lw=1.4,
-            label=f"α = {alpha:g}",
-        )
+        line = np.where(np.isfinite(thresholds_LE[row]), thresholds_LE[row], np.nan)
+        axis.plot(np.arange(1, len(line) + 1), line, color=LEVELS[alpha], lw=1.4, label=f"α = {alpha:g}")
     axis.axvline(top_k, color=GUIDE, lw=1, ls=":", label=f"top-{top_k}")
     axis.set_xscale("log", base=2)
     axis.xaxis.set_major_formatter(lambda value, _: f"{value:g}")

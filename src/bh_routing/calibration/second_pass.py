@@ -69,7 +69,7 @@ class SecondPass:
             loss = nn.functional.cross_entropy(
                 logits_BSV[:, :-1].flatten(0, 1).float(), targets_BS.flatten(), reduction="sum"
             )
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
         self.choice.clear()
 
     def _on_choice(
