@@ -292,7 +292,7 @@ def test_tokens_without_finite_logits_keep_the_models_choice() -> None:
         (lambda: EntropyPolicy([2], []), "entropy needs two or more ks and one threshold fewer, got 1 and 0"),
         (lambda: EntropyPolicy([4, 2], [0.1]), "entropy's ks and thresholds must ascend"),
         (lambda: RandomPolicy(0.5), "k must be at least 1, got 0.5"),
-        (lambda: SequenceTopKPolicy(0), "k must be a number of at least 1, got 0"),
+        (lambda: SequenceTopKPolicy(0), "k must be at least 1, got 0"),
         (lambda: decide(PerLayerPolicy([2, 2])), "needs one k for each of the 1 routers, got 2"),
         (lambda: decide(PerLayerPolicy([5])), "k=5 is more than the 4 experts that router r selects"),
         (lambda: decide(AllocatedPolicy([2.0, 2.0])), "needs one k for each of the 1 routers, got 2"),
