@@ -459,26 +459,34 @@ def test_layer_without_null_samples(synthetic_calibration):
         (
             {"statistic": "rank"},
             InvalidParameterError,
-            "unknown statistic 'rank'; expected one of logit, logprob",
+            "statistic must be 'contribution', 'logprob' or 'logit', got 'rank'",
         ),
         (
             {"null": "none"},
             InvalidParameterError,
-            "unknown null 'none'; expected one of unselected, all, trimmed",
+            "null must be 'unselected', 'all' or 'trimmed', got 'none'",
         ),
-        ({"scope": "expert"}, InvalidParameterError, "unknown scope 'expert'; expected one of layer, model"),
+        ({"scope": "expert"}, InvalidParameterError, "scope must be 'model' or 'layer', got 'expert'"),
         (
             {"estimator": "exact"},
             InvalidParameterError,
-            "unknown estimator 'exact'; expected one of empirical",
+            "estimator must be 'empirical', 'kde', 'normal' or 'given', got",
         ),
-        ({"kernel": "cosine"}, InvalidParameterError, "unknown kernel 'cosine'; expected one of gaussian"),
+        (
+            {"kernel": "cosine"},
+            InvalidParameterError,
+            "kernel must be 'gaussian', .* or 'triangular', got 'cosine'",
+        ),
         (
             {"bandwidth": "scott"},
             InvalidParameterError,
-            "unknown bandwidth 'scott'; expected one of silverman",
+            "bandwidth must be 'silverman' or 'isj', got 'scott'",
         ),
-        ({"size": "large"}, InvalidParameterError, "unknown size 'large'; expected one of output, deviation"),
+        (
+            {"size": "large"},
+            InvalidParameterError,
+            "size must be 'sensitivity', 'deviation' or 'output', got 'large'",
+        ),
         (
             {"statistic": "logit", "size": "output"},
             InvalidParameterError,

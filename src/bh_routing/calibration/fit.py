@@ -9,23 +9,20 @@ import math
 import re
 import warnings
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
+from .._words import Estimator, NullSet, Scope, Size, Statistic, check_word
 from ..decision.table import DecisionTable, smallest_passing
 from ..errors import CalibrationError, CalibrationMismatchError, CalibrationWarning, InvalidParameterError
 from ..stats.histogram import Histogram, pool_counts
 from ..stats.kde import BANDWIDTHS, KERNELS
-from ..stats.nulls import ESTIMATORS, Null, fit_null
+from ..stats.nulls import Null, fit_null
 from ..stats.procedures import Procedure
-from ..stats.statistic import STATISTICS, full_statistic
+from ..stats.statistic import full_statistic
 from .data import CalibrationData, GivenNulls, some_of
-from .moments import SIZES
-
-NULL_SETS = ("unselected", "all", "trimmed")
-SCOPES = ("layer", "model")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,23 +53,15 @@ class NullSettings:
     extended: bool = False
 
     def __post_init__(self) -> None:
-        for name, allowed in (
-            ("statistic", STATISTICS),
-            ("size", (*SIZES, None)),
-            ("null", NULL_SETS),
-            ("scope", SCOPES),
-            ("estimator", (*ESTIMATORS, "given")),
-            ("kernel", tuple(KERNELS)),
-        ):
-            if getattr(self, name) not in allowed:
-                raise InvalidParameterError(
-                    f"unknown {name} {getattr(self, name)!r}; expected one of "
-                    f"{', '.join(str(a) for a in allowed if a)}."
-                )
-        if isinstance(self.bandwidth, str) and self.bandwidth not in BANDWIDTHS:
-            raise InvalidParameterError(
-                f"unknown bandwidth {self.bandwidth!r}; expected one of {', '.join(BANDWIDTHS)}, or a number."
-            )
+        check_word("statistic", self.statistic, Statistic)
+        if self.size is not None:
+            check_word("size", self.size, Size)
+        check_word("null", self.null, NullSet)
+        check_word("scope", self.scope, Scope)
+        check_word("estimator", self.estimator, (*get_args(Estimator), "given"))
+        check_word("kernel", self.kernel, KERNELS)
+        if isinstance(self.bandwidth, str):
+            check_word("bandwidth", self.bandwidth, BANDWIDTHS)
 
     def describe(self) -> str:
         """One line for people."""

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from ..errors import CalibrationError
 
-SIZES = ("output", "deviation", "sensitivity")
 RIDGE = 0.02  # of the compensation's fit, relative to the mean square of a dropped weight
 
 

@@ -9,7 +9,6 @@ import torch
 
 from ..stats.nulls import GridNull
 from .data import CalibrationData, GivenNulls
-from .moments import SIZES
 
 
 def summary_rows(data: CalibrationData) -> list[dict[str, Any]]:
@@ -32,7 +31,7 @@ def summary_rows(data: CalibrationData) -> list[dict[str, Any]]:
                 row[f"{kind} {name}"] = float(counts_B @ centres_B) / total if total else math.nan
             row["unused"] = int((sets["selected"].counts_LEB[i].sum(-1) == 0).sum())
         if moments is not None:
-            for kind in SIZES:
+            for kind in ("output", "deviation", "sensitivity"):
                 if kind != "sensitivity" or moments.sensitivity_LE is not None:
                     row[kind] = float(moments.size(kind)[i].median())
         rows.append(row)
