@@ -28,8 +28,8 @@ from pages import write_block
 from torch import Tensor
 
 from bh_routing.calibration.calibration import Calibration
+from bh_routing.calibration.compensation_scale import divergence
 from bh_routing.calibration.passes import calibrate
-from bh_routing.calibration.strength import divergence
 from bh_routing.cli.loading import load_model
 from bh_routing.errors import BHRoutingError, CalibrationWarning
 from bh_routing.evaluation.baselines import MinPPolicy, ThresholdPolicy, TopPPolicy
@@ -42,9 +42,9 @@ from bh_routing.text import TextFile
 BLOCK, RESAMPLES = 512, 2000
 P_BINS = 1 << 16
 BUDGETS = (4.0, 3.0, 2.0)
-STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
+SCALES = (0.0, 0.25, 0.5, 0.75, 1.0)
 DOCUMENT_TOKENS = (None, 100_000, 60_000, 30_000, 19_000)
-PARTS = ("documents", "choose", "report", "strength", "budgets", "uniformity", "speed")
+PARTS = ("documents", "choose", "report", "scale", "budgets", "uniformity", "speed")
 SAID: list[str] = []
 
 
@@ -312,16 +312,16 @@ def budgets_held_out(model: Any, calibration: Calibration, texts: list[Text]) ->
     return rows
 
 
-def strengths(model: Any, calibration: Calibration, texts: list[Text]) -> list[dict[str, Any]]:
-    """Divergence from the model's own predictions, and change of perplexity, by strength of the compensation."""
+def scales(model: Any, calibration: Calibration, texts: list[Text]) -> list[dict[str, Any]]:
+    """Divergence from the model's own predictions, and change of perplexity, by scale of the compensation."""
     say(
-        f"\nMeasured on the calibration text: {calibration.compensation_strength:.2f}. In each cell the divergence "
+        f"\nMeasured on the calibration text: {calibration.compensation_scale:.2f}. In each cell the divergence "
     )
     say("KL(own || routed) in millinats per token, and the change of perplexity.\n")
-    say("| text | budget | top-k | " + " | ".join(f"{s:g}" for s in STRENGTHS) + " |")
-    say("|---" * (len(STRENGTHS) + 3) + "|")
+    say("| text | budget | top-k | " + " | ".join(f"{s:g}" for s in SCALES) + " |")
+    say("|---" * (len(SCALES) + 3) + "|")
     own_means = calibration.mean_outputs()
-    by_strength = {f"{s:g}": calibration.mean_outputs(s) for s in STRENGTHS}
+    by_scale = {f"{s:g}": calibration.mean_outputs(s) for s in SCALES}
     rows = []
     for text in texts:
         base = run(model, text, None)
@@ -332,7 +332,7 @@ def strengths(model: Any, calibration: Calibration, texts: list[Text]) -> list[d
                 lambda p, text=text: run(model, text, p, own_means).mean_experts,
             )
             cells: dict[str, Any] = {"top-k": (TopKPolicy(int(budget)), None)}
-            cells |= {label: (policy, means) for label, means in by_strength.items()}
+            cells |= {label: (policy, means) for label, means in by_scale.items()}
             row: dict[str, Any] = {"text": text.name, "budget": budget}
             for label, (one, means) in cells.items():
                 row[label] = (
@@ -612,10 +612,10 @@ def main() -> None:
     if "report" in args.parts:
         say("\n### Comparison at the same mean number of experts")
         result["comparison"] = report(model, calibration, choosing, reporting)
-    if "strength" in args.parts:
+    if "scale" in args.parts:
         say("\n### How strongly to compensate")
         short = [text.spread(args.choose_tokens) for text in whole]
-        result["strength"] = strengths(model, calibration, short)
+        result["scale"] = scales(model, calibration, short)
     if "budgets" in args.parts:
         say("\n### Budgets solved on the calibration text, met elsewhere")
         result["budgets"] = budgets_held_out(model, calibration, whole)

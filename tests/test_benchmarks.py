@@ -30,7 +30,7 @@ def test_the_calibration_benchmark_prints_its_tables(tmp_path):
                 text,
             ),
             *("--choose-tokens", "512", "--report-tokens", "512", "--document-tokens", "1024"),
-            *("--parts", "documents", "report", "strength", "budgets", "uniformity"),
+            *("--parts", "documents", "report", "scale", "budgets", "uniformity"),
             *("--output", str(tmp_path / "result.json")),
         ],
         cwd=BENCHMARKS.parent,
@@ -44,8 +44,8 @@ def test_the_calibration_benchmark_prints_its_tables(tmp_path):
     assert [row["tokens"] for row in result["documents"]["document_tokens"]] == [11073] * 5
     assert len(result["documents"]["books"]) == 4
     assert len(result["comparison"]["second half"]["rows"]) == 3 * 7
-    by_strength = [result["strength"][0][s][0] for s in ("0", "0.5", "1")]
-    assert by_strength[1] < min(by_strength[0], by_strength[2])
+    by_scale = [result["scale"][0][s][0] for s in ("0", "0.5", "1")]
+    assert by_scale[1] < min(by_scale[0], by_scale[2])
     assert [row["budget"] for row in result["budgets"]] == [4.0, 3.0, 2.0]
     assert all(0.0 < row["pooled"] < 0.1 for row in result["uniformity"])
 

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from bh_routing._files import write_atomically
 from bh_routing.calibration.calibration import Calibration
+from bh_routing.calibration.file import _digest
 from bh_routing.calibration.fingerprint import fingerprint
 from bh_routing.calibration.passes import calibrate
 from bh_routing.errors import CalibrationFileError, CalibrationMismatchError, CalibrationWarning
@@ -159,6 +160,21 @@ def test_newer_format(saved):
         CalibrationFileError, match="has calibration format version 2, this library reads version 1"
     ):
         Calibration.load(path)
+
+
+def test_words_of_older_files(saved):
+    """Files say what they said when they were written; the bundled one is of that time."""
+    calibration, path = saved
+    header = json.loads(metadata_of(path)["header"])
+    header["compensation_strength"] = header.pop("compensation_scale") / 2
+    for layer in header["layers"]:
+        layer["score"], layer["convention"] = layer.pop("score_func"), "raw"
+        assert layer.pop("route_norm") == "none"
+    text = json.dumps(header, sort_keys=True)
+    rewrite(path, header=text, digest=_digest(text, load_file(path)))
+    loaded = Calibration.load(path)
+    assert loaded.layers == calibration.layers
+    assert loaded.compensation_scale == calibration.compensation_scale / 2
 
 
 def test_nothing_half_written(saved, tmp_path):

@@ -442,9 +442,9 @@ def test_two_processes_write_what_one_writes(tmp_path):
     for name in ("hash_N", "logits_NLE", "experts_NLK"):
         assert torch.equal(getattr(one.reservoir, name), getattr(first.reservoir, name))
     torch.testing.assert_close(one.moments.mean_LEH, first.moments.mean_LEH, rtol=1e-6, atol=1e-7)
-    assert 0.0 < one.compensation_strength < 1.0
-    assert abs(one.compensation_strength - first.compensation_strength) <= 0.01  # sums in another order
-    assert first.compensation_strength == second.compensation_strength
+    assert 0.0 < one.compensation_scale < 1.0
+    assert abs(one.compensation_scale - first.compensation_scale) <= 0.01  # sums in another order
+    assert first.compensation_scale == second.compensation_scale
     for size in ("sensitivity", "deviation"):
         a, b = one.table(0.1, size=size), first.table(0.1, size=size)
         torch.testing.assert_close(a.thresholds_LE, b.thresholds_LE, atol=1e-4, rtol=0)

@@ -73,12 +73,12 @@ def test_settings_survive_json():
         (
             {"compensation": "no"},
             InvalidTypeError,
-            r"must be true, false or a strength from 0 to 1, got 'no'\.$",
+            r"must be true, false or a scale from 0 to 1, got 'no'\.$",
         ),
         (
             {"compensation": 1.5},
             InvalidParameterError,
-            r"must be true, false or a strength from 0 to 1, got 1\.5\.$",
+            r"must be true, false or a scale from 0 to 1, got 1\.5\.$",
         ),
         ({"ragged": 1}, InvalidTypeError, r"^ragged must be true or false, got 1\.$"),
         ({"mode": "maybe"}, InvalidParameterError, r"^mode must be 'patch' or 'analyze', got 'maybe'\.$"),

@@ -42,7 +42,7 @@ NEEDS_CALIBRATION = (
 
 
 def read_compensation(text: str) -> bool | float:
-    """``true``, ``false`` or a strength, as people type it."""
+    """``true``, ``false`` or a scale, as people type it."""
     words = {"true": True, "yes": True, "false": False, "no": False}
     return words[text.lower()] if text.lower() in words else float(text)
 
@@ -93,7 +93,7 @@ class RoutingSettings:
         Which calibrated statistic and null (`Calibration.settings`); default: the recommended configuration.
     compensation : bool or float, optional
         Add what the dropped experts would have added on average back; default: where the calibration has it, at the
-        strength that the calibration measured. A number from 0 to 1 is another strength. With compensation, and
+        scale that the calibration measured. A number from 0 to 1 is another scale. With compensation, and
         ``weights="model"``, kept experts keep their own weights in every family: nothing is renormalised,
         because the dropped weight is still used.
     skip : {"auto", "compact", "zero"}
@@ -184,7 +184,7 @@ class RoutingSettings:
     strict: bool = True
 
     def __post_init__(self) -> None:
-        from .decision.compensation import check_strength
+        from .decision.compensation import check_scale
         from .decision.types import check_k, check_temperature
         from .stats.kde import BANDWIDTHS, KERNELS
         from .stats.procedures import check_alpha, get_procedure
@@ -210,7 +210,7 @@ class RoutingSettings:
                 )
         check_temperature(self.temperature)
         check_k(self.min_k, self.max_k)
-        check_strength(self.compensation)
+        check_scale(self.compensation)
         get_procedure(self.procedure)
         if not callable(self.pvalues):
             check_word("pvalues", self.pvalues, P_VALUES)
@@ -283,9 +283,9 @@ class RoutingSettings:
         InvalidParameterError
             If the compensation was asked for and the calibration does not hold it.
         """
-        from .decision.compensation import check_strength
+        from .decision.compensation import check_scale
 
-        means = {} if calibration is None else calibration.mean_outputs(check_strength(self.compensation))
+        means = {} if calibration is None else calibration.mean_outputs(check_scale(self.compensation))
         if self.compensation and not means:
             raise InvalidParameterError(
                 f"compensation={self.compensation!r} needs the experts' mean outputs, which this "

@@ -41,22 +41,22 @@ class Calibration(CalibrationData):
 
     # -- what it holds -----------------------------------------------------------------------------------
 
-    def mean_outputs(self, strength: float | None = None) -> dict[str, Tensor]:
-        """What compensates dropped experts, by router path; empty if it was not kept, or at strength 0.
+    def mean_outputs(self, scale: float | None = None) -> dict[str, Tensor]:
+        """What compensates dropped experts, by router path; empty if it was not kept, or at scale 0.
 
-        float32 [E, H], the experts' mean outputs times the strength; after a second pass [2, E, H], fitted to what
+        float32 [E, H], the experts' mean outputs times the scale; after a second pass [2, E, H], fitted to what
         was dropped (`Moments.compensation`, `bh_routing.decision.compensation`).
 
         Parameters
         ----------
-        strength : float, optional
-            0 to 1. Default: ``compensation_strength``.
+        scale : float, optional
+            0 to 1. Default: ``compensation_scale``.
         """
-        strength = self.compensation_strength if strength is None else strength
+        scale = self.compensation_scale if scale is None else scale
         compensation_LEH = None if self.moments is None else self.moments.compensation()
-        if compensation_LEH is None or strength == 0.0:
+        if compensation_LEH is None or scale == 0.0:
             return {}
-        return {p: (strength * m).float() for p, m in zip(self.paths, compensation_LEH, strict=True)}
+        return {p: (scale * m).float() for p, m in zip(self.paths, compensation_LEH, strict=True)}
 
     def without_means(self) -> Calibration:
         """The same calibration without the mean outputs (no compensation, a smaller file)."""

@@ -141,8 +141,8 @@ class CalibrationData:
         Of the documents, whatever their order.
     seed, window : int
         Seed of the reservoir's hash; the longest run of tokens in one forward.
-    compensation_strength : float
-        What the compensation is multiplied by, 0 to 1: measured (`bh_routing.calibration.strength`), 1 where it was not.
+    compensation_scale : float
+        What the compensation is multiplied by, 0 to 1: measured (`bh_routing.calibration.compensation_scale`), 1 where it was not.
     left_out : tuple of str
         Paths of routers that no token of a text reaches (of a vision tower, for example): they are not
         calibrated, and an integration leaves them as they are.
@@ -165,7 +165,7 @@ class CalibrationData:
     text_digest: str = "0" * 32
     seed: int = 0
     window: int = 0
-    compensation_strength: float = 1.0
+    compensation_scale: float = 1.0
     left_out: tuple[str, ...] = ()
     library_version: str = ""
     given: GivenNulls | None = None
@@ -188,7 +188,7 @@ class CalibrationData:
         return {}
 
     def __add__(self: Data, other: CalibrationData) -> Data:
-        """Counts add up exactly, moments in float64, the compensation's strength is averaged by tokens; the reservoir
+        """Counts add up exactly, moments in float64, the compensation's scale is averaged by tokens; the reservoir
         keeps the tokens with the smallest hashes.
 
         Raises
@@ -214,7 +214,7 @@ class CalibrationData:
         if self.reservoir is not None and other.reservoir is not None:
             reservoir = (self.reservoir + other.reservoir).smallest(self.reservoir_size)
         tokens = self.tokens + other.tokens
-        weighed = self.tokens * self.compensation_strength + other.tokens * other.compensation_strength
+        weighed = self.tokens * self.compensation_scale + other.tokens * other.compensation_scale
         digest = (int(self.text_digest, 16) + int(other.text_digest, 16)) % 2**128
         return replace(
             self,
@@ -227,7 +227,7 @@ class CalibrationData:
             tokens=tokens,
             documents=self.documents + other.documents,
             text_digest=f"{digest:032x}",
-            compensation_strength=weighed / max(1, tokens),
+            compensation_scale=weighed / max(1, tokens),
         )
 
 

@@ -31,6 +31,7 @@ from .moments import Moments
 FORMAT, FORMAT_VERSION = "bh-routing calibration", 1
 
 IN_FLOAT32 = ("mean_LEH", "gram_LJJ", "cross_LJH")  # of the moments, which are float64 in memory
+RENAMED = {"compensation_strength": "compensation_scale"}  # of older files
 PARTS: dict[str, type[Moments | Reservoir]] = {"moments": Moments, "reservoir": Reservoir}
 
 
@@ -162,7 +163,7 @@ def _fields(header: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, Any
     histograms: dict[str, dict[str, Histogram]] = {}
     for (kind, name), parts in per_layer.items():
         histograms.setdefault(kind, {})[name] = stack_layers(parts)
-    found: dict[str, Any] = {key: value for key, value in header.items() if key != "starts"}
+    found: dict[str, Any] = {RENAMED.get(k, k): value for k, value in header.items() if k != "starts"}
     for part, kind_of_part in PARTS.items():
         held = {name: tensors.get(key) for name, key in _keys(part).items()}
         if any(value is not None for value in held.values()):

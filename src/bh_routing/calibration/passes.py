@@ -21,12 +21,12 @@ from ..errors import CalibrationError, CalibrationWarning, InvalidParameterError
 from ..patching import PatchPlan, is_patched, make_plan, reached_by_text
 from ..text import Batch, Document, TextStream
 from .calibration import Calibration
+from .compensation_scale import SpreadWindows, measure_scale
 from .data import LayerRecord
 from .fingerprint import fingerprint
 from .first_pass import FirstPass
 from .forwards import distributed, evaluating, frozen, gather, progress_bar
 from .second_pass import SecondPass
-from .strength import SpreadWindows, measure_strength
 
 
 def calibrate(
@@ -83,8 +83,8 @@ def calibrate(
         the layer's output is their weighted sum). Without: ``logit`` and ``logprob`` only, at nearly the
         speed of a plain forward.
     means : bool
-        Keep the mean outputs, for the compensation. Its strength is measured on a few thousand tokens
-        (`bh_routing.calibration.strength`).
+        Keep the mean outputs, for the compensation. Its scale is measured on a few thousand tokens
+        (`bh_routing.calibration.compensation_scale`).
     sensitivity : bool
         Collect the loss sensitivities in a second pass, forward and backward, with the experts dropped as the
         first pass's calibration drops them at a third of the router's own number. The same pass fits the
@@ -188,8 +188,8 @@ def calibrate(
             return found.without_means()
         if outputs:
             with progress_bar("compensation", show) as advance:
-                strength = measure_strength(model, plan, found, spread.result(found.tokens), advance)
-            found = replace(found, compensation_strength=strength)
+                scale = measure_scale(model, plan, found, spread.result(found.tokens), advance)
+            found = replace(found, compensation_scale=scale)
     return found
 
 

@@ -58,7 +58,7 @@ def describe(data: CalibrationData) -> str:
         holds += ["loss sensitivities"] if moments.sensitivity_LE is not None else []
         if moments.mean_LEH is not None:
             form = "fitted compensation" if moments.cross_LJH is not None else "compensation by the means"
-            holds.append(f"{form} at strength {data.compensation_strength:.2f}")
+            holds.append(f"{form} at scale {data.compensation_scale:.2f}")
     if data.given is not None:
         holds.append(data.given.source)
     lines = [

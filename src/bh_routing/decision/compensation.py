@@ -12,7 +12,7 @@ dropped ones; it vanishes where nothing is dropped. M and N are fitted by least 
 calibration text (`bh_routing.calibration.data.Moments.compensation`). Either form is one product with a matrix of
 E or 2E rows: about 1/50 or 1/25 of an expert's cost at OLMoE's size.
 
-All of it is multiplied by one strength, which a calibration measures (`bh_routing.calibration.strength`): the squared error of a
+All of it is multiplied by one scale, which a calibration measures (`bh_routing.calibration.compensation_scale`): the squared error of a
 layer's output is least at 1, the model's predictions are nearest to its own at less.
 """
 
@@ -58,8 +58,8 @@ def compensation(decision: RoutingDecision, means: Tensor) -> Tensor:
     return features_TJ.to(means.dtype) @ means.flatten(0, 1)
 
 
-def check_strength(compensation: bool | float | None) -> float | None:
-    """What a user says of the compensation, as a strength: None is the calibration's own, 0 none at all.
+def check_scale(compensation: bool | float | None) -> float | None:
+    """What a user says of the compensation, as a scale: None is the calibration's own, 0 none at all.
 
     Raises
     ------
@@ -72,10 +72,10 @@ def check_strength(compensation: bool | float | None) -> float | None:
         return 0.0
     if not isinstance(compensation, (int, float)):
         raise InvalidTypeError(
-            f"compensation must be true, false or a strength from 0 to 1, got {compensation!r}."
+            f"compensation must be true, false or a scale from 0 to 1, got {compensation!r}."
         )
     if not 0.0 <= compensation <= 1.0:
         raise InvalidParameterError(
-            f"compensation must be true, false or a strength from 0 to 1, got {compensation!r}."
+            f"compensation must be true, false or a scale from 0 to 1, got {compensation!r}."
         )
     return float(compensation)

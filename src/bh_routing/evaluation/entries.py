@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from ..decision.compensation import check_strength
+from ..decision.compensation import check_scale
 from ..errors import BudgetError, InvalidParameterError
 from ..integration import BHRoutingIntegration, RoutingIntegration
 from ..policies import RoutingPolicy, TopKPolicy
@@ -86,9 +86,9 @@ def _from_policy(make: Maker) -> Builder:
     def build(bench: Workbench, parameters: dict[str, Any]) -> RoutingIntegration:
         rest = dict(parameters)
         compensation = rest.pop("compensation", False)
-        strength, means = check_strength(compensation), {}
-        if strength != 0.0:
-            means = {} if bench.calibration is None else bench.calibration.mean_outputs(strength)
+        scale, means = check_scale(compensation), {}
+        if scale != 0.0:
+            means = {} if bench.calibration is None else bench.calibration.mean_outputs(scale)
             if not means:
                 raise InvalidParameterError(
                     f"compensation={json.dumps(compensation)} needs the experts' mean outputs: give a calibration that "

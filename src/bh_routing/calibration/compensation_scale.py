@@ -3,7 +3,7 @@
 The fit of the compensation makes the squared error of each layer's output least. What the model then predicts is
 another matter: on olmoe-nano about half of it is best, on the text it was fitted to and on others (docs/calibration.md).
 So a calibration measures it: the Kullback-Leibler divergence of the routed model's predictions from the model's own,
-at strength 0, 1/2 and 1, and the vertex of the parabola through the three.
+at scale 0, 1/2 and 1, and the vertex of the parabola through the three.
 
 Shape legend: B windows of a batch, S tokens of a window, V vocabulary.
 """
@@ -23,7 +23,7 @@ from .calibration import Calibration
 from .forwards import forward, gather
 from .second_pass import dropping_policy
 
-STRENGTHS = (0.0, 0.5, 1.0)
+SCALES = (0.0, 0.5, 1.0)
 TOKENS = 8192  # how many are measured on, about, and at most
 SHARE = 8  # and at most one in so many of the text's
 
@@ -61,14 +61,14 @@ class SpreadWindows:
         return [held for held in self.held if held.index % every == 0]
 
 
-def measure_strength(
+def measure_scale(
     model: nn.Module,
     plan: PatchPlan,
     calibration: Calibration,
     batches: Sequence[Batch],
     advance: Callable[[int], None],
 ) -> float:
-    """The strength from 0 to 1, a multiple of 0.01, with the least divergence; 1 for a model without logits.
+    """The scale from 0 to 1, a multiple of 0.01, with the least divergence; 1 for a model without logits.
 
     Parameters
     ----------
@@ -86,17 +86,17 @@ def measure_strength(
     means = calibration.mean_outputs(1.0)
     # Kept experts keep their own weights, as in BHRoutingIntegration with compensation.
     patch = RoutingPatch(plan.with_route_norm("none"), policy, means=means)
-    sums = [0.0] * len(STRENGTHS)
+    sums = [0.0] * len(SCALES)
     for batch in batches:
         with torch.inference_mode():
             own_BSV = forward(model, plan, batch, head=True)
             if own_BSV is None:
-                sums = [math.nan] * len(STRENGTHS)  # no early return: every process must reach the sum
+                sums = [math.nan] * len(SCALES)  # no early return: every process must reach the sum
                 break
             try:
                 patch.apply()
-                for i, strength in enumerate(STRENGTHS):
-                    patch.set_means({path: strength * mean for path, mean in means.items()})
+                for i, scale in enumerate(SCALES):
+                    patch.set_means({path: scale * mean for path, mean in means.items()})
                     routed_BSV = forward(model, plan, batch, head=True)
                     assert routed_BSV is not None
                     sums[i] += divergence(own_BSV, routed_BSV, batch.mask)

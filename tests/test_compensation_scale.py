@@ -1,4 +1,4 @@
-"""The strength of the compensation: where it is measured, how, and who follows it."""
+"""The scale of the compensation: where it is measured, how, and who follows it."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from bh_routing import BHRoutingIntegration, RoutingIntegration, TopKPolicy
-from bh_routing.calibration import strength
+from bh_routing.calibration import compensation_scale
 from bh_routing.calibration.calibration import Calibration
+from bh_routing.calibration.compensation_scale import SpreadWindows, divergence, measure_scale, vertex
 from bh_routing.calibration.passes import calibrate
-from bh_routing.calibration.strength import SpreadWindows, divergence, measure_strength, vertex
 from bh_routing.data import sample_text
-from bh_routing.decision.compensation import check_strength
+from bh_routing.decision.compensation import check_scale
 from bh_routing.errors import CalibrationError, InvalidParameterError, InvalidTypeError
 from bh_routing.evaluation.specs import parse_policy
 from bh_routing.patching import is_patched, make_plan
@@ -71,7 +71,7 @@ def test_divergence_is_that_of_the_definition_and_leaves_padding_out():
 
 @pytest.mark.parametrize("num", [1, 3, 17, 500])
 def test_windows_are_few_and_evenly_over_the_text(stream_of, monkeypatch, num):
-    monkeypatch.setattr(strength, "TOKENS", 8 * 32)
+    monkeypatch.setattr(compensation_scale, "TOKENS", 8 * 32)
     stream, some = stream_of(documents(num)), SpreadWindows(32)
     most = 0
     for batch in stream:
@@ -89,16 +89,16 @@ def test_windows_are_few_and_evenly_over_the_text(stream_of, monkeypatch, num):
 
 
 def test_two_processes_keep_what_one_keeps(stream_of, monkeypatch):
-    monkeypatch.setattr(strength, "TOKENS", 8 * 32)
+    monkeypatch.setattr(compensation_scale, "TOKENS", 8 * 32)
     one, parts = SpreadWindows(32), [SpreadWindows(32), SpreadWindows(32)]
     for batch in stream_of(documents(101)):
         one.add(batch)
         parts[batch.index % 2].add(batch)
-    monkeypatch.setattr(strength, "gather", lambda value: [value])
+    monkeypatch.setattr(compensation_scale, "gather", lambda value: [value])
     alone = [batch.index for batch in one.result(101 * 128)]
     every, batches = max(p.every for p in parts), max(p.batches for p in parts)
     monkeypatch.setattr(
-        strength, "gather", lambda value: [value, every if value in (1, 2, 4, 8) else batches]
+        compensation_scale, "gather", lambda value: [value, every if value in (1, 2, 4, 8) else batches]
     )
     together = sorted(batch.index for part in parts for batch in part.result(101 * 128))
     assert together == alone
@@ -115,13 +115,13 @@ def test_what_is_measured_is_nearest_to_the_model_itself(nano_model, nano_tokeni
     calibration = calibrate(model, None, docs, sensitivity=True, window=128)
     assert not is_patched(model)
     assert torch.equal(model(torch.tensor(docs[:2])).logits, before)
-    assert 0.0 < calibration.compensation_strength < 1.0
+    assert 0.0 < calibration.compensation_scale < 1.0
 
     ids = torch.tensor(docs)
     found = {}
     with torch.no_grad():
         own = model(ids).logits
-        for value in (0.0, calibration.compensation_strength, 1.0):
+        for value in (0.0, calibration.compensation_scale, 1.0):
             routing = BHRoutingIntegration(
                 model,
                 calibration=calibration,
@@ -131,7 +131,7 @@ def test_what_is_measured_is_nearest_to_the_model_itself(nano_model, nano_tokeni
             )
             with routing:
                 found[value] = divergence(own, model(ids).logits, torch.ones_like(ids, dtype=torch.bool))
-    assert min(found, key=lambda value: found[value]) == calibration.compensation_strength, found
+    assert min(found, key=lambda value: found[value]) == calibration.compensation_scale, found
 
 
 def test_the_model_is_restored_when_measuring_fails(tiny_olmoe, monkeypatch):
@@ -142,15 +142,15 @@ def test_the_model_is_restored_when_measuring_fails(tiny_olmoe, monkeypatch):
     def broken(*_):
         raise RuntimeError("broken")
 
-    monkeypatch.setattr(strength, "divergence", broken)
+    monkeypatch.setattr(compensation_scale, "divergence", broken)
     with pytest.raises(RuntimeError, match="broken"):
-        measure_strength(model, make_plan(model), calibration, list(stream), lambda tokens: None)
+        measure_scale(model, make_plan(model), calibration, list(stream), lambda tokens: None)
     assert not is_patched(model)
 
 
 def test_a_model_without_a_head_keeps_the_fit_and_has_no_sensitivities(tiny_olmoe):
     body = tiny_olmoe().model
-    assert calibrate(body, None, documents(8), window=128).compensation_strength == 1.0
+    assert calibrate(body, None, documents(8), window=128).compensation_scale == 1.0
     with pytest.raises(
         CalibrationError,
         match=r"needs next-token logits, OlmoeModel gives none; load the model with its language-model head",
@@ -164,12 +164,12 @@ def test_without_a_head_every_process_still_reaches_the_sum(tiny_olmoe, monkeypa
     calibration, plan = calibrate(model, None, docs, window=128), make_plan(model.model)
     batches = list(TextStream(docs, None, window=128, batch_tokens=512, seed=0))
     reached: list[list[float]] = []
-    monkeypatch.setattr(strength, "gather", lambda sums: reached.append(sums) or [sums])
+    monkeypatch.setattr(compensation_scale, "gather", lambda sums: reached.append(sums) or [sums])
     paths = {old.path: new.path for old, new in zip(calibration.layers, plan.layers, strict=True)}
     layers = tuple(replace(layer, path=paths[layer.path]) for layer in calibration.layers)
     body = replace(calibration, layers=layers)
     for share in (batches, []):
-        assert measure_strength(model.model, plan, body, share, lambda tokens: None) == 1.0
+        assert measure_scale(model.model, plan, body, share, lambda tokens: None) == 1.0
     assert len(reached) == 2
 
 
@@ -177,28 +177,28 @@ def test_without_a_head_every_process_still_reaches_the_sum(tiny_olmoe, monkeypa
 
 
 def test_mean_outputs_are_scaled(synthetic_calibration):
-    calibration = synthetic_calibration(compensation_strength=0.25)
+    calibration = synthetic_calibration(compensation_scale=0.25)
     full = calibration.mean_outputs(1.0)
     for path, mean in calibration.mean_outputs().items():
         torch.testing.assert_close(mean, 0.25 * full[path], rtol=1e-6, atol=0)
     assert calibration.mean_outputs(0.0) == {}
-    assert synthetic_calibration(compensation_strength=0.0).mean_outputs() == {}
+    assert synthetic_calibration(compensation_scale=0.0).mean_outputs() == {}
 
 
 def test_file_and_merge_keep_it(synthetic_calibration, tmp_path):
-    calibration = synthetic_calibration(compensation_strength=0.25)
+    calibration = synthetic_calibration(compensation_scale=0.25)
     calibration.save(tmp_path / "c.safetensors")
-    assert Calibration.load(tmp_path / "c.safetensors").compensation_strength == 0.25
-    assert "at strength 0.25" in repr(calibration)
-    other = synthetic_calibration(seed=1, compensation_strength=0.75, tokens=1000)
+    assert Calibration.load(tmp_path / "c.safetensors").compensation_scale == 0.25
+    assert "at scale 0.25" in repr(calibration)
+    other = synthetic_calibration(seed=1, compensation_scale=0.75, tokens=1000)
     calibration, other = (replace(c, reservoir=None) for c in (calibration, other))
-    assert calibration.merge(other).compensation_strength == pytest.approx((4 * 0.25 + 0.75) / 5)
+    assert calibration.merge(other).compensation_scale == pytest.approx((4 * 0.25 + 0.75) / 5)
 
 
-def test_the_integration_takes_a_strength(tiny_olmoe, token_ids):
+def test_the_integration_takes_a_scale(tiny_olmoe, token_ids):
     model = tiny_olmoe()
     calibration = calibrate(model, None, documents(), window=128)
-    measured = calibration.compensation_strength
+    measured = calibration.compensation_scale
     outputs = {}
     for value in (None, True, measured, 0.0, False, 1.0):
         with (
@@ -222,13 +222,13 @@ def test_the_integration_takes_a_strength(tiny_olmoe, token_ids):
     ("value", "error"),
     [("no", InvalidTypeError), (1.5, InvalidParameterError), (-0.1, InvalidParameterError)],
 )
-def test_what_is_no_strength(value, error, nano_model):
-    with pytest.raises(error, match=r"^compensation must be true, false or a strength from 0 to 1, got "):
-        check_strength(value)
-    with pytest.raises(error, match=r"^compensation must be true, false or a strength from 0 to 1, got "):
+def test_what_is_no_scale(value, error, nano_model):
+    with pytest.raises(error, match=r"^compensation must be true, false or a scale from 0 to 1, got "):
+        check_scale(value)
+    with pytest.raises(error, match=r"^compensation must be true, false or a scale from 0 to 1, got "):
         BHRoutingIntegration(nano_model, compensation=value)
 
 
-def test_a_policy_spec_takes_a_strength():
+def test_a_policy_spec_takes_a_scale():
     assert parse_policy("bh:experts=4,compensation=0.5").parameters["compensation"] == 0.5
     assert parse_policy("topk:k=4,compensation=yes").text == "topk:k=4,compensation=true"
