@@ -18,7 +18,7 @@ from pages import arguments, markdown_table, publish
 from torch import Tensor
 
 from bh_routing import DecisionTable, RoutingContext, TablePolicy, Telemetry
-from bh_routing.decision.select import decide_by_table, keep_by_table, not_finite
+from bh_routing.decision.select import decide_by_table, not_finite, rank_by_table
 from bh_routing.evaluation.bench import threshold_for
 from bh_routing.stats.statistic import full_statistic
 
@@ -102,11 +102,11 @@ def by_step(s: Setting) -> str:
         logits_TE, weights_TK, own_TK = s.outputs(tokens)
         statistic_TE = full_statistic(logits_TE, offset_E, "contribution", "softmax")
         statistic_TK = statistic_TE.gather(-1, own_TK)
-        kept = keep_by_table(statistic_TK, thresholds_E)
+        kept = rank_by_table(statistic_TK, thresholds_E).kept()
         steps: dict[str, Callable[[], Any]] = {
             "statistic": lambda x=logits_TE: full_statistic(x, offset_E, "contribution", "softmax"),
             "gather": lambda x=statistic_TE, own=own_TK: x.gather(-1, own),
-            "order, compare, count": lambda x=statistic_TK: keep_by_table(x, thresholds_E),
+            "order, compare, count": lambda x=statistic_TK: rank_by_table(x, thresholds_E).kept(),
             "finite?": lambda x=logits_TE: not_finite(x),
             "mask weights": lambda w=weights_TK, k=kept: w.masked_fill(~k.keep_TK, 0.0),
             "mask indices": lambda o=own_TK, k=kept: o.masked_fill(~k.keep_TK, EXPERTS),

@@ -236,6 +236,22 @@ def test_one_token_on_the_host_with_logits_that_are_not_finite():
             assert torch.equal(alone.weights_TK, case.own_weights_TK[t : t + 1])
 
 
+def test_writing_into_a_decision_leaves_the_next_one_alone():
+    case = random_case(1, 8, 3)
+    names = ("weights_TK", *EXACT, "raw_counts_T")
+    expected = case.run()
+    for _ in range(2):
+        (alone,) = one_by_one(case)
+        for name in names:
+            assert torch.equal(getattr(alone, name), getattr(expected, name)), name
+        for name in names:
+            written = getattr(alone, name)
+            written.copy_(written.logical_not() if written.dtype == torch.bool else written + 1)
+            for other in names:
+                if other != name and getattr(alone, other) is not None:
+                    assert getattr(alone, other).data_ptr() != written.data_ptr()
+
+
 def test_a_policy_decides_single_tokens_on_the_host_at_the_level_in_use(monkeypatch):
     case = random_case(1, 16, 4)
     policy, context = policy_with("auto", case)

@@ -2,16 +2,31 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
+from bh_routing import RoutingIntegration
 from bh_routing.decision.functional import benjamini_hochberg_routing
-from bh_routing.decision.select import keep_by_p_values, keep_by_table
+from bh_routing.decision.select import rank_by_p_values, rank_by_table
 from bh_routing.decision.table import DecisionTable
-from bh_routing.decision.weights import apply_weight_rule
-from bh_routing.errors import CalibrationMismatchError, InvalidParameterError
-from bh_routing.policies import PValuePolicy, RoutingContext, TablePolicy, TopKPolicy
-from bh_routing.stats.procedures import PROCEDURES
+from bh_routing.decision.weights import apply_weight_rule, plain_rule
+from bh_routing.errors import (
+    CalibrationMismatchError,
+    InvalidInputError,
+    InvalidParameterError,
+    InvalidTypeError,
+)
+from bh_routing.policies import (
+    Kept,
+    PValuePolicy,
+    RoutingContext,
+    RoutingPolicy,
+    TablePolicy,
+    TopKPolicy,
+)
+from bh_routing.stats.procedures import PROCEDURES, Procedure
 
 E, K, T = 16, 6, 200
 
@@ -52,7 +67,8 @@ def test_table_against_a_loop(rule, clamp, limits):
     statistic = torch.randint(-3, 4, (T, K)).float()  # integers: many ties
     thresholds = torch.tensor([2.0, 2.0, 0.0, 1.0, -1.0, 0.0] + [-9.0] * (E - K))
     min_k, max_k = limits
-    kept = keep_by_table(statistic, thresholds, rule=rule, min_k=min_k, max_k=max_k, clamp=clamp)
+    ranking = rank_by_table(statistic, thresholds, rule=rule, min_k=min_k, max_k=max_k, clamp=clamp)
+    kept = ranking.kept()
     top = max_k or K
     for token, row in enumerate(statistic.tolist()):
         order = sorted(range(K), key=lambda slot: (-row[slot], slot))
@@ -65,12 +81,12 @@ def test_table_against_a_loop(rule, clamp, limits):
         assert kept.keep_TK[token].nonzero().flatten().tolist() == sorted(order[:count])
 
 
-def test_keep_by_p_values_compares_in_float64():
-    critical = PROCEDURES["bh"].critical_values(0.05, 4)
+def test_p_values_are_compared_in_float64():
+    rule = PROCEDURES["bh"], 0.05, 4
     p = torch.tensor([[0.0125, 0.5, 0.5, 0.5]], dtype=torch.float64)
-    assert keep_by_p_values(p, critical).counts_T.tolist() == [1]
+    assert rank_by_p_values(p, *rule).counts_T.tolist() == [1]
     above = torch.nextafter(p, torch.ones_like(p))
-    kept = keep_by_p_values(above, critical, min_k=1)
+    kept = rank_by_p_values(above, *rule, min_k=1)
     assert kept.raw_counts_T.tolist() == [0]
 
 
@@ -169,10 +185,10 @@ def test_weight_rules():
         ("sum", "none"): [0.4 / 0.6, 0.2 / 0.6, 0.0],
     }
     for (rule, route_norm), expected in cases.items():
-        got = apply_weight_rule(own, kept, rule, route_norm)
+        got = apply_weight_rule(own, ~kept, plain_rule(rule, route_norm))
         torch.testing.assert_close(got, torch.tensor([expected]), rtol=1e-6, atol=0)
     nothing = torch.zeros(1, 3, dtype=torch.bool)
-    assert torch.equal(apply_weight_rule(own, nothing, "sum", "none"), torch.zeros(1, 3))
+    assert torch.equal(apply_weight_rule(own, ~nothing, "sum"), torch.zeros(1, 3))
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
@@ -268,3 +284,91 @@ def test_unknown_settings():
         PValuePolicy("kde")
     with pytest.raises(InvalidParameterError, match="rule must be 'step_up' or 'step_down', got 'up'"):
         DecisionTable.top_k(2, 1, E).with_thresholds(torch.zeros(1, E), rule="up")
+
+
+class Broken(RoutingPolicy):
+    """Keeps everything, but for what a test changes."""
+
+    name = "broken"
+
+    def __init__(self, change):
+        super().__init__()
+        self.change = change
+
+    def decide(self, logits_TE, own_weights_TK, own_experts_TK, context):
+        keep_TK = torch.ones_like(own_experts_TK, dtype=torch.bool)
+        counts_T = keep_TK.sum(-1)
+        kept = Kept(keep_TK, counts_T, counts_T)
+        return self.change(self.shrink(kept, logits_TE, own_weights_TK, own_experts_TK, context))
+
+
+def changed(**changes):
+    return lambda decision: replace(
+        decision, **{name: change(getattr(decision, name)) for name, change in changes.items()}
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (lambda d: d.weights_TK, InvalidTypeError, "must return a RoutingDecision, got Tensor; return self.shrink("),
+        (changed(weights_TK=lambda x: x.double()), InvalidTypeError, "weights_TK must be a tensor of torch.float32, got torch.float64."),
+        (changed(counts_T=lambda x: 3), InvalidTypeError, "counts_T must be a tensor of torch.int64, got int."),
+        (changed(experts_TK=lambda x: x[:, :2]), InvalidInputError, "experts_TK must have shape (8, 6), got (8, 2)."),
+        (changed(experts_TK=lambda x: x - 99), InvalidInputError, "experts_TK must be an expert, or 16 for an empty slot, 0 to 16, got values from -"),
+        (changed(counts_T=lambda x: x + 1), InvalidInputError, "counts_T must be a number of slots, 0 to 6, got values from 7 to 7."),
+    ],
+)  # fmt: skip
+def test_a_policy_that_returns_something_else_is_told_at_its_first_decision(
+    tiny_olmoe, change, error, message
+):
+    with RoutingIntegration(tiny_olmoe(), Broken(change)) as it, pytest.raises(error) as caught:
+        it.model(input_ids=torch.tensor([[5, 6, 7, 8, 9, 10, 11, 12]]))
+    assert str(caught.value).startswith("policy 'broken' (Broken) at router model.layers.0.mlp.gate: ")
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("pvalues", "error", "message"),
+    [
+        (lambda logits, context: logits, InvalidInputError, "p-values must lie between 0 and 1, got values from -"),
+        (lambda logits, context: logits.long(), InvalidTypeError, "pvalues must give a floating-point tensor like the logits, got torch.int64."),
+        (lambda logits, context: logits[:, :3], InvalidInputError, "pvalues must have the shape of the logits, (200, 16) up to leading dimensions, got (200, 3)."),
+    ],
+)  # fmt: skip
+def test_p_values_that_are_none(pvalues, error, message):
+    policy = PValuePolicy(pvalues)
+    policy.bind([context()])
+    logits = torch.randn(T, E)
+    with pytest.raises(error) as caught:
+        policy.decide(logits, *own_choice(logits), context())
+    assert message in str(caught.value)
+    if pvalues(logits, None) is logits:
+        with pytest.raises(error, match="p-values must lie between 0 and 1"):
+            benjamini_hochberg_routing(logits, pvalues=logits)
+
+
+def test_a_procedure_of_ones_own():
+    """BH by another name decides as BH; nonsense is told."""
+    mine = Procedure(
+        name="mine", critical_values=lambda alpha, num: [alpha * k / num for k in range(1, num + 1)]
+    )
+    logits = torch.randn(T, E)
+    decisions = []
+    for procedure in ("bh", mine):
+        policy = PValuePolicy(alpha=0.3, procedure=procedure)
+        policy.bind([context()])
+        decisions.append(policy.decide(logits, *own_choice(logits), context()))
+        counts = benjamini_hochberg_routing(logits, 0.3, procedure=procedure)[2]
+        assert torch.equal(counts, benjamini_hochberg_routing(logits, 0.3)[2])
+    assert torch.equal(decisions[0].experts_TK, decisions[1].experts_TK)
+    assert len(decisions[0].counts_T.unique()) > 2
+    all_of_them = Procedure(name="all", count=lambda p_TE, alpha: torch.full(p_TE.shape[:1], p_TE.shape[1]))
+    assert benjamini_hochberg_routing(logits, max_k=E, procedure=all_of_them)[2].unique().tolist() == [E]
+    falling = Procedure(name="falling", critical_values=lambda alpha, num: torch.linspace(alpha, 0, num))
+    with pytest.raises(
+        InvalidParameterError, match="of procedure 'falling' must be 16 numbers that do not decrease"
+    ):
+        benjamini_hochberg_routing(logits, procedure=falling)
+    with pytest.raises(InvalidParameterError, match="exactly one of critical_values and count, got neither"):
+        Procedure(name="none")

@@ -318,7 +318,7 @@ X = torch.zeros(2, 16)
             lambda: benjamini_hochberg_routing(X, pvalues="kde"),
             InvalidParameterError,
             "unknown pvalues='kde'; expected one of 'robust', 'softmax', 'batch', a tensor of p-values, or a "
-            "callable of the logits.",
+            "callable.",
         ),
         (
             lambda: benjamini_hochberg_routing(X, pvalues=torch.zeros(2, 15)),

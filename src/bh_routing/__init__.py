@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from .errors import BHRoutingError, NoRoutersError
     from .integration import BHRoutingIntegration, RoutingIntegration
     from .patching import is_patched, make_plan, unpatch
-    from .policies import PValuePolicy, RoutingContext, RoutingPolicy, TablePolicy, TopKPolicy
+    from .policies import Kept, PValuePolicy, RoutingContext, RoutingPolicy, TablePolicy, TopKPolicy
     from .stats.procedures import PROCEDURES, Procedure
     from .telemetry.figures import Telemetry
 
@@ -32,6 +32,7 @@ _MODULE_OF = {
     "is_patched": "patching",
     "make_plan": "patching",
     "unpatch": "patching",
+    "Kept": "policies",
     "PValuePolicy": "policies",
     "RoutingContext": "policies",
     "RoutingPolicy": "policies",
@@ -53,6 +54,7 @@ __all__ = [
     "BHRoutingIntegration",
     "Calibration",
     "DecisionTable",
+    "Kept",
     "NoRoutersError",
     "PValuePolicy",
     "Procedure",

@@ -10,13 +10,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-import torch
-
-from ..decision.select import clamp_counts
+from ..decision.select import count_p_values
 from ..decision.table import DecisionTable
 from ..decision.types import Clamp
 from ..errors import BudgetError, CalibrationError, InvalidParameterError, InvalidTypeError
-from ..stats.procedures import Procedure, count_passing
+from ..stats.procedures import Procedure
 from .data import CalibrationData, some_of
 from .fit import NullSettings, p_values, table_at
 
@@ -127,24 +125,15 @@ class Counter:
         own_TK = reservoir.experts_NLK[:, index, : layer.top_k].long()
         widens = limits.max_k is not None and limits.max_k > layer.top_k
         p_TC = p_TE if widens else p_TE.gather(-1, own_TK)
-        if not widens and not procedure.has_table:
-            # adaptive procedures look at all E; experts that are no candidates count as 1
-            p_TE = torch.ones_like(p_TE).scatter(-1, own_TK, p_TC)
-        self.sorted_TC = (p_TC if procedure.has_table else p_TE).sort(-1).values
-        num = p_TC.shape[-1]
+        self.sorted_TC = p_TC.sort(-1).values
+        num = self.sorted_TC.shape[-1]
         self.top = num if limits.max_k is None else min(limits.max_k, num)
 
     def mean(self, alpha: float) -> float:
         """Mean count at a level, after the clamp."""
-        if not self.procedure.has_table:
-            counts_T = self.procedure.rejection_counts(self.sorted_TC, alpha).clamp(
-                self.limits.min_k, self.top
-            )
-            return float(counts_T.double().mean())
-        critical_E = self.procedure.critical_values(alpha, self.num_experts)
-        passes_TC = self.sorted_TC <= critical_E[: self.sorted_TC.shape[-1]]
-        raw_T = count_passing(passes_TC, self.procedure.rule or "step_up")
-        counts_T = clamp_counts(passes_TC, raw_T, self.limits.min_k, self.top, self.limits.clamp)
+        counts_T, _ = count_p_values(
+            self.sorted_TC, self.procedure, alpha, self.num_experts, **self.limits._asdict()
+        )
         return float(counts_T.double().mean())
 
 

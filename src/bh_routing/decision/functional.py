@@ -5,7 +5,7 @@ Shape legend: T tokens, E experts, K slots per token. A leading [B, S] stands fo
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -13,8 +13,15 @@ from torch import Tensor
 from ..errors import InvalidInputError, InvalidParameterError, InvalidTypeError
 from ..stats.procedures import Procedure, check_alpha, get_procedure
 from ..stats.pvalues import PValues, at_least_float32, resolve_p_values
-from .select import clamp_counts
+from .select import Ranking, rank_by_p_values, rank_top
 from .types import PAD, Clamp, check_clamp, check_k, check_temperature
+
+
+def _looks(validate: bool | None, router_logits: Tensor) -> bool:
+    """Whether values are looked at: where nothing else is said, on CPU, where it synchronises nothing."""
+    if validate is None:
+        return router_logits.device.type == "cpu" and not torch.compiler.is_compiling()
+    return validate
 
 
 def _check_logits(router_logits: Tensor, validate: bool | None) -> Tensor:
@@ -30,15 +37,48 @@ def _check_logits(router_logits: Tensor, validate: bool | None) -> Tensor:
             "router_logits must have shape [tokens, experts] or [batch, sequence, experts] with at least one "
             f"expert, got {tuple(router_logits.shape)}."
         )
-    if validate is None:
-        validate = router_logits.device.type == "cpu" and not torch.compiler.is_compiling()
-    if validate and not bool(torch.isfinite(router_logits).all()):
+    if _looks(validate, router_logits) and not bool(torch.isfinite(router_logits).all()):
         bad = int((~torch.isfinite(router_logits)).any(-1).sum())
         raise InvalidInputError(
             f"router_logits must be finite, got NaN or infinity in {bad} token(s); find where they come from "
             "(validate=False skips this check)."
         )
     return at_least_float32(router_logits).reshape(-1, router_logits.shape[-1])
+
+
+Routing = tuple[Tensor, Tensor, Tensor]  # weights, experts, counts
+
+
+@overload
+def benjamini_hochberg_routing(
+    router_logits: Tensor,
+    alpha: float = ...,
+    temperature: float = ...,
+    min_k: int = ...,
+    max_k: int = ...,
+    *,
+    pvalues: PValues = ...,
+    clamp: Clamp = ...,
+    return_stats: Literal[False] = ...,
+    validate: bool | None = ...,
+    procedure: str | Procedure = ...,
+) -> Routing: ...
+
+
+@overload
+def benjamini_hochberg_routing(
+    router_logits: Tensor,
+    alpha: float = ...,
+    temperature: float = ...,
+    min_k: int = ...,
+    max_k: int = ...,
+    *,
+    pvalues: PValues = ...,
+    clamp: Clamp = ...,
+    return_stats: Literal[True],
+    validate: bool | None = ...,
+    procedure: str | Procedure = ...,
+) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor | None]]: ...
 
 
 def benjamini_hochberg_routing(
@@ -53,7 +93,7 @@ def benjamini_hochberg_routing(
     return_stats: bool = False,
     validate: bool | None = None,
     procedure: str | Procedure = "bh",
-) -> Any:
+) -> Routing | tuple[Tensor, Tensor, Tensor, dict[str, Tensor | None]]:
     """Select experts per token by the Benjamini-Hochberg procedure.
 
     For each token, "expert e is not called for" is a null hypothesis, one per expert, E in all. With the
@@ -82,9 +122,9 @@ def benjamini_hochberg_routing(
     return_stats : bool
         Also return a dictionary (below).
     validate : bool, optional
-        Raise on NaN or infinite logits. Default: on CPU yes, elsewhere no (it would synchronise the device).
-    procedure : str
-        Any procedure of `bh_routing.stats.procedures.PROCEDURES`.
+        Raise on NaN or infinite logits, and on p-values of yours outside [0, 1]. Default: on CPU yes, elsewhere no (it would synchronise the device).
+    procedure : str or Procedure
+        A key of `bh_routing.PROCEDURES`, or your own.
 
     Returns
     -------
@@ -136,39 +176,31 @@ def benjamini_hochberg_routing(
     num_experts = x_TE.shape[-1]
     check_k(min_k, max_k, num_experts)
 
-    p_TE = resolve_p_values(pvalues, x_TE)
-    # Two stable sorts: by logit (lower index first among equals), then by p-value.
-    by_logit_TE = x_TE.argsort(dim=-1, descending=True, stable=True)
-    sorted_p_TE, order_TE = p_TE.gather(-1, by_logit_TE).sort(dim=-1, stable=True)
-    order_TE = by_logit_TE.gather(-1, order_TE)
-
-    raw_T = rule.rejection_counts(sorted_p_TE, alpha)
-    if clamp == "inside" and rule.has_table:
-        critical_E = rule.critical_values(alpha, num_experts).to(x_TE.device)
-        counts_T = clamp_counts(sorted_p_TE.double() <= critical_E, raw_T, min_k, max_k, clamp)
-    else:
-        counts_T = raw_T.clamp(min_k, max_k)
-    weights_TE, experts_TK = _fill(x_TE, order_TE[:, :max_k], counts_T, router_logits.dtype)
+    p_TE = resolve_p_values(pvalues, x_TE, values=_looks(validate, router_logits))
+    ranking = rank_by_p_values(
+        p_TE, rule, alpha, num_experts, ties_TK=x_TE, min_k=min_k, max_k=max_k, clamp=clamp
+    )
+    weights_TE, experts_TK = _fill(x_TE, ranking, max_k, router_logits.dtype)
 
     lead = router_logits.shape[:-1]
     result = (
         weights_TE.reshape(*lead, num_experts),
         experts_TK.reshape(*lead, max_k),
-        counts_T.reshape(lead),
+        ranking.counts_T.reshape(lead),
     )
     if not return_stats:
         return result
     stats = {
         "p_values": p_TE.reshape(*lead, num_experts),
         "thresholds": rule.critical_values(alpha, num_experts).to(x_TE.device) if rule.has_table else None,
-        "raw_counts": raw_T.reshape(lead),
+        "raw_counts": ranking.raw_counts_T.reshape(lead),
     }
     return (*result, stats)
 
 
-def _fill(x_TE: Tensor, order_TK: Tensor, counts_T: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Sparse weights [T, E] (softmax over the first counts_T of order_TK) and padded indices [T, K]."""
-    kept_TK = torch.arange(order_TK.shape[-1], device=x_TE.device) < counts_T.unsqueeze(-1)
+def _fill(x_TE: Tensor, ranking: Ranking, slots: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Sparse weights [T, E] (softmax over what the ranking keeps) and padded indices [T, K]."""
+    order_TK, kept_TK = ranking.order_TK[:, :slots], ranking.first_TK[:, :slots]
     chosen_TK = x_TE.gather(-1, order_TK).masked_fill(~kept_TK, float("-inf"))
     weights_TK = torch.softmax(chosen_TK, dim=-1)
     weights_TE = torch.zeros_like(x_TE).scatter_(-1, order_TK, weights_TK)
@@ -182,7 +214,7 @@ def topk_routing(
     *,
     normalize: bool = True,
     validate: bool | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> Routing:
     """Fixed top-k routing in the return form of `benjamini_hochberg_routing`.
 
     Parameters
@@ -213,16 +245,15 @@ def topk_routing(
         raise InvalidParameterError(
             f"k must be an integer from 1 to the number of experts, {num_experts}, got {k!r}."
         )
-    order_TK = x_TE.argsort(dim=-1, descending=True, stable=True)[:, :k]
-    counts_T = torch.full((x_TE.shape[0],), k, dtype=torch.int64, device=x_TE.device)
-    weights_TE, experts_TK = _fill(x_TE, order_TK, counts_T, x_TE.dtype)
+    ranking = rank_top(x_TE, k)
+    weights_TE, experts_TK = _fill(x_TE, ranking, k, x_TE.dtype)
     if not normalize:
         weights_TE = torch.softmax(x_TE, -1).masked_fill(weights_TE == 0, 0.0)
     lead = router_logits.shape[:-1]
     return (
         weights_TE.to(router_logits.dtype).reshape(*lead, num_experts),
         experts_TK.reshape(*lead, k),
-        counts_T.reshape(lead),
+        ranking.counts_T.reshape(lead),
     )
 
 

@@ -1,9 +1,12 @@
-"""The decision from a table, in PyTorch: which of a token's candidates to keep, and how many.
+"""The selection rule, in PyTorch: order, compare rank by rank, count, clamp, keep. It is written here and nowhere else.
 
 Shape legend: T tokens, E experts, K candidates (the router's own slots; all E when widening).
 
-This is the reference of the fused kernel in `bh_routing.decision.select_triton`, which returns the same counts and
-the same sets wherever a statistic is further than 8 units in the last place from its threshold.
+`rank_by_table` compares a statistic with thresholds, `rank_by_p_values` p-values with critical values (the definition);
+the public functions, the policies and the budget solver call them. `decide_by_table` is the reference of three twins:
+the fused kernel (`bh_routing.decision.select_triton`), one token on the host (`bh_routing.decision.select_one_token`)
+and vLLM's operation, which calls those. A twin returns the same counts and the same sets wherever a statistic is
+further than 8 units in the last place from its threshold.
 """
 
 from __future__ import annotations
@@ -12,8 +15,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
-from ..stats.procedures import Rule, count_passing
+from ..stats.procedures import Procedure, Rule, count_passing
 from ..stats.pvalues import at_least_float32
 from ..stats.statistic import full_statistic
 from .types import Clamp, PlainRule, RoutingDecision
@@ -26,28 +30,168 @@ def not_finite(logits_TE: Tensor) -> Tensor:
     return (total_T1 - total_T1) != 0
 
 
-def clamp_counts(
-    passes_TK: Tensor, procedure_counts_T: Tensor, min_k: int, max_k: int, clamp: Clamp
-) -> Tensor:
-    """Counts after the clamp to [min_k, max_k].
-
-    ``after``: the procedure's count, clamped. ``inside``: the largest rank within max_k that passes (the same
-    for a step-down rule), then at least min_k.
-    """
-    if clamp == "inside":
-        ranks = torch.arange(1, passes_TK.shape[-1] + 1, device=passes_TK.device)
-        procedure_counts_T = torch.minimum(
-            procedure_counts_T, (passes_TK & (ranks <= max_k)).mul(ranks).amax(-1)
-        )
-    return procedure_counts_T.clamp(min_k, max_k)
-
-
 class Kept(NamedTuple):
-    """What a decision keeps: ``keep_TK`` bool over the candidates, ``counts_T`` and ``raw_counts_T`` int64."""
+    """What a decision keeps, as `bh_routing.RoutingPolicy.shrink` takes it.
+
+    Attributes
+    ----------
+    keep_TK : Tensor
+        bool, which of the candidates (in `shrink`: the router's own slots).
+    counts_T : Tensor
+        int64, how many.
+    raw_counts_T : Tensor
+        int64, what the procedure itself called for, before any clamp.
+    """
 
     keep_TK: Tensor
     counts_T: Tensor
     raw_counts_T: Tensor
+
+
+class Ranking(NamedTuple):
+    """The selection rule's answer: the first ``counts_T`` of ``order_TK`` are kept.
+
+    ``order_TK``: positions of the candidates, most significant first. ``raw_counts_T``: before the clamp.
+    """
+
+    order_TK: Tensor
+    counts_T: Tensor
+    raw_counts_T: Tensor
+
+    @property
+    def first_TK(self) -> Tensor:
+        """bool in the order of significance: the first ``counts_T``."""
+        return torch.arange(self.order_TK.shape[-1], device=self.order_TK.device) < self.counts_T.unsqueeze(
+            -1
+        )
+
+    def kept(self) -> Kept:
+        """The same in the candidates' own order."""
+        first_TK = self.first_TK
+        keep_TK = torch.zeros_like(first_TK).scatter(-1, self.order_TK, first_TK)
+        return Kept(keep_TK, self.counts_T, self.raw_counts_T)
+
+
+def rank_by_table(
+    statistic_TK: Tensor,
+    thresholds_E: Tensor,
+    *,
+    rule: Rule = "step_up",
+    min_k: int = 1,
+    max_k: int | None = None,
+    clamp: Clamp = "after",
+) -> Ranking:
+    """Order the candidates by the statistic (ties by position), compare rank by rank, count, clamp.
+
+    Parameters
+    ----------
+    statistic_TK : Tensor
+        float32 (or float64) statistic of the candidates, in the router's own slot order.
+    thresholds_E : Tensor
+        float32 [E]; the first K are used: experts that are no candidates count as p = 1.
+    min_k, max_k, clamp
+        As in `count_ranks`.
+    """
+    sorted_TK, order_TK = statistic_TK.sort(dim=-1, descending=True, stable=True)
+    passes_TK = sorted_TK >= thresholds_E[: sorted_TK.shape[-1]]
+    return Ranking(order_TK, *count_ranks(passes_TK, rule, min_k=min_k, max_k=max_k, clamp=clamp))
+
+
+def rank_by_p_values(
+    p_TK: Tensor,
+    procedure: Procedure,
+    alpha: float,
+    num_experts: int,
+    *,
+    ties_TK: Tensor | None = None,
+    critical_E: Tensor | None = None,
+    min_k: int = 1,
+    max_k: int | None = None,
+    clamp: Clamp = "after",
+) -> Ranking:
+    """The definition: order the candidates by p-value, let the procedure judge them, count, clamp.
+
+    Parameters
+    ----------
+    p_TK : Tensor
+        p-values of the candidates; NaN counts as 1, and so do the experts that are no candidates.
+    ties_TK : Tensor, optional
+        Of equal p-values the one with the larger value comes first; then the position decides.
+    critical_E, min_k, max_k, clamp
+        As in `count_p_values`.
+    """
+    p_TK = p_TK.nan_to_num(1.0)
+    if ties_TK is None:
+        sorted_TK, order_TK = p_TK.sort(dim=-1, stable=True)
+    else:
+        by_ties_TK = ties_TK.argsort(dim=-1, descending=True, stable=True)
+        sorted_TK, order_TK = p_TK.gather(-1, by_ties_TK).sort(dim=-1, stable=True)
+        order_TK = by_ties_TK.gather(-1, order_TK)
+    counts = count_p_values(
+        sorted_TK, procedure, alpha, num_experts, critical_E=critical_E, min_k=min_k, max_k=max_k, clamp=clamp
+    )
+    return Ranking(order_TK, *counts)
+
+
+def rank_top(statistic_TK: Tensor, k: int) -> Ranking:
+    """The k candidates with the largest statistic (ties by position)."""
+    order_TK = statistic_TK.argsort(dim=-1, descending=True, stable=True)
+    counts_T = torch.full(order_TK.shape[:-1], k, dtype=torch.int64, device=order_TK.device)
+    return Ranking(order_TK, counts_T, counts_T)
+
+
+def count_p_values(
+    sorted_TK: Tensor,
+    procedure: Procedure,
+    alpha: float,
+    num_experts: int,
+    *,
+    critical_E: Tensor | None = None,
+    min_k: int = 1,
+    max_k: int | None = None,
+    clamp: Clamp = "after",
+) -> tuple[Tensor, Tensor]:
+    """(counts_T, raw_counts_T) of a procedure on the candidates' p-values in ascending order.
+
+    Parameters
+    ----------
+    sorted_TK : Tensor
+        p-values of K candidates among ``num_experts`` experts, the others of which count as p = 1. They are compared
+        in float64.
+    critical_E : Tensor, optional
+        The procedure's critical values where they are at hand.
+    min_k, max_k, clamp
+        As in `count_ranks`.
+    """
+    num = sorted_TK.shape[-1]
+    if procedure.rule is None:  # it adapts: all E p-values are looked at before any is judged
+        raw_T = procedure.rejection_counts(pad(sorted_TK, (0, num_experts - num), value=1.0), alpha)
+        return raw_T.clamp(min_k, num if max_k is None else min(max_k, num)), raw_T
+    if critical_E is None:
+        critical_E = procedure.critical_values(alpha, num_experts).to(sorted_TK.device)
+    passes_TK = sorted_TK.double() <= critical_E[:num]
+    return count_ranks(passes_TK, procedure.rule, min_k=min_k, max_k=max_k, clamp=clamp)
+
+
+def count_ranks(
+    passes_TK: Tensor, rule: Rule, *, min_k: int = 1, max_k: int | None = None, clamp: Clamp = "after"
+) -> tuple[Tensor, Tensor]:
+    """(counts_T, raw_counts_T) from which ranks pass: the rule's own count, and the same clamped to [min_k, max_k].
+
+    Parameters
+    ----------
+    min_k, max_k : int
+        The clamp; ``max_k=None`` means K.
+    clamp : "after" or "inside"
+        ``after``: the rule's count, clamped. ``inside``: the largest rank within max_k that passes (the same for a
+        step-down rule), then at least min_k.
+    """
+    num = passes_TK.shape[-1]
+    top = num if max_k is None else min(max_k, num)
+    raw_T = counts_T = count_passing(passes_TK, rule)
+    if clamp == "inside":
+        counts_T = torch.minimum(raw_T, count_passing(passes_TK[..., :top], "step_up"))
+    return counts_T.clamp(min_k, top), raw_T
 
 
 def decide_by_table(
@@ -80,7 +224,7 @@ def decide_by_table(
     statistic, score_func, temperature
         As in `bh_routing.stats.statistic.base_statistic`.
     rule, min_k, max_k, clamp
-        As in `keep_by_table`.
+        As in `rank_by_table`.
     weights : "own", "preserve" or "sum"
         As in `bh_routing.decision.weights.apply_weight_rule`.
 
@@ -89,14 +233,8 @@ def decide_by_table(
     Tokens with non-finite logits keep the router's own choice.
     """
     statistic_TE = full_statistic(logits_TE, offset_E, statistic, score_func, temperature)
-    kept = keep_by_table(
-        statistic_TE.gather(-1, own_experts_TK),
-        thresholds_E,
-        rule=rule,
-        min_k=min_k,
-        max_k=max_k,
-        clamp=clamp,
-    )
+    own_TK = statistic_TE.gather(-1, own_experts_TK)
+    kept = rank_by_table(own_TK, thresholds_E, rule=rule, min_k=min_k, max_k=max_k, clamp=clamp).kept()
     return keep_own(kept, not_finite(logits_TE), own_weights_TK, own_experts_TK, weights=weights, empty=empty)
 
 
@@ -110,94 +248,15 @@ def keep_own(
     empty: int,
 ) -> RoutingDecision:
     """The decision that keeps these of the router's own slots, and all of them where ``lost_T1``."""
-    lost_T = lost_T1.squeeze(-1)
-    return drop_own(
-        ~(kept.keep_TK | lost_T1),
-        kept.counts_T.masked_fill(lost_T, own_experts_TK.shape[-1]),
-        kept.raw_counts_T,
-        lost_T,
-        own_weights_TK,
-        own_experts_TK,
-        weights=weights,
-        empty=empty,
-    )
-
-
-def drop_own(
-    dropped_TK: Tensor,
-    counts_T: Tensor,
-    raw_counts_T: Tensor,
-    lost_T: Tensor,
-    own_weights_TK: Tensor,
-    own_experts_TK: Tensor,
-    *,
-    weights: PlainRule,
-    empty: int,
-) -> RoutingDecision:
-    """The decision that drops these of the router's own slots."""
-    if weights == "own":
-        weights_TK = own_weights_TK.masked_fill(dropped_TK, 0.0)
-    else:
-        weights_TK = apply_weight_rule(own_weights_TK, ~dropped_TK, weights, "none")
+    dropped_TK, lost_T = ~(kept.keep_TK | lost_T1), lost_T1.squeeze(-1)
     return RoutingDecision(
-        weights_TK=weights_TK,
+        weights_TK=apply_weight_rule(own_weights_TK, dropped_TK, weights),
         experts_TK=own_experts_TK.masked_fill(dropped_TK, empty),
-        counts_T=counts_T,
-        raw_counts_T=raw_counts_T,
+        counts_T=kept.counts_T.masked_fill(lost_T, own_experts_TK.shape[-1]),
+        raw_counts_T=kept.raw_counts_T,
         dropped_TK=dropped_TK,
         own_weights_TK=own_weights_TK,
         own_experts_TK=own_experts_TK,
         empty=empty,
         fallback_T=lost_T,
     )
-
-
-def keep_by_table(
-    statistic_TK: Tensor,
-    thresholds_E: Tensor,
-    *,
-    rule: Rule = "step_up",
-    min_k: int = 1,
-    max_k: int | None = None,
-    clamp: Clamp = "after",
-) -> Kept:
-    """Order the candidates by the statistic (ties by position), compare rank by rank, take the count.
-
-    Parameters
-    ----------
-    statistic_TK : Tensor
-        float32 (or float64) statistic of the candidates, in the router's own slot order.
-    thresholds_E : Tensor
-        float32 [E]; the first K are used: experts that are no candidates count as p = 1.
-    min_k, max_k : int
-        The clamp; ``max_k=None`` means K.
-    """
-    num = statistic_TK.shape[-1]
-    top = num if max_k is None else min(max_k, num)
-    sorted_TK, order_TK = statistic_TK.sort(dim=-1, descending=True, stable=True)
-    passes_TK = sorted_TK >= thresholds_E[:num]
-    raw_T = count_passing(passes_TK, rule)
-    return _keep(passes_TK, order_TK, raw_T, min_k, top, clamp)
-
-
-def keep_by_p_values(
-    p_TK: Tensor,
-    critical_E: Tensor,
-    *,
-    rule: Rule = "step_up",
-    min_k: int = 1,
-    max_k: int | None = None,
-    clamp: Clamp = "after",
-) -> Kept:
-    """The definition: order by p-value (ties by position), compare with the critical values in float64."""
-    num = p_TK.shape[-1]
-    top = num if max_k is None else min(max_k, num)
-    sorted_TK, order_TK = p_TK.double().sort(dim=-1, stable=True)
-    passes_TK = sorted_TK <= critical_E[:num].double()
-    return _keep(passes_TK, order_TK, count_passing(passes_TK, rule), min_k, top, clamp)
-
-
-def _keep(passes_TK: Tensor, order_TK: Tensor, raw_T: Tensor, min_k: int, max_k: int, clamp: Clamp) -> Kept:
-    counts_T = clamp_counts(passes_TK, raw_T, min_k, max_k, clamp)
-    first_TK = torch.arange(order_TK.shape[-1], device=order_TK.device) < counts_T.unsqueeze(-1)
-    return Kept(torch.zeros_like(first_TK).scatter(-1, order_TK, first_TK), counts_T, raw_T)

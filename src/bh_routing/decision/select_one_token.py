@@ -5,7 +5,6 @@ Shape legend: E experts, K slots of the router's own choice.
 
 from __future__ import annotations
 
-from functools import lru_cache
 from math import exp, isfinite, log, log1p
 from typing import NamedTuple
 
@@ -14,8 +13,8 @@ from torch import Tensor
 
 from ..stats.procedures import Rule
 from ..stats.statistic import base_statistic
-from .select import drop_own
 from .types import Clamp, PlainRule, RoutingDecision
+from .weights import apply_weight_rule
 
 
 class HostRow(NamedTuple):
@@ -44,9 +43,9 @@ def decide_one_token(
     """`decide_by_table` for one token on the host, in plain Python.
 
     Between products that empty the caches every tensor operation costs 5 to 20 microseconds, whatever it does;
-    this takes four of them instead of twenty-five (docs/performance.md). It computes in double precision: counts and
-    sets are those of `decide_by_table` wherever a statistic is further than 8 units in the last place of float32
-    from its threshold, and always on logits for which the arithmetic is exact.
+    this takes three of them instead of twenty-five (docs/performance.md). It computes in double precision: counts and sets are those of `decide_by_table`
+    wherever a statistic is further than 8 units in the last place of float32 from its threshold, and always on
+    logits for which the arithmetic is exact.
     """
     logits, own = logits_1E.tolist()[0], own_experts_1K.tolist()[0]
     num = len(own)
@@ -78,15 +77,17 @@ def decide_one_token(
         count = min(max(within if clamp == "inside" else raw, min_k), top)
         for slot in order[count:]:
             drop[slot] = True
-    return drop_own(
-        _flags(tuple(drop), 1),
-        _number(count),
-        _number(raw),
-        _flags((lost,), 0),
-        own_weights_1K,
-        own_experts_1K,
-        weights=weights,
+    dropped_1K = _fresh(tuple(drop))
+    return RoutingDecision(
+        weights_TK=apply_weight_rule(own_weights_1K, dropped_1K, weights),
+        experts_TK=own_experts_1K.masked_fill(dropped_1K, empty),
+        counts_T=_fresh(count),
+        raw_counts_T=_fresh(raw),
+        dropped_TK=dropped_1K,
+        own_weights_TK=own_weights_1K,
+        own_experts_TK=own_experts_1K,
         empty=empty,
+        fallback_T=_fresh(lost),
     )
 
 
@@ -105,15 +106,19 @@ def _log_sigmoid(chosen: list[float], logits: list[float]) -> list[float]:
 _HOST_SCORES = {"softmax": _log_softmax, "sigmoid": _log_sigmoid}
 
 
-@lru_cache(maxsize=4096)
-def _flags(values: tuple[bool, ...], leading: int) -> Tensor:
-    """bool [N] (or [1, N]); made once for each pattern."""
-    with torch.inference_mode(False):  # an inference tensor could not be saved for a backward pass
-        return torch.tensor([values] if leading else values)
+_POOL, _MOST_POOLS = 64, 512
+_pools: dict[tuple[type, int | tuple[bool, ...]], list[Tensor]] = {}
 
 
-@lru_cache(maxsize=4096)
-def _number(value: int) -> Tensor:
-    """int64 [1]; made once for each number."""
-    with torch.inference_mode(False):
-        return torch.tensor([value])
+def _fresh(value: int | tuple[bool, ...]) -> Tensor:
+    """[1], or [1, K] of a pattern: a tensor that nobody else has. They are made 64 at a time, for the price of one."""
+    key = (type(value), value)  # False == 0
+    try:
+        return _pools[key].pop()
+    except (KeyError, IndexError):
+        if len(_pools) >= _MOST_POOLS:
+            _pools.clear()
+        with torch.inference_mode(False):  # an inference tensor could not be saved for a backward pass
+            # Unlike views, chunks of this kind count writes each for itself.
+            pool = _pools[key] = list(torch.tensor([value] * _POOL).unsafe_chunk(_POOL))
+        return pool.pop()

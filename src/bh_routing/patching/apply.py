@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from ..decision.compensation import compensation
 from ..decision.types import RoutingDecision
 from ..errors import InvalidParameterError, PatchError, UnsupportedModelError
-from ..policies import RoutingContext, RoutingPolicy
+from ..policies import RoutingContext, RoutingPolicy, check_decision
+from ..telemetry.counters import in_graph
 from ..telemetry.figures import Telemetry
 from . import experts as skip_aware
 from .adapters import flat_experts
@@ -71,6 +72,7 @@ class RouterPatch(InstancePatch):
         self.layer, self.context, self.policy = layer, context, policy
         self.info, self.telemetry, self.link = info, telemetry, link
         self.change, self.keep_indices, self.watchers = change, keep_indices, watchers
+        self.checked = False  # the first decision is looked at, later ones are trusted
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
         outputs = self.inner(*args, **kwargs)
@@ -86,6 +88,9 @@ class RouterPatch(InstancePatch):
             decision = self.policy.decide(logits_TE, weights_TK, experts_TK, context)
         else:
             decision = decide_with_factors(self.policy, logits_TE, weights_TK, experts_TK, context, factors_E)
+        if not in_graph(logits_TE) and not self.checked:
+            check_decision(decision, self.policy, weights_TK, experts_TK, context)
+            self.checked = True
         if self.telemetry is not None:
             self.telemetry.update(context, decision, logits_TE)
         for watcher in self.watchers:

@@ -9,7 +9,7 @@ slots to keep: ``policy.decide(logits_TE, own_weights_TK, own_experts_TK, contex
 from __future__ import annotations
 
 from ..decision.select import Kept
-from .base import RoutingContext, RoutingPolicy, TopKPolicy
+from .base import RoutingContext, RoutingPolicy, TopKPolicy, check_decision
 from .pvalue import PValuePolicy
 from .table import TablePolicy
 
@@ -20,4 +20,5 @@ __all__ = [
     "RoutingPolicy",
     "TablePolicy",
     "TopKPolicy",
+    "check_decision",
 ]

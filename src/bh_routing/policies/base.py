@@ -13,10 +13,10 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from ..decision.select import Kept, keep_own, not_finite
+from ..decision.select import Kept, Ranking, keep_own, not_finite, rank_top
 from ..decision.types import Clamp, RouteNorm, RoutingDecision, WeightRule, check_clamp, check_k
 from ..decision.weights import apply_weight_rule, plain_rule
-from ..errors import InvalidParameterError
+from ..errors import InvalidInputError, InvalidParameterError, InvalidTypeError
 from ..stats.pvalues import at_least_float32
 from ..stats.statistic import LOG_SCORES
 
@@ -159,9 +159,8 @@ class RoutingPolicy(ABC):
         pad = scores_TC.shape[-1] - own_weights_TK.shape[-1]
         weights_TC = apply_weight_rule(
             own_weights_TK,
-            kept.keep_TK,
-            self.weights,
-            context.route_norm,
+            ~kept.keep_TK,
+            plain_rule(self.weights, context.route_norm),
             scores_TC.to(own_weights_TK.dtype),
         )
         experts_TC = experts_TC.masked_fill(~kept.keep_TK, context.empty)
@@ -181,6 +180,61 @@ class RoutingPolicy(ABC):
             empty=context.empty,
             fallback_T=~finite_T,
         )
+
+
+def check_decision(
+    decision: object,
+    policy: RoutingPolicy,
+    own_weights_TK: Tensor,
+    own_experts_TK: Tensor,
+    context: RoutingContext,
+) -> None:
+    """Check what a policy returned for one router call. It looks at the values, which waits for the device.
+
+    Raises
+    ------
+    InvalidTypeError, InvalidInputError
+        If it is no `RoutingDecision`, or a tensor of it has another dtype or shape than `RoutingDecision` says, an
+        index names no expert, or a count is no number of slots.
+    """
+    where = f"policy {policy.name!r} ({type(policy).__name__}) at router {context.path}"
+    if not isinstance(decision, RoutingDecision):
+        raise InvalidTypeError(
+            f"{where}: decide() must return a RoutingDecision, got {type(decision).__name__}; return self.shrink(...)."
+        )
+    tokens, top_k = own_experts_TK.shape
+    slots = policy.slots(context)
+    weights, experts = own_weights_TK.dtype, own_experts_TK.dtype
+    expected = {
+        "weights_TK": (weights, (tokens, slots)),
+        "experts_TK": (experts, (tokens, slots)),
+        "counts_T": (torch.int64, (tokens,)),
+        "raw_counts_T": (torch.int64, (tokens,)),
+        "dropped_TK": (torch.bool, (tokens, top_k)),
+        "own_weights_TK": (weights, (tokens, top_k)),
+        "own_experts_TK": (experts, (tokens, top_k)),
+        "fallback_T": (torch.bool, (tokens,)),
+    }
+    for name, (dtype, shape) in expected.items():
+        tensor = getattr(decision, name)
+        if tensor is None and name == "fallback_T":
+            continue
+        if not isinstance(tensor, Tensor) or tensor.dtype != dtype:
+            got = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
+            raise InvalidTypeError(f"{where}: {name} must be a tensor of {dtype}, got {got}.")
+        if tuple(tensor.shape) != shape:
+            raise InvalidInputError(f"{where}: {name} must have shape {shape}, got {tuple(tensor.shape)}.")
+    last = max(context.empty, context.num_experts - 1)
+    for name, most, what in (
+        ("experts_TK", last, f"an expert, or {context.empty} for an empty slot"),
+        ("counts_T", slots, "a number of slots"),
+    ):
+        values = getattr(decision, name)
+        if tokens and not bool(((values >= 0) & (values <= most)).all()):
+            raise InvalidInputError(
+                f"{where}: each of {name} must be {what}, 0 to {most}, got values from {int(values.min())} to "
+                f"{int(values.max())}."
+            )
 
 
 class CountPolicy(RoutingPolicy):
@@ -221,29 +275,31 @@ class CountPolicy(RoutingPolicy):
         return self.max_k is not None and self.max_k > context.top_k
 
     def describe(self) -> dict[str, Any]:
-        return super().describe() | {"min_k": self.min_k, "max_k": self.max_k, "clamp": self.clamp}
+        return super().describe() | self._limits
+
+    @property
+    def _limits(self) -> dict[str, Any]:
+        return {"min_k": self.min_k, "max_k": self.max_k, "clamp": self.clamp}
 
     def _widened(
         self,
-        kept_TE: Kept,
-        statistic_TE: Tensor,
+        ranking: Ranking,
         logits_TE: Tensor,
         own_weights_TK: Tensor,
         own_experts_TK: Tensor,
         context: RoutingContext,
     ) -> RoutingDecision:
-        """Turn a decision over all E experts into one over the max_k most significant."""
-        assert self.max_k is not None
-        experts_TC = statistic_TE.argsort(dim=-1, descending=True, stable=True)[:, : self.max_k]
+        """Turn a ranking of all E experts into a decision over the max_k most significant."""
+        experts_TC = ranking.order_TK[:, : self.max_k]
         scores_TE = LOG_SCORES[context.score_func](at_least_float32(logits_TE)).exp() * context.route_scale
         return self.widen(
-            Kept(kept_TE.keep_TK.gather(-1, experts_TC), kept_TE.counts_T, kept_TE.raw_counts_T),
+            Kept(ranking.first_TK[:, : self.max_k], ranking.counts_T, ranking.raw_counts_T),
             scores_TE.gather(-1, experts_TC),
             experts_TC,
             own_weights_TK,
             own_experts_TK,
             context,
-            torch.isfinite(at_least_float32(logits_TE).sum(-1)),
+            ~not_finite(logits_TE).squeeze(-1),
         )
 
 
@@ -271,14 +327,8 @@ class TopKPolicy(RoutingPolicy):
     def decide(
         self, logits_TE: Tensor, own_weights_TK: Tensor, own_experts_TK: Tensor, context: RoutingContext
     ) -> RoutingDecision:
-        num = own_experts_TK.shape[-1]
-        k = num if self.k is None else self.k
-        order_TK = own_weights_TK.argsort(dim=-1, descending=True, stable=True)
-        keep_TK = torch.zeros_like(own_experts_TK, dtype=torch.bool).scatter(-1, order_TK[:, :k], True)
-        counts_T = torch.full_like(own_experts_TK[:, 0], k)
-        return self.shrink(
-            Kept(keep_TK, counts_T, counts_T), logits_TE, own_weights_TK, own_experts_TK, context
-        )
+        ranking = rank_top(own_weights_TK, own_experts_TK.shape[-1] if self.k is None else self.k)
+        return self.shrink(ranking.kept(), logits_TE, own_weights_TK, own_experts_TK, context)
 
     def describe(self) -> dict[str, Any]:
         return super().describe() | {"k": self.k}

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..decision.backend import Backend, check_backend, decision_function
-from ..decision.select import decide_by_table, keep_by_table
+from ..decision.select import decide_by_table, rank_by_table
 from ..decision.select_one_token import HostRow, decide_one_token
 from ..decision.table import DecisionTable
 from ..decision.types import Clamp, RoutingDecision, WeightRule
@@ -82,11 +82,8 @@ class TablePolicy(CountPolicy):
             "score_func": context.score_func,
             "temperature": self.table.temperature,
             "rule": self.table.rule,
-            "min_k": self.min_k,
-            "max_k": self.max_k,
-            "clamp": self.clamp,
             "weights": plain_rule(self.weights, context.route_norm),
-        }
+        } | self._limits
 
     def _read_rows(self) -> None:
         """What decides a single token on the host, where rows and router live there: all but the token bound."""
@@ -155,16 +152,13 @@ class TablePolicy(CountPolicy):
     def _decide_widened(
         self, logits_TE: Tensor, own_weights_TK: Tensor, own_experts_TK: Tensor, context: RoutingContext
     ) -> RoutingDecision:
-        statistic_TE = self.statistic(logits_TE, context)
-        kept = keep_by_table(
-            statistic_TE,
+        ranking = rank_by_table(
+            self.statistic(logits_TE, context),
             self.thresholds_of(context),
             rule=self.table.rule,
-            min_k=self.min_k,
-            max_k=self.max_k,
-            clamp=self.clamp,
+            **self._limits,
         )
-        return self._widened(kept, statistic_TE, logits_TE, own_weights_TK, own_experts_TK, context)
+        return self._widened(ranking, logits_TE, own_weights_TK, own_experts_TK, context)
 
     def describe(self) -> dict[str, Any]:
         return super().describe() | {"table": repr(self.table), "alpha": self.table.alpha}

@@ -14,8 +14,7 @@ themselves before they decide; they have no table and always take the general pa
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
@@ -45,26 +44,52 @@ def check_one_level(alpha: object, experts_per_token: object) -> None:
         )
 
 
-@dataclass(frozen=True, kw_only=True)
 class Procedure:
-    """A multiple-testing procedure: what it guarantees, and how it decides.
+    """A multiple-testing procedure: what it guarantees, and how it decides. Pass your own wherever a name goes.
 
-    Attributes
+    Parameters
     ----------
     name : str
-        The key in `PROCEDURES`.
-    rule : "step_up", "step_down" or None
-        None: the procedure adapts to the p-values and has no fixed critical values.
-    guarantee : str
-        The error rate that is controlled, and under which assumptions.
+        For people; the key in `PROCEDURES` of those that are there.
+    critical_values : callable
+        ``f(alpha, E)`` -> the E critical values c_1 <= ... <= c_E, a tensor or a sequence of numbers.
+    count : callable
+        In place of critical values, for a procedure that adapts to the p-values: ``f(p_TE, alpha)`` -> int64 [T],
+        how many hypotheses it rejects, from p-values float64 [T, E] sorted ascending.
+    rule : "step_up" or "step_down"
+        What passing critical values mean (None for a procedure that adapts).
+    guarantee, source : str
+        The error rate that is controlled, under which assumptions, and who proved it.
+
+    Examples
+    --------
+    Stricter than Benjamini-Hochberg on the first ranks, the same on the last:
+
+    >>> squares = Procedure(name="squares", critical_values=lambda alpha, E: [alpha * (k / E) ** 2 for k in range(1, E + 1)])
+    >>> squares.critical_values(0.08, 4).tolist()
+    [0.005, 0.02, 0.045, 0.08]
     """
 
-    name: str
-    rule: Rule | None
-    guarantee: str
-    source: str
-    _critical: Callable[[float, Tensor], Tensor] | None = None
-    _count: Callable[[Tensor, float], Tensor] | None = None
+    def __init__(
+        self,
+        *,
+        name: str,
+        critical_values: Callable[[float, int], Tensor | Sequence[float]] | None = None,
+        count: Callable[[Tensor, float], Tensor] | None = None,
+        rule: Rule = "step_up",
+        guarantee: str = "",
+        source: str = "",
+    ) -> None:
+        if (critical_values is None) == (count is None):
+            raise InvalidParameterError(
+                f"procedure {name!r} must be given exactly one of critical_values and count, got "
+                f"{'neither' if count is None else 'both'}."
+            )
+        if rule not in ("step_up", "step_down"):
+            raise InvalidParameterError(f"rule must be 'step_up' or 'step_down', got {rule!r}.")
+        self.name, self.guarantee, self.source = name, guarantee, source
+        self.rule: Rule | None = rule if count is None else None
+        self._critical, self._count = critical_values, count
 
     @property
     def has_table(self) -> bool:
@@ -77,17 +102,26 @@ class Procedure:
         Raises
         ------
         InvalidParameterError
-            If alpha is outside (0, 1), or the procedure has no fixed critical values.
+            If alpha is outside (0, 1), the procedure has no fixed critical values, or its function gives
+            something else.
         """
-        check_alpha(alpha)
+        alpha = check_alpha(alpha)
         if self._critical is None:
             raise InvalidParameterError(
                 f"procedure {self.name!r} adapts to the p-values and has no fixed critical values, hence no "
                 "decision table; use rejection_counts(p_values, ...) or one of "
                 f"{', '.join(n for n, p in PROCEDURES.items() if p.has_table)}."
             )
-        ranks_E = torch.arange(1, num_hypotheses + 1, dtype=torch.float64)
-        return self._critical(float(alpha), ranks_E)
+        critical_E = torch.as_tensor(self._critical(alpha, num_hypotheses), dtype=torch.float64)
+        # A shape can be judged while compiling, values cannot.
+        if tuple(critical_E.shape) != (num_hypotheses,) or (
+            not torch.compiler.is_compiling() and not bool((critical_E.diff() >= 0).all())
+        ):
+            raise InvalidParameterError(
+                f"the critical values of procedure {self.name!r} must be {num_hypotheses} numbers that do not "
+                f"decrease, got {critical_E.tolist()}."
+            )
+        return critical_E
 
     def rejection_counts(self, sorted_p_TE: Tensor, alpha: float) -> Tensor:
         """How many hypotheses are rejected per token, int64 [T], from p-values sorted ascending [T, E].
@@ -100,6 +134,9 @@ class Procedure:
         critical_E = self.critical_values(alpha, p_TE.shape[-1]).to(p_TE.device)
         return count_passing(p_TE <= critical_E, self.rule or "step_up")
 
+    def __repr__(self) -> str:
+        return f"Procedure({self.name!r}, {self.rule or 'adaptive'})"
+
 
 def count_passing(passes_TE: Tensor, rule: Rule) -> Tensor:
     """Turn per-rank comparisons, bool [..., E] in order of significance, into a count, int64 [...]."""
@@ -109,20 +146,24 @@ def count_passing(passes_TE: Tensor, rule: Rule) -> Tensor:
     return (passes_TE * ranks_E).amax(-1)
 
 
-def _bh(alpha: float, ranks: Tensor) -> Tensor:
-    return alpha * ranks / ranks.numel()
+def _ranks(num: int) -> Tensor:
+    return torch.arange(1, num + 1, dtype=torch.float64)
 
 
-def _by(alpha: float, ranks: Tensor) -> Tensor:
-    return alpha * ranks / (ranks.numel() * (1.0 / ranks).sum())
+def _bh(alpha: float, num: int) -> Tensor:
+    return alpha * _ranks(num) / num
 
 
-def _bonferroni(alpha: float, ranks: Tensor) -> Tensor:
-    return torch.full_like(ranks, alpha / ranks.numel())
+def _by(alpha: float, num: int) -> Tensor:
+    return alpha * _ranks(num) / (num * (1.0 / _ranks(num)).sum())
 
 
-def _holm(alpha: float, ranks: Tensor) -> Tensor:
-    return alpha / (ranks.numel() - ranks + 1)
+def _bonferroni(alpha: float, num: int) -> Tensor:
+    return torch.full((num,), alpha / num, dtype=torch.float64)
+
+
+def _holm(alpha: float, num: int) -> Tensor:
+    return alpha / (num - _ranks(num) + 1)
 
 
 def _storey_count(p_TE: Tensor, alpha: float, tuning: float = 0.5) -> Tensor:
@@ -155,53 +196,47 @@ PROCEDURES: dict[str, Procedure] = {
     for p in (
         Procedure(
             name="bh",
-            rule="step_up",
             guarantee="FDR <= alpha * (share of true nulls), under independence or PRDS of the p-values",
             source="Benjamini & Hochberg 1995; PRDS: Benjamini & Yekutieli 2001",
-            _critical=_bh,
+            critical_values=_bh,
         ),
         Procedure(
             name="by",
-            rule="step_up",
             guarantee="FDR <= alpha * (share of true nulls), under any dependence",
             source="Benjamini & Yekutieli 2001",
-            _critical=_by,
+            critical_values=_by,
         ),
         Procedure(
             name="bonferroni",
-            rule="step_up",
             guarantee="FWER <= alpha, under any dependence",
             source="Bonferroni 1936",
-            _critical=_bonferroni,
+            critical_values=_bonferroni,
         ),
         Procedure(
             name="holm",
             rule="step_down",
             guarantee="FWER <= alpha, under any dependence",
             source="Holm 1979",
-            _critical=_holm,
+            critical_values=_holm,
         ),
         Procedure(
             name="hochberg",
-            rule="step_up",
             guarantee="FWER <= alpha, under independence or positive dependence (MTP2)",
             source="Hochberg 1988",
-            _critical=_holm,
+            critical_values=_holm,
         ),
         Procedure(
             name="storey",
-            rule=None,
             guarantee="FDR <= alpha under independence; BH at alpha / (estimated share of true nulls)",
             source="Storey, Taylor & Siegmund 2004, with lambda = 1/2",
-            _count=_storey_count,
+            count=_storey_count,
         ),
         Procedure(
             name="higher_criticism",
-            rule=None,
             guarantee="none on the error rate; optimal detection boundary for rare, weak signals. alpha is "
             "the share of the ranks that is searched",
             source="Donoho & Jin 2004 (HC+); thresholding: Donoho & Jin 2008",
-            _count=_higher_criticism_count,
+            count=_higher_criticism_count,
         ),
     )
 }

@@ -82,24 +82,45 @@ P_VALUES: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def resolve_p_values(pvalues: PValues, logits_TE: Tensor) -> Tensor:
-    """p-values [T, E] from a method's name, a tensor, or a callable of the logits.
+def method_of(pvalues: str) -> Callable[[Tensor], Tensor]:
+    """One of `P_VALUES` by name; an unknown name raises `InvalidParameterError` with those that exist."""
+    if pvalues not in P_VALUES:
+        raise InvalidParameterError(
+            f"unknown pvalues={pvalues!r}; expected one of {', '.join(map(repr, P_VALUES))}, a tensor of p-values, or "
+            "a callable."
+        )
+    return P_VALUES[pvalues]
+
+
+def resolve_p_values(pvalues: PValues, logits_TE: Tensor, *, values: bool = False) -> Tensor:
+    """p-values [T, E] from a method's name, a tensor, or a callable of the logits; ``values`` as in `check_p_values`.
 
     Raises
     ------
     InvalidParameterError
         For an unknown name.
     InvalidTypeError, InvalidInputError
-        For a tensor (or a callable's result) that is not floating point or not of the logits' shape.
+        As `check_p_values` says, of a tensor or of a callable's result.
     """
     if isinstance(pvalues, str):
-        if pvalues not in P_VALUES:
-            raise InvalidParameterError(
-                f"unknown pvalues={pvalues!r}; expected one of {', '.join(map(repr, P_VALUES))}, "
-                "a tensor of p-values, or a callable of the logits."
-            )
-        return P_VALUES[pvalues](logits_TE)
+        return method_of(pvalues)(logits_TE)
     p_TE = pvalues(logits_TE) if callable(pvalues) else pvalues
+    return check_p_values(p_TE, logits_TE, values=values)
+
+
+def check_p_values(p_TE: object, logits_TE: Tensor, *, values: bool) -> Tensor:
+    """p-values from outside as [T, E] on the logits' device, float32 at least.
+
+    Parameters
+    ----------
+    values : bool
+        Also look at them: every one must lie in [0, 1]. This waits for the device.
+
+    Raises
+    ------
+    InvalidTypeError, InvalidInputError
+        If they are not floating point, not of the logits' shape, or not in [0, 1] (NaN is allowed: it counts as 1).
+    """
     if not isinstance(p_TE, Tensor) or not p_TE.is_floating_point():
         got = p_TE.dtype if isinstance(p_TE, Tensor) else type(p_TE).__name__
         raise InvalidTypeError(f"pvalues must give a floating-point tensor like the logits, got {got}.")
@@ -107,5 +128,10 @@ def resolve_p_values(pvalues: PValues, logits_TE: Tensor) -> Tensor:
         raise InvalidInputError(
             f"pvalues must have the shape of the logits, {tuple(logits_TE.shape)} up to leading dimensions, "
             f"got {tuple(p_TE.shape)}."
+        )
+    if values and bool(((p_TE < 0) | (p_TE > 1)).any()):
+        raise InvalidInputError(
+            f"p-values must lie between 0 and 1, got values from {float(p_TE.min()):g} to {float(p_TE.max()):g}; a "
+            "statistic is no p-value (small ones must be the surprising ones)."
         )
     return at_least_float32(p_TE.reshape(logits_TE.shape).to(logits_TE.device))

@@ -68,7 +68,7 @@ def _together(calls: Sequence[_Call]) -> _Call:
     return _Call(**joined, mask_T=torch.cat(whole) if whole else None)
 
 
-def _in_graph(buffer: Tensor) -> bool:
+def in_graph(buffer: Tensor) -> bool:
     """Whether this call is being compiled or captured, so that it must write to the buffers itself."""
     return torch.compiler.is_compiling() or (buffer.is_cuda and torch.cuda.is_current_stream_capturing())
 
@@ -122,7 +122,7 @@ class LayerCounters:
             weights_TK, own_weights_TK = weights_TK.detach(), own_weights_TK.detach()
             decision = replace(decision, weights_TK=weights_TK, own_weights_TK=own_weights_TK)
         tokens = len(fallback_T)
-        if tokens >= TOKENS or _in_graph(self.counts):
+        if tokens >= TOKENS or in_graph(self.counts):
             self.count(_call(decision, weights_TK, fallback_T, mask_T), 1)
             return
         # A copy: the model may write to the weights it is given.

@@ -224,7 +224,7 @@ def expected_experts(
         In units of the statistic (nats for ``logprob`` and ``contribution``). The smaller, the nearer to the decision,
         and the fewer the tokens near enough to a threshold to have a gradient.
     rule, min_k, max_k, clamp
-        As in `bh_routing.decision.select.keep_by_table`.
+        As in `bh_routing.decision.select.rank_by_table`.
 
     Examples
     --------
