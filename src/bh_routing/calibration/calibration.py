@@ -12,13 +12,14 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
 from ..decision.table import DecisionTable
 from ..decision.types import Clamp, WeightRule, check_clamp, check_k
 from ..errors import CalibrationMismatchError, InvalidParameterError
+from ..patching import PatchPlan
 from ..policies import PValuePolicy, RoutingContext, TablePolicy
 from ..stats.histogram import Histogram
 from ..stats.nulls import Null
@@ -26,9 +27,6 @@ from ..stats.procedures import Procedure, check_alpha, get_procedure
 from . import budget, file, fingerprint, fit, kde_pickles, summary
 from .data import CalibrationData, GivenNulls
 from .fit import Fitted, NullSettings
-
-if TYPE_CHECKING:
-    from ..patching import PatchPlan
 
 
 class Calibration(CalibrationData):
