@@ -417,7 +417,7 @@ def test_evaluate_and_record_from_the_command_line(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--policy", "topq"], "did you mean topp?"),
+        (["--policy", "topq"], "did you mean 'topp'?"),
         ([], "evaluate needs --policy"),
         (["--policy", "topk:k=4"], "evaluate needs --text FILE to measure on"),
     ],
