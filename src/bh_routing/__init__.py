@@ -1,5 +1,22 @@
 """bh-routing: as many experts as each token needs, in a pretrained Mixture-of-Experts model.
 
+The packages in the order of the method; none imports one further down:
+
+- `data`, `models`: a sample text and prompts; the model that comes along
+- `text`: documents to windows of tokens
+- `stats`: pure mathematics: statistic, null distributions, p-values, procedures
+- `decision`: from a statistic and a table to the experts that are kept, and their weights
+- `policies`: what decides: the contract, and the policies that come along
+- `telemetry`: what is counted while a model runs
+- `patching`: a model's routers: found, planned, replaced, restored
+- `calibration`: what a model's routers do on a text, and what follows from it
+- `settings`: everything that a person can say about a routing
+- `integration`: a model and a policy
+- `training`: losses and a loop for training under a routing
+- `evaluation`: policies by name, measured on text, and reports
+- `engines`: the same routing in other programs (vLLM)
+- `cli`: the command line
+
 The names below are loaded when they are first used, so that `bh-routing --help` does not wait for torch.
 """
 
@@ -8,6 +25,7 @@ from typing import TYPE_CHECKING
 from ._lazy import lazy_names
 
 if TYPE_CHECKING:
+    from . import calibration, data, decision, errors, evaluation, models, policies, stats, text, training
     from .calibration.calibration import Calibration
     from .calibration.passes import calibrate
     from .decision.functional import benjamini_hochberg_routing, compute_routing_statistics, topk_routing
@@ -17,6 +35,7 @@ if TYPE_CHECKING:
     from .integration import BHRoutingIntegration, RoutingIntegration
     from .patching import is_patched, make_plan, unpatch
     from .policies import Kept, PValuePolicy, RoutingContext, RoutingPolicy, TablePolicy, TopKPolicy
+    from .settings import RoutingSettings
     from .stats.procedures import PROCEDURES, Procedure
     from .telemetry.figures import Telemetry
 
@@ -38,6 +57,7 @@ _MODULE_OF = {
     "RoutingPolicy": "policies",
     "TablePolicy": "policies",
     "TopKPolicy": "policies",
+    "RoutingSettings": "settings",
     "PROCEDURES": "stats.procedures",
     "Procedure": "stats.procedures",
     "RoutingDecision": "decision.types",
@@ -62,15 +82,26 @@ __all__ = [
     "RoutingDecision",
     "RoutingIntegration",
     "RoutingPolicy",
+    "RoutingSettings",
     "TablePolicy",
     "Telemetry",
     "TopKPolicy",
     "benjamini_hochberg_routing",
     "calibrate",
+    "calibration",
     "compute_routing_statistics",
+    "data",
+    "decision",
+    "errors",
+    "evaluation",
     "is_patched",
     "make_plan",
+    "models",
+    "policies",
+    "stats",
+    "text",
     "topk_routing",
+    "training",
     "unpatch",
 ]
 

@@ -15,20 +15,20 @@ def lazy_names(
     Parameters
     ----------
     namespace : dict
-        The package's ``globals()``.
+        The package's ``globals()``. What its ``__all__`` names is all that ``dir`` shows.
     module_of : mapping of str to str
-        Public name -> the submodule that defines it.
+        Public name -> the submodule that defines it. A public name that is not in there is a submodule itself.
     """
-    package = namespace["__name__"]
+    package, public = namespace["__name__"], namespace["__all__"]
 
     def get(name: str) -> Any:
-        if name not in module_of:
+        if name not in public:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
-        value = getattr(import_module(f".{module_of[name]}", package), name)
-        namespace[name] = value
-        return value
+        module = import_module(f".{module_of.get(name, name)}", package)
+        namespace[name] = getattr(module, name) if name in module_of else module
+        return namespace[name]
 
     def names() -> list[str]:
-        return sorted({*namespace, *module_of})
+        return sorted({*public, *(name for name in namespace if name.startswith("__"))})
 
     return get, names
