@@ -29,7 +29,8 @@ from bh_routing.evaluation.paired import block_sums, perplexity_interval
 from bh_routing.evaluation.scoring import score_text
 from bh_routing.models import bundled_calibration
 from bh_routing.text import TextFile, spans
-from bh_routing.training.loop import FinetuneSettings, finetune, text_windows
+from bh_routing.training.loop import finetune, text_windows
+from bh_routing.training.settings import FinetuneSettings
 
 WINDOW = 256
 EXPERTS = 3.0

@@ -8,12 +8,14 @@ import re
 import signal
 import subprocess
 import sys
+from dataclasses import fields
 from types import SimpleNamespace
 
 import pytest
 
 from bh_routing import __version__, is_patched
 from bh_routing.cli import COMMANDS, main
+from bh_routing.settings import RoutingSettings
 
 UNCALIBRATED = ["--calibration", "none"]
 
@@ -317,6 +319,52 @@ def test_generate(run, loaded):
     assert all(1.0 <= mean < 8.0 for mean in means)
     assert re.fullmatch(r"note: uncalibrated routing \(pvalues='robust'\) selected .*\n", result.err)
     assert not is_patched(loaded)
+
+
+@pytest.mark.parametrize(
+    ("yaml", "argv", "expected"),
+    [
+        ("alpha: 0.2\nmin-k: 2", [], (0.2, 2)),
+        ("alpha: 0.2\nmin_k: 2", ["--min-k", "1"], (0.2, 1)),  # as the default, and said all the same
+        ("experts: 4", ["--alpha", "0.1"], (0.1, 1)),  # an alternative on the command line takes its place
+    ],
+)
+def test_the_command_line_over_yaml_over_defaults(run, loaded, tmp_path, yaml, argv, expected):
+    file = tmp_path / "run.yaml"
+    file.write_text(f"max-new-tokens: 2\njson: true\n{yaml}\n")
+    result = run("generate", "olmoe-nano", "-p", "The old man", "--config", file, *argv, *UNCALIBRATED)
+    found = json.loads(result.out)
+    assert (found["stats"]["alpha"], found["stats"]["min_k"]) == expected
+    assert found["new_tokens"] == 2
+
+
+@pytest.mark.parametrize(
+    ("yaml", "sentence"),
+    [
+        ("alhpa: 0.2", "unknown option 'alhpa' in run.yaml; did you mean 'alpha'?"),
+        ("alpha: much", "cannot read alpha: 'much' in run.yaml: level, 0 < alpha < 1 (default 0.05)."),
+        ("json: 2", "cannot read json: 2 in run.yaml: print one JSON object: text, stats, telemetry."),
+        ("- 1", "expected options as key: value in run.yaml, got list."),
+        (
+            "alpha: 2",
+            "alpha must be a number strictly between 0 and 1, got 2.0; 0.05 is the usual starting point.",
+        ),
+    ],
+)
+@pytest.mark.usefixtures("no_load")
+def test_what_a_yaml_file_cannot_say(run, tmp_path, monkeypatch, yaml, sentence):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run.yaml").write_text(yaml)
+    result = run("generate", "olmoe-nano", "-p", "x", "--config", "run.yaml")
+    assert (result.code, result.out, result.err) == (2, "", f"bh-routing generate: {sentence}\n")
+
+
+@pytest.mark.usefixtures("no_load")
+def test_every_setting_is_an_option(run):
+    out = run("generate", "--help").out
+    for field in fields(RoutingSettings):
+        name = {"experts_per_token": "experts"}.get(field.name, field.name).replace("_", "-")
+        assert (f"--{name} " in out) == (field.name not in ("collect_stats", "strict"))
 
 
 def test_generate_analyze_leaves_the_text_alone(run, loaded):

@@ -1,13 +1,15 @@
-"""The words that settings take, and the sentences that refuse others. Imports nothing of the library but its errors.
+"""The words that settings take, the sentences that refuse others, and how settings are read from text.
 
-One list for every layer: the functions, the policies, the settings and the command line.
+One list for every layer: the functions, the policies, the settings and the command line. Imports nothing of the library
+but its errors.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from dataclasses import fields
 from difflib import get_close_matches
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 from .errors import InvalidParameterError
 
@@ -49,3 +51,25 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     listed = list(known)
     near = get_close_matches(name, listed, n=1, cutoff=0.5)
     return f"did you mean {near[0]!r}?" if near else f"known are {', '.join(listed) or 'none'}."
+
+
+class Option(NamedTuple):
+    """A field of settings that text can say: its name, what reads the text, one line of help."""
+
+    field: str
+    read: Callable[[str], Any]
+    help: str
+
+
+def said(text: str, read: Callable[[str], Any] = str, **more: Any) -> dict[str, Any]:
+    """The metadata of such a field; ``words`` are all it may be, ``name`` is what people type where that differs."""
+    return {"help": text, "read": read, **more}
+
+
+def text_options(settings: Any) -> dict[str, Option]:
+    """The fields of a dataclass that text can say, by the name that people type."""
+    return {
+        f.metadata.get("name", f.name): Option(f.name, f.metadata["read"], f.metadata["help"])
+        for f in fields(settings)
+        if "read" in f.metadata
+    }

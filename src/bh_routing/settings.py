@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from ._words import (
     Backend,
@@ -24,6 +24,8 @@ from ._words import (
     WeightRule,
     check_word,
     did_you_mean,
+    said,
+    text_options,
 )
 from .errors import InvalidParameterError, InvalidTypeError
 
@@ -36,12 +38,14 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+S = TypeVar("S", bound="RoutingSettings")
+
 NEEDS_CALIBRATION = (
     "pass calibration=..., made by `bh-routing calibrate MODEL --text FILE`."  # the end of a sentence
 )
 
 
-def read_compensation(text: str) -> bool | float:
+def scale(text: str) -> bool | float:
     """``true``, ``false`` or a scale, as people type it."""
     words = {"true": True, "yes": True, "false": False, "no": False}
     return words[text.lower()] if text.lower() in words else float(text)
@@ -53,11 +57,6 @@ def read_number_or_name(text: str) -> float | str:
         return float(text)
     except ValueError:
         return text
-
-
-def _said(text: str, read: Callable[[str], Any] = str, **more: Any) -> dict[str, Any]:
-    """Of a field, what text interfaces need: one line of help, what reads it, ``words``, another ``name``."""
-    return {"help": text, "read": read, **more}
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -118,68 +117,64 @@ class RoutingSettings:
     bh_routing.errors.InvalidParameterError: there is no setting 'alhpa'; did you mean 'alpha'?
     """
 
-    alpha: float | None = field(default=None, metadata=_said("level, 0 < alpha < 1 (default 0.05)", float))
-    temperature: float = field(default=1.0, metadata=_said("divides the router logits (default 1)", float))
-    min_k: int = field(default=1, metadata=_said("at least so many experts (default 1)", int))
+    alpha: float | None = field(default=None, metadata=said("level, 0 < alpha < 1 (default 0.05)", float))
+    temperature: float = field(default=1.0, metadata=said("divides the router logits (default 1)", float))
+    min_k: int = field(default=1, metadata=said("at least so many experts (default 1)", int))
     max_k: int | None = field(
-        default=None, metadata=_said("at most so many experts (default: the model's own top-k)", int)
+        default=None, metadata=said("at most so many experts (default: the model's own top-k)", int)
     )
     mode: Mode = field(
         default="patch",
-        metadata=_said(
+        metadata=said(
             "patch: BH routing decides; analyze: the model routes as always, BH is counted", words=Mode
         ),
     )
     collect_stats: bool = True
     weights: WeightRule = field(
         default="model",
-        metadata=_said("model, preserve or sum: what kept experts weigh (default model)", words=WeightRule),
+        metadata=said("model, preserve or sum: what kept experts weigh (default model)", words=WeightRule),
     )
     experts_per_token: float | Mapping[str, float] | None = field(
         default=None,
-        metadata=_said(
+        metadata=said(
             "a budget: mean number of experts per token (needs a calibration)", float, name="experts"
         ),
     )
-    procedure: str | Procedure = field(
-        default="bh", metadata=_said("multiple-testing procedure (default bh)")
-    )
+    procedure: str | Procedure = field(default="bh", metadata=said("multiple-testing procedure (default bh)"))
     pvalues: Literal["robust", "softmax", "batch"] | Callable[..., Tensor] = field(
-        default="robust", metadata=_said("robust, softmax or batch: without a calibration")
+        default="robust", metadata=said("robust, softmax or batch: without a calibration")
     )
     clamp: Clamp = field(
-        default="after", metadata=_said("after or inside: when min_k and max_k bind", words=Clamp)
+        default="after", metadata=said("after or inside: when min_k and max_k bind", words=Clamp)
     )
     statistic: Statistic | None = field(
-        default=None, metadata=_said("contribution, logprob or logit", words=Statistic)
+        default=None, metadata=said("contribution, logprob or logit", words=Statistic)
     )
     size: Size | None = field(
-        default=None, metadata=_said("sensitivity, deviation or output: of the contribution", words=Size)
+        default=None, metadata=said("sensitivity, deviation or output: of the contribution", words=Size)
     )
     null: NullSet | None = field(
-        default=None, metadata=_said("unselected, all or trimmed: what the null is made of", words=NullSet)
+        default=None, metadata=said("unselected, all or trimmed: what the null is made of", words=NullSet)
     )
     scope: Scope | None = field(
-        default=None, metadata=_said("model or layer: what has a null of its own", words=Scope)
+        default=None, metadata=said("model or layer: what has a null of its own", words=Scope)
     )
     estimator: Estimator | None = field(
-        default=None, metadata=_said("empirical, kde or normal", words=Estimator)
+        default=None, metadata=said("empirical, kde or normal", words=Estimator)
     )
-    kernel: str | None = field(default=None, metadata=_said("of the kde"))
+    kernel: str | None = field(default=None, metadata=said("of the kde"))
     bandwidth: str | float | None = field(
-        default=None, metadata=_said("of the kde: silverman, isj or a number", read_number_or_name)
+        default=None, metadata=said("of the kde: silverman, isj or a number", read_number_or_name)
     )
     compensation: bool | float | None = field(
         default=None,
-        metadata=_said(
-            "add back what dropped experts add on average: true, false or 0 to 1", read_compensation
-        ),
+        metadata=said("add back what dropped experts add on average: true, false or 0 to 1", scale),
     )
     skip: Skip = field(
-        default="auto", metadata=_said("auto, compact or zero: how dropped experts are kept out", words=Skip)
+        default="auto", metadata=said("auto, compact or zero: how dropped experts are kept out", words=Skip)
     )
     backend: Backend = field(
-        default="auto", metadata=_said("auto, torch or triton: what computes decisions", words=Backend)
+        default="auto", metadata=said("auto, torch or triton: what computes decisions", words=Backend)
     )
     strict: bool = True
 
@@ -222,7 +217,7 @@ class RoutingSettings:
     # -- other forms --------------------------------------------------------------------------------------
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> RoutingSettings:
+    def from_dict(cls: type[S], values: Mapping[str, Any]) -> S:
         """Settings of a mapping of field names to values.
 
         Raises
@@ -244,8 +239,8 @@ class RoutingSettings:
         return f"RoutingSettings({', '.join(f'{name}={value!r}' for name, value in self.to_dict().items())})"
 
     def with_level(
-        self, *, alpha: float | None = None, experts_per_token: float | Mapping[str, float] | None = None
-    ) -> RoutingSettings:
+        self: S, *, alpha: float | None = None, experts_per_token: float | Mapping[str, float] | None = None
+    ) -> S:
         """The same settings at another level or budget.
 
         Raises
@@ -376,14 +371,4 @@ def _budgets(experts_per_token: Any) -> list[Any]:
     return list(experts_per_token.values()) if isinstance(experts_per_token, Mapping) else [experts_per_token]
 
 
-# The fields that text can say, by the name that people type: (field, what reads it, one line of help, default).
-TEXT_OPTIONS: dict[str, tuple[str, Callable[[str], Any], str, Any]] = {
-    item.metadata.get("name", item.name): (
-        item.name,
-        item.metadata["read"],
-        item.metadata["help"],
-        item.default,
-    )
-    for item in fields(RoutingSettings)
-    if "read" in item.metadata
-}
+TEXT_OPTIONS = text_options(RoutingSettings)

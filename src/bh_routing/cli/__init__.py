@@ -16,7 +16,7 @@ from typing import NoReturn
 
 from .. import __version__
 from ..errors import BHRoutingError
-from .common import notes
+from .common import notes, with_config
 
 # command: (module, one line of help), in the order in which --help lists them.
 COMMANDS: dict[str, tuple[str, str]] = {
@@ -86,16 +86,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     0: done. 2: something in what was asked is wrong (one sentence on stderr). 130: interrupted.
     """
     parser = build_parser()
+    prog = parser.prog
     try:
         args, unknown = parser.parse_known_args(argv)
+        prog = args.parser.prog
         if unknown:
             args.parser.error(f"unknown option {unknown[0]!r}")
+        if getattr(args, "config", None):
+            args = with_config(parser, argv, args.config)
+        with notes():
+            _check_model_arguments(args)
+            return args.run(args) or 0
     except SystemExit as leave:  # argparse's way to end: --help, --version, a usage error
         return int(leave.code or 0)
-    prog = args.parser.prog
-    try:
-        with notes():
-            return args.run(args) or 0
     except BHRoutingError as error:
         return _fail(prog, str(error))
     except BrokenPipeError:  # the reader of a pipe has gone (`| head`)
@@ -108,6 +111,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"{prog}: interrupted.", file=sys.stderr)
         return INTERRUPTED
+
+
+def _check_model_arguments(args: argparse.Namespace) -> None:
+    """Say what is wrong with --device and --dtype before anything else is done."""
+    from .loading import check_device, check_dtype
+
+    for name, check in (("device", check_device), ("dtype", check_dtype)):
+        if hasattr(args, name):
+            check(getattr(args, name))
 
 
 def _fail(prog: str, sentence: str) -> int:

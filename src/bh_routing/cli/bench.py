@@ -45,10 +45,7 @@ def run(args: argparse.Namespace) -> None:
     for name, values in (("rounds", [args.rounds]), ("tokens", args.tokens or [1])):
         if min(values) < 1:
             raise InvalidParameterError(f"{name} must be at least 1, got {min(values)}.")
-    from .loading import check_device, check_dtype
 
-    check_device(args.device)
-    check_dtype(args.dtype)
     calibration = common.load_calibration(args.calibration, args.model, [])
 
     import torch

@@ -75,10 +75,7 @@ def run(args: argparse.Namespace) -> None:
     _check_output(Path(args.output))
     texts = _files(args.text, args.split_on_blank_lines) if args.text else _dataset(args)
     from ..decision.types import check_temperature
-    from .loading import check_device, check_dtype
 
-    check_device(args.device)
-    check_dtype(args.dtype)
     check_temperature(args.temperature)
 
     from ..calibration.forwards import distributed

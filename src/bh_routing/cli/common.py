@@ -7,12 +7,15 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from textwrap import fill
 from typing import TYPE_CHECKING, Any
 
+from .._words import Option, did_you_mean
 from ..errors import InvalidParameterError
+from ..settings import TEXT_OPTIONS
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -40,55 +43,101 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--seed", type=int, default=0, help="seed of everything random (default 0)")
 
 
-def add_routing_arguments(parser: argparse.ArgumentParser) -> None:
-    """What BHRoutingIntegration takes."""
-    group = parser.add_argument_group("routing")
-    add_choice_arguments(group)
-    group.add_argument(
-        "--temperature", type=float, default=1.0, metavar="T", help="divides the router logits (default 1)"
-    )
-
-
-def add_choice_arguments(group: argparse._ActionsContainer) -> None:
-    """What decides which experts run, here and in an engine: level or budget, calibration, limits, mode."""
-    level = group.add_mutually_exclusive_group()
-    level.add_argument("--alpha", type=float, metavar="A", help="level, 0 < A < 1 (default 0.05)")
-    level.add_argument(
-        "--experts",
-        type=float,
-        metavar="N",
-        help="a budget instead: N experts per token on average (needs a calibration)",
-    )
-    group.add_argument(
+def add_calibration_argument(parser: argparse._ActionsContainer) -> None:
+    """--calibration, as `load_calibration` reads it."""
+    parser.add_argument(
         "--calibration",
         metavar="FILE",
         help="calibrated null, made by `bh-routing calibrate`; olmoe-nano comes with one, `none` turns it off",
     )
-    group.add_argument("--min-k", type=int, default=1, metavar="K", help="at least K experts (default 1)")
-    group.add_argument(
-        "--max-k", type=int, metavar="K", help="at most K experts (default: the model's own top-k)"
+
+
+def add_options(group: argparse._ActionsContainer, options: Mapping[str, Option]) -> None:
+    """One option for each field of settings that text can say; not given, it is None."""
+    for name, option in options.items():
+        group.add_argument(
+            f"--{name.replace('_', '-')}", type=option.read, metavar=name[0].upper(), help=option.help
+        )
+
+
+def values_of(args: argparse.Namespace, options: Mapping[str, Option]) -> dict[str, Any]:
+    """The fields of settings that were given."""
+    given = {option.field: getattr(args, name, None) for name, option in options.items()}
+    return {field: value for field, value in given.items() if value is not None}
+
+
+def add_routing_arguments(parser: argparse.ArgumentParser, *, leave_out: Sequence[str] = ()) -> None:
+    """Every field of `RoutingSettings` that text can say, --calibration, and --config for a file of them all."""
+    group = parser.add_argument_group("routing")
+    options = {name: option for name, option in TEXT_OPTIONS.items() if name not in leave_out}
+    levels = {name: options.pop(name) for name in ("alpha", "experts")}
+    add_options(group.add_mutually_exclusive_group(), levels)
+    add_options(group, options)
+    add_calibration_argument(group)
+    add_config_argument(parser)
+
+
+def add_config_argument(parser: argparse.ArgumentParser) -> None:
+    """--config, which `with_config` reads."""
+    parser.add_argument(
+        "--config",
+        metavar="FILE.yaml",
+        help="options from a YAML file of the same names; what is given here goes before it",
     )
-    group.add_argument(
-        "--mode",
-        default="patch",
-        help="patch: BH routing decides; analyze: the model routes as always, BH is counted",
-    )
 
 
-def check_routing_arguments(args: argparse.Namespace) -> None:
-    """Raise for a setting out of range, before a model is loaded for it."""
-    from ..decision.types import check_k, check_temperature
-    from ..stats.procedures import check_alpha
-    from .loading import check_device, check_dtype
+def with_config(parser: argparse.ArgumentParser, argv: Sequence[str] | None, path: str) -> argparse.Namespace:
+    """The command line again, over a YAML file of options, over the defaults.
 
-    if args.mode not in ("patch", "analyze"):
-        raise InvalidParameterError(f"mode must be 'patch' or 'analyze', got {args.mode!r}.")
-    if args.alpha is not None:
-        check_alpha(args.alpha)
-    check_temperature(args.temperature)
-    check_k(args.min_k, args.max_k)
-    check_device(args.device)
-    check_dtype(args.dtype)
+    Raises
+    ------
+    InvalidParameterError
+        For what is no YAML, an unknown option, or a value that the option cannot take.
+    """
+    import yaml
+
+    try:
+        held = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InvalidParameterError(f"{path} cannot be read as YAML: {error}.") from error
+    if not isinstance(held, dict):
+        raise InvalidParameterError(f"expected options as key: value in {path}, got {type(held).__name__}.")
+    command = parser.parse_args(argv).parser
+    actions = {a.dest: a for a in command._actions if a.dest not in ("help", "config")}
+    defaults = {name: action.default for name, action in actions.items()}
+    values = {}
+    for key, value in held.items():
+        name = str(key).replace("-", "_")
+        if name not in actions:
+            raise InvalidParameterError(f"unknown option {key!r} in {path}; {did_you_mean(name, actions)}")
+        values[name] = _read(actions[name], key, value, path)
+    for action in actions.values():
+        action.default = argparse.SUPPRESS
+    given = parser.parse_args(argv)
+    for group in command._mutually_exclusive_groups:
+        members = [action.dest for action in group._group_actions]
+        if any(name in given for name in members):
+            values = {name: value for name, value in values.items() if name not in members}
+    return argparse.Namespace(**(defaults | values | vars(given)))
+
+
+def _read(action: argparse.Action, key: str, value: Any, path: str) -> Any:
+    """A value of a YAML file, read as the option reads its text."""
+    several = action.nargs in ("+", "*") or isinstance(action, argparse._AppendAction)
+    listed = value if isinstance(value, list) else [value]
+    wrong = InvalidParameterError(f"cannot read {key}: {value!r} in {path}: {action.help}.")
+    if action.nargs == 0:
+        if not isinstance(value, bool):
+            raise wrong
+        return value
+    if (len(listed) != 1 and not several) or value is None:
+        raise wrong
+    read: Any = action.type or str
+    try:
+        found = [read(str(item)) for item in listed]
+    except ValueError:
+        raise wrong from None
+    return found if several else found[0]
 
 
 def load_calibration(choice: str | None, model: str, budgets: Sequence[float]) -> Calibration | None:

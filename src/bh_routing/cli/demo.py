@@ -116,14 +116,11 @@ class Answers:
 def _check(args: argparse.Namespace) -> Calibration | None:
     """Raise for a setting out of range before a model is loaded for it; returns the calibration to use."""
     from ..stats.procedures import check_alpha
-    from .loading import check_device, check_dtype
 
     if args.max_new_tokens < 1:
         raise common.InvalidParameterError(f"max-new-tokens must be at least 1, got {args.max_new_tokens}.")
     for alpha in args.alpha or ():
         check_alpha(alpha)
-    check_device(args.device)
-    check_dtype(args.dtype)
     return common.load_calibration(args.calibration, args.model, args.experts or [])
 
 

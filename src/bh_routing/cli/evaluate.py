@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--policies", action="store_true", help="list the policies and their parameters, and do nothing"
     )
-    parser.add_argument("--config", metavar="FILE.yaml", help="the same options from a YAML file")
+    common.add_config_argument(parser)
     parser.add_argument("--policy", action="append", metavar="POLICY", help="may be given several times")
     parser.add_argument(
         "--text", action="append", metavar="FILE", help="UTF-8 text, plain or compressed; several times"
@@ -51,8 +51,6 @@ def run(args: argparse.Namespace) -> None:
     if args.policies:
         _list_policies()
         return
-    if args.config:
-        _read_config(args)
     needs = {
         "model": "MODEL",
         "policy": "--policy",
@@ -63,11 +61,9 @@ def run(args: argparse.Namespace) -> None:
         if not getattr(args, name):
             raise InvalidParameterError(f"evaluate needs {option}.")
     from ..evaluation.specs import parse_policy
-    from .loading import check_device, check_dtype, load_model
+    from .loading import load_model
 
     specs = [parse_policy(text) for text in args.policy]
-    check_device(args.device)
-    check_dtype(args.dtype)
     calibration = common.load_calibration(args.calibration, args.model, [])
 
     from ..calibration.passes import default_window
@@ -109,31 +105,6 @@ def run(args: argparse.Namespace) -> None:
         f"{len(results)} results in {runner.folder.results_path}; `bh-routing report {args.output} -o report.html` makes "
         "a page of them."
     )
-
-
-def _read_config(args: argparse.Namespace) -> None:
-    """Fill in what the command line does not give from a YAML file of the same names."""
-    import yaml
-
-    try:
-        held = yaml.safe_load(Path(args.config).read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InvalidParameterError(f"{args.config} cannot be read as YAML: {error}.") from error
-    if not isinstance(held, dict):
-        raise InvalidParameterError(
-            f"expected options as key: value in {args.config}, got {type(held).__name__}."
-        )
-    known = {k for k in vars(args) if k not in ("config", "policies", "command", "run", "parser")}
-    for key, value in held.items():
-        name = str(key).replace("-", "_")
-        if name not in known:
-            raise InvalidParameterError(
-                f"unknown option {key!r} in {args.config}; expected some of {', '.join(sorted(known))}."
-            )
-        if name in ("policy", "text"):
-            value = [value] if isinstance(value, str) else list(value)
-        if getattr(args, name) in (None, False, args.parser.get_default(name)):
-            setattr(args, name, value)
 
 
 def _list_policies() -> None:

@@ -16,12 +16,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .._words import text_options
 from ..errors import InvalidParameterError
+from ..training.settings import FinetuneSettings
 from . import common
 
 if TYPE_CHECKING:
     from ..calibration.calibration import Calibration
 
+TRAINING_OPTIONS = text_options(FinetuneSettings)
 PIECE = 8192  # characters: what is set aside, or shuffled, as a whole
 
 
@@ -51,28 +54,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="train with the model's own routing instead; the table is the same",
     )
     group = parser.add_argument_group("training")
-    for name, metavar, kind, text in (
-        ("learning-rate", "R", float, "peak of AdamW; 20 steps of warm-up, then linear to 0 (default 3e-4)"),
-        ("batch-tokens", "N", int, "tokens per step (default 4096)"),
-        ("window", "N", int, "tokens per window (default 256)"),
-        (
-            "full-share",
-            "S",
-            float,
-            "share of the loss that is the own routing's; above 0, every batch is run twice (default 0)",
-        ),
-        (
-            "distil",
-            "S",
-            float,
-            "share of the budget's loss that is KL(model as it was || budget) instead of the text's (default 1)",
-        ),
-        ("balance", "C", float, "coefficient of the load-balancing loss (default 0.001)"),
-        ("z", "C", float, "coefficient of the router z-loss (default 0.0001)"),
-        ("budget", "C", float, "coefficient of the budget term (default 0.02)"),
-        ("refit-every", "N", int, "steps between refits of the null (default 100)"),
-    ):
-        group.add_argument(f"--{name}", type=kind, metavar=metavar, help=text)
+    common.add_options(group, TRAINING_OPTIONS)
+    common.add_config_argument(parser)
     common.add_model_arguments(parser)
 
 
@@ -80,10 +63,7 @@ def run(args: argparse.Namespace) -> None:
     out = Path(args.output)
     _check_output(out)
     from ..text import TextFile
-    from .loading import check_device, check_dtype
 
-    check_device(args.device)
-    check_dtype(args.dtype)
     for name in ("calibration_tokens", "eval_tokens"):
         if getattr(args, name) < 2:
             raise InvalidParameterError(
@@ -95,22 +75,19 @@ def run(args: argparse.Namespace) -> None:
         name: [TextFile(path, PIECE) for path in getattr(args, name) or ()]
         for name in ("text", "calibration_text", "eval_text")
     }
-    from ..training.loop import FinetuneSettings
-
-    chosen = {
-        name: getattr(args, name)
-        for name in (
-            "learning_rate", "batch_tokens", "window", "full_share", "distil", "balance", "z", "budget", "refit_every",
-        )
-        if getattr(args, name) is not None
-    }  # fmt: skip
     settings = FinetuneSettings(
-        steps=args.steps, experts_per_token=args.experts, routed=not args.control, seed=args.seed, **chosen
+        steps=args.steps,
+        experts_per_token=args.experts,
+        routed=not args.control,
+        seed=args.seed,
+        **common.values_of(args, TRAINING_OPTIONS),
     )
     _finetune(args, settings, files, out)
 
 
-def _finetune(args: argparse.Namespace, settings: Any, files: dict[str, list[Any]], out: Path) -> None:
+def _finetune(
+    args: argparse.Namespace, settings: FinetuneSettings, files: dict[str, list[Any]], out: Path
+) -> None:
     from ..calibration.passes import calibrate
     from ..integration import BHRoutingIntegration
     from ..training.loop import finetune, text_windows
@@ -194,7 +171,7 @@ def _judge(
     return {"own": (slots, own), "budget": (stats, routed)}
 
 
-def _table(before: Any, after: Any, settings: Any) -> list[dict[str, Any]]:
+def _table(before: Any, after: Any, settings: FinetuneSettings) -> list[dict[str, Any]]:
     """One row per routing: perplexity before and after, its change, and the distance to the own routing each time."""
     from ..evaluation.paired import block_sums, perplexity_change, perplexity_interval
 
@@ -215,7 +192,7 @@ def _table(before: Any, after: Any, settings: Any) -> list[dict[str, Any]]:
     return rows
 
 
-def _show(rows: list[dict[str, Any]], done: Any, settings: Any, tokens: int, out: Path) -> None:
+def _show(rows: list[dict[str, Any]], done: Any, settings: FinetuneSettings, tokens: int, out: Path) -> None:
     table = common.make_table(
         None,
         "routing",

@@ -10,6 +10,7 @@ import json
 import time
 from typing import Any
 
+from ..settings import TEXT_OPTIONS, RoutingSettings
 from . import common
 
 
@@ -28,10 +29,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     if args.max_new_tokens < 1:
         raise common.InvalidParameterError(f"max-new-tokens must be at least 1, got {args.max_new_tokens}.")
-    common.check_routing_arguments(args)
     calibration = common.load_calibration(
         args.calibration, args.model, [] if args.experts is None else [args.experts]
     )
+    settings = RoutingSettings.from_dict(common.values_of(args, TEXT_OPTIONS))
 
     import torch
 
@@ -42,16 +43,7 @@ def run(args: argparse.Namespace) -> None:
     inputs = tokenizer(args.prompt, return_tensors="pt").to(model.device)
     if inputs["input_ids"].shape[1] == 0:
         raise common.InvalidParameterError(f"prompt must have at least one token, got {args.prompt!r}.")
-    integrator = BHRoutingIntegration(
-        model,
-        alpha=args.alpha,
-        experts_per_token=args.experts,
-        temperature=args.temperature,
-        min_k=args.min_k,
-        max_k=args.max_k,
-        mode=args.mode,
-        calibration=calibration,
-    )
+    integrator = BHRoutingIntegration(model, calibration=calibration, **settings.to_dict())
     torch.manual_seed(args.seed)
     with integrator:
         start = time.perf_counter()

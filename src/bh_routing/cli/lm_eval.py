@@ -32,14 +32,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     from ..evaluation.specs import parse_policy
-    from .loading import check_device, check_dtype, default_calibration, load_model
+    from .loading import default_calibration, load_model
 
     policies = [parse_policy(text).text for text in args.policy or ["full"]]
     tasks = [task.strip() for task in args.tasks.split(",") if task.strip()]
     if not tasks:
         raise InvalidParameterError(f"tasks must be names with commas between them, got {args.tasks!r}.")
-    check_device(args.device)
-    check_dtype(args.dtype)
 
     from ..evaluation.lm_eval import evaluate, register
 

@@ -35,10 +35,8 @@ def run(args: argparse.Namespace) -> None:
             f"output must be a file name that ends in .safetensors, got {args.output!r}."
         )
     from ..text import TextFile
-    from .loading import check_device, check_dtype, load_model
+    from .loading import load_model
 
-    check_device(args.device)
-    check_dtype(args.dtype)
     text = TextFile(args.text).read()
 
     from ..calibration.passes import default_window

@@ -10,15 +10,13 @@ import shlex
 import signal
 from typing import Any
 
+from ..settings import TEXT_OPTIONS
 from . import common
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="olmoe-nano, a folder, or a hub id")
-    common.add_choice_arguments(parser)
-    parser.add_argument(
-        "--no-compensation", action="store_true", help="add nothing in place of dropped experts"
-    )
+    common.add_routing_arguments(parser, leave_out=["skip"])
     parser.add_argument(
         "--padded",
         action="store_true",
@@ -65,26 +63,14 @@ def make_plan(args: argparse.Namespace) -> Any:
     """What the arguments ask for; raises for what is wrong before anything is started."""
     from ..engines.vllm.serving import ServerPlan
     from ..engines.vllm.settings import Settings
-    from .loading import check_dtype, default_calibration, resolve
+    from .loading import default_calibration, resolve
 
     _, model = resolve(args.model)
-    check_dtype(args.dtype)
     common.load_calibration(args.calibration, args.model, [] if args.experts is None else [args.experts])
     file = default_calibration(args.model) if args.calibration is None else args.calibration
     calibration = None if args.calibration == "none" or file is None else str(file)
-    if args.alpha is not None:
-        from ..stats.procedures import check_alpha
-
-        check_alpha(args.alpha)
-    settings = Settings(
-        calibration=calibration,
-        alpha=args.alpha,
-        experts_per_token=args.experts,
-        min_k=args.min_k,
-        max_k=args.max_k,
-        mode=args.mode,
-        compensation=False if args.no_compensation else None,
-        ragged=not args.padded,
+    settings = Settings.from_dict(
+        {"calibration": calibration, "ragged": not args.padded, **common.values_of(args, TEXT_OPTIONS)}
     )
     return ServerPlan(
         model=model,

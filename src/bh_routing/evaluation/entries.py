@@ -66,7 +66,7 @@ def _floats(text: str) -> list[float]:
 
 
 def _of_settings(*names: str) -> dict[str, tuple[Converter, str]]:
-    return {name: TEXT_OPTIONS[name][1:3] for name in names}
+    return {name: (TEXT_OPTIONS[name].read, TEXT_OPTIONS[name].help) for name in names}
 
 
 _BUDGET, _WEIGHTS, _COMPENSATION = (_of_settings(name) for name in ("experts", "weights", "compensation"))
@@ -175,7 +175,7 @@ def _bh(calibrated: bool = True, **fixed: Any) -> Builder:
     """The settings that the parameters say, with some given beforehand."""
 
     def build(bench: Workbench, parameters: dict[str, Any]) -> RoutingIntegration:
-        said = {TEXT_OPTIONS[name][0]: value for name, value in parameters.items()}
+        said = {TEXT_OPTIONS[name].field: value for name, value in parameters.items()}
         settings = RoutingSettings.from_dict({"collect_stats": bench.collect_stats} | fixed | said)
         calibration = bench.calibration if calibrated and "pvalues" not in said else None
         if calibration is None and settings.experts_per_token is not None:

@@ -10,14 +10,15 @@ from .._lazy import lazy_names
 if TYPE_CHECKING:
     from .callback import AdaptiveRoutingCallback
     from .functional import expected_experts, load_balancing_loss, router_z_loss
-    from .loop import FinetuneSettings, finetune
+    from .loop import finetune
     from .loss import AdaptiveRoutingLoss
     from .refitting import refit
+    from .settings import FinetuneSettings
 
 _MODULE_OF = {
     "AdaptiveRoutingCallback": "callback",
     "AdaptiveRoutingLoss": "loss",
-    "FinetuneSettings": "loop",
+    "FinetuneSettings": "settings",
     "expected_experts": "functional",
     "finetune": "loop",
     "load_balancing_loss": "functional",

@@ -9,18 +9,17 @@ Every loss is a function of sums over tokens, so that several processes can add 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from .._words import Scope, check_word
 from ..decision.types import Clamp, check_clamp, check_k, check_temperature
-from ..errors import InvalidInputError, InvalidParameterError
+from ..errors import InvalidInputError
 from ..stats.procedures import Rule
 from ..stats.pvalues import at_least_float32
 from ..stats.statistic import LOG_SCORES
-
-BalanceScope = Literal["model", "layer"]
 
 
 class RouterSums(NamedTuple):
@@ -85,7 +84,7 @@ def router_sums(
 
 
 def balance_of(
-    load_LE: Tensor, probability_LE: Tensor, tokens_L: Tensor, slots_L: Tensor, scope: BalanceScope
+    load_LE: Tensor, probability_LE: Tensor, tokens_L: Tensor, slots_L: Tensor, scope: Scope
 ) -> Tensor:
     """The load-balancing loss of sums over tokens.
 
@@ -114,7 +113,7 @@ def load_balancing_loss(
     top_k: int,
     mask_T: Tensor | None = None,
     score_func: str = "softmax",
-    scope: BalanceScope = "model",
+    scope: Scope = "model",
 ) -> Tensor:
     """Load balancing for a variable number of experts per token.
 
@@ -155,7 +154,7 @@ def load_balancing_loss(
     >>> float(load_balancing_loss([uniform], [torch.tensor([[0, 1], [2, 3], [0, -1], [1, -1]])], top_k=2))
     2.0
     """
-    check_scope(scope)
+    check_word("scope", scope, Scope)
     real_T = None if mask_T is None else mask_T.reshape(-1) != 0
     if not len(logits) or len(logits) != len(experts):
         raise InvalidInputError(
@@ -188,12 +187,6 @@ def router_z_loss(logits: Sequence[Tensor], *, mask_T: Tensor | None = None) -> 
 def z_of(z_L: Tensor, tokens_L: Tensor) -> Tensor:
     """The z-loss of sums over tokens."""
     return (z_L / tokens_L.clamp_min(1.0)).mean()
-
-
-def check_scope(scope: str) -> None:
-    """Raise `InvalidParameterError` for anything but "model" and "layer"."""
-    if scope not in ("model", "layer"):
-        raise InvalidParameterError(f"scope must be 'model' or 'layer', got {scope!r}.")
 
 
 def expected_experts(

@@ -12,13 +12,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .._words import Scope, check_word
 from ..decision.select import not_finite
 from ..decision.types import RoutingDecision, check_temperature
 from ..errors import InvalidParameterError, InvalidTypeError, PatchError
 from ..integration import RoutingIntegration
 from ..policies import RoutingContext, TablePolicy
 from ..telemetry.counters import recomputing
-from .functional import BalanceScope, balance_of, check_scope, expected_experts, router_sums, z_of
+from .functional import balance_of, expected_experts, router_sums, z_of
 
 logger = logging.getLogger(__name__)
 
@@ -131,7 +132,7 @@ class AdaptiveRoutingLoss:
         budget: float = 0.1,
         experts_per_token: float | Mapping[str, float] | None = None,
         temperature: float = 0.5,
-        scope: BalanceScope = "model",
+        scope: Scope = "model",
     ) -> None:
         if not isinstance(integrator, RoutingIntegration):
             raise InvalidTypeError(
@@ -142,7 +143,7 @@ class AdaptiveRoutingLoss:
                 raise InvalidTypeError(f"{name} must be a number, got {value!r}.")
             if not 0.0 <= value < float("inf"):
                 raise InvalidParameterError(f"{name} must be a finite number of at least 0, got {value!r}.")
-        check_scope(scope)
+        check_word("scope", scope, Scope)
         self.temperature = check_temperature(temperature)
         self.integrator, self.scope = integrator, scope
         self.balance, self.z, self.budget = float(balance), float(z), float(budget)
