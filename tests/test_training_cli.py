@@ -148,7 +148,7 @@ def test_nothing_is_left_behind_when_writing_fails(run, text, loaded, tmp_path, 
         (["--learning-rate", 0], "learning_rate must be a number above 0, got 0.0."),
         (["--full-share", 2], r"full_share must lie in \[0, 1\], got 2.0."),
         (["--eval-tokens", 1], "eval_tokens must be an integer of at least 2, got 1."),
-        (["--device", "abacus"], "device must be auto or one usable here .*, got 'abacus'."),
+        (["--device", "abacus"], "device must be auto, spread or one usable here .*, got 'abacus'."),
         (["-o", "no/such/out"], "output must lie in a folder that exists, got 'no/such/out'; make .* first."),
         (["-o", "."], "output must be a folder that does not exist yet, got '.'."),
         (["--text", "missing.txt"], "there is no text file missing.txt."),
@@ -169,7 +169,7 @@ def test_a_budget_that_no_level_meets_is_said_before_training(run, text, loaded,
     monkeypatch.setattr("bh_routing.training.loop.finetune", lambda *a, **k: pytest.fail("it was trained"))
     done = run("olmoe-nano", "--text", text, "--experts", 9, "--steps", 1, "-o", tmp_path / "out", *SMALL)
     assert done.code == 2
-    assert "no level between 0 and 1 selects 9 experts per token" in done.err
+    assert "no level selects 9 experts per token in the model on average: 1 to 5.86 are reachable" in done.err
     assert not (tmp_path / "out").exists()
 
 
