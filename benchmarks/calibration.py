@@ -31,6 +31,7 @@ from bh_routing.calibration.calibration import Calibration
 from bh_routing.calibration.compensation_scale import divergence
 from bh_routing.calibration.passes import calibrate
 from bh_routing.cli.loading import load_model
+from bh_routing.decision.compensation import Compensation
 from bh_routing.errors import BHRoutingError, CalibrationWarning
 from bh_routing.evaluation.baselines import MinPPolicy, ThresholdPolicy, TopPPolicy
 from bh_routing.integration import RoutingIntegration
@@ -102,10 +103,12 @@ class Run:
     layers: list[float]
 
 
-def run(model: Any, text: Text, policy: RoutingPolicy | None, means: dict[str, Tensor] | None = None) -> Run:
+def run(
+    model: Any, text: Text, policy: RoutingPolicy | None, compensations: dict[str, Compensation] | None = None
+) -> Run:
     if policy is None:
         return Run(losses(model, text.windows_BS), math.nan, [])
-    integration = RoutingIntegration(model, policy, means=means)
+    integration = RoutingIntegration(model, policy, compensations=compensations)
     with integration:
         measured = losses(model, text.windows_BS)
     total = integration.telemetry.to_dict()
@@ -192,7 +195,7 @@ def choose(model: Any, calibration: Calibration, text: Text) -> list[dict[str, A
     """Every configuration on the choosing half, at each budget; the mean that came out is printed beside it."""
     base = run(model, text, None)
     topk = {b: run(model, text, TopKPolicy(int(b))) for b in BUDGETS}
-    means = calibration.mean_outputs()
+    compensations = calibration.compensations()
     rows = []
     for label, settings, compensated, weights in configurations(calibration):
         row: dict[str, Any] = {"configuration": label, "settings": settings}
@@ -206,7 +209,7 @@ def choose(model: Any, calibration: Calibration, text: Text) -> list[dict[str, A
             held: dict[int, Run] = {}
 
             def measure(policy: RoutingPolicy, held=held, compensated=compensated) -> float:
-                held[0] = run(model, text, policy, means if compensated else None)
+                held[0] = run(model, text, policy, compensations if compensated else None)
                 return held[0].mean_experts
 
             try:
@@ -239,17 +242,17 @@ def _configuration_line(row: dict[str, Any]) -> str:
 
 def methods(
     model: Any, calibration: Calibration
-) -> dict[str, tuple[Callable[[float], RoutingPolicy], dict[str, Tensor] | None]]:
+) -> dict[str, tuple[Callable[[float], RoutingPolicy], dict[str, Compensation] | None]]:
     """What is compared: from a budget to a policy, and the compensation it runs with."""
     from bh_routing.evaluation.routing_log import RoutingLog
 
     log = RoutingLog.from_calibration(calibration)
-    means = calibration.mean_outputs()
+    compensations = calibration.compensations()
     return {
-        "BH, recommended": (lambda b: calibration.policy(experts_per_token=b), means),
+        "BH, recommended": (lambda b: calibration.policy(experts_per_token=b), compensations),
         "Bonferroni, otherwise recommended": (
             lambda b: calibration.policy(experts_per_token=b, procedure="bonferroni"),
-            means,
+            compensations,
         ),
         "BH, without compensation": (
             lambda b: calibration.policy(experts_per_token=b, compensated=False),
@@ -265,9 +268,13 @@ def report(model: Any, calibration: Calibration, choosing: Text, reporting: list
     """Every method at the same mean, solved on the choosing half, on each reporting text."""
     tuned: dict[str, dict[float, RoutingPolicy]] = {}
     compared = methods(model, calibration)
-    for label, (make, means) in compared.items():
+    for label, (make, compensations) in compared.items():
         tuned[label] = {
-            b: at_mean(make, b, lambda p, means=means: run(model, choosing, p, means).mean_experts)[0]
+            b: at_mean(
+                make,
+                b,
+                lambda p, compensations=compensations: run(model, choosing, p, compensations).mean_experts,
+            )[0]
             for b in BUDGETS
         }
     result: dict[str, Any] = {}
@@ -281,7 +288,8 @@ def report(model: Any, calibration: Calibration, choosing: Text, reporting: list
         for budget in BUDGETS:
             topk = run(model, text, TopKPolicy(int(budget)))
             runs = {f"top-{int(budget)}": topk} | {
-                label: run(model, text, tuned[label][budget], means) for label, (_, means) in compared.items()
+                label: run(model, text, tuned[label][budget], compensations)
+                for label, (_, compensations) in compared.items()
             }
             for label, measured in runs.items():
                 figures = intervals(measured, base, topk, text.windows_BS.shape[1])
@@ -306,7 +314,7 @@ def budgets_held_out(model: Any, calibration: Calibration, texts: list[Text]) ->
     rows = []
     for budget in BUDGETS:
         policy = calibration.policy(experts_per_token=budget)
-        found = [run(model, text, policy, calibration.mean_outputs()).mean_experts for text in texts]
+        found = [run(model, text, policy, calibration.compensations()).mean_experts for text in texts]
         rows.append({"budget": budget} | {t.name: f for t, f in zip(texts, found, strict=True)})
         say(f"| {budget:g} | " + " | ".join(f"{f:.3f} ({f / budget - 1:+.1%})" for f in found) + " |")
     return rows
@@ -320,8 +328,8 @@ def scales(model: Any, calibration: Calibration, texts: list[Text]) -> list[dict
     say("KL(own || routed) in millinats per token, and the change of perplexity.\n")
     say("| text | budget | top-k | " + " | ".join(f"{s:g}" for s in SCALES) + " |")
     say("|---" * (len(SCALES) + 3) + "|")
-    own_means = calibration.mean_outputs()
-    by_scale = {f"{s:g}": calibration.mean_outputs(s) for s in SCALES}
+    own_compensations = calibration.compensations()
+    by_scale = {f"{s:g}": calibration.compensations(s) for s in SCALES}
     rows = []
     for text in texts:
         base = run(model, text, None)
@@ -329,15 +337,15 @@ def scales(model: Any, calibration: Calibration, texts: list[Text]) -> list[dict
             policy, _ = at_mean(
                 lambda b: calibration.policy(experts_per_token=b),
                 budget,
-                lambda p, text=text: run(model, text, p, own_means).mean_experts,
+                lambda p, text=text: run(model, text, p, own_compensations).mean_experts,
             )
             cells: dict[str, Any] = {"top-k": (TopKPolicy(int(budget)), None)}
-            cells |= {label: (policy, means) for label, means in by_scale.items()}
+            cells |= {label: (policy, compensations) for label, compensations in by_scale.items()}
             row: dict[str, Any] = {"text": text.name, "budget": budget}
-            for label, (one, means) in cells.items():
+            for label, (one, compensations) in cells.items():
                 row[label] = (
-                    1000 * divergence_from_own(model, text, one, means),
-                    change(run(model, text, one, means), base),
+                    1000 * divergence_from_own(model, text, one, compensations),
+                    change(run(model, text, one, compensations), base),
                 )
             rows.append(row)
             shown = " | ".join(f"{row[label][0]:.1f}, {row[label][1]:+.2%}" for label in cells)
@@ -347,11 +355,11 @@ def scales(model: Any, calibration: Calibration, texts: list[Text]) -> list[dict
 
 @torch.inference_mode()
 def divergence_from_own(
-    model: Any, text: Text, policy: RoutingPolicy, means: dict[str, Tensor] | None
+    model: Any, text: Text, policy: RoutingPolicy, compensations: dict[str, Compensation] | None
 ) -> float:
     """Mean KL(own || routed) per token, nats."""
     total = 0.0
-    integration = RoutingIntegration(model, policy, means=means)
+    integration = RoutingIntegration(model, policy, compensations=compensations)
     for part in text.windows_BS.split(8):
         own_BSV = model(input_ids=part, use_cache=False).logits
         with integration:

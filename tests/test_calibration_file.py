@@ -92,7 +92,7 @@ def test_without_means_and_without_outputs(synthetic_calibration, tmp_path):
     ):
         calibration.save(tmp_path / name)
         loaded = Calibration.load(tmp_path / name)
-        assert loaded.mean_outputs() == {}
+        assert loaded.compensations() == {}
         assert (loaded.moments is None) == (calibration.moments is None)
         assert (loaded.reservoir is None) == (calibration.reservoir is None)
 

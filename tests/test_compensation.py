@@ -10,7 +10,7 @@ import torch
 from bh_routing import RoutingIntegration, TopKPolicy
 from bh_routing.calibration.moments import Moments
 from bh_routing.calibration.passes import calibrate
-from bh_routing.decision.compensation import compensation, lost_and_kept
+from bh_routing.decision.compensation import Compensation, lost_and_kept
 from bh_routing.decision.types import RoutingDecision
 
 E, K, H = 6, 3, 5
@@ -37,26 +37,27 @@ def routed():
     return weights_TK, experts_TK, dropped_TK
 
 
-@pytest.mark.parametrize("form", ["means", "fitted"])
+@pytest.mark.parametrize("form", ["mean", "fitted"])
 def test_by_a_loop(routed, form):
     weights_TK, experts_TK, dropped_TK = routed
-    means = torch.randn(E, H) if form == "means" else torch.randn(2, E, H)
+    M, N = torch.randn(2, E, H)
+    compensation = Compensation.mean(M, N if form == "fitted" else None)
     expected_TH = torch.zeros(40, H)
     for t in range(40):
         lost = sum(float(weights_TK[t, k]) for k in range(K) if dropped_TK[t, k])
         for k in range(K):
             expert, weight = int(experts_TK[t, k]), weights_TK[t, k]
             if dropped_TK[t, k]:
-                expected_TH[t] += weight * (means[expert] if form == "means" else means[0, expert])
+                expected_TH[t] += weight * M[expert]
             elif form == "fitted":
-                expected_TH[t] += weight * lost * means[1, expert]
-    torch.testing.assert_close(compensation(decision(*routed), means), expected_TH, rtol=1e-5, atol=1e-5)
+                expected_TH[t] += weight * lost * N[expert]
+    torch.testing.assert_close(compensation.addition(decision(*routed)), expected_TH, rtol=1e-5, atol=1e-5)
 
 
 def test_nothing_dropped_adds_exactly_nothing(routed):
     weights_TK, experts_TK, dropped_TK = routed
     kept = decision(weights_TK, experts_TK, torch.zeros_like(dropped_TK))
-    assert torch.equal(compensation(kept, torch.randn(2, E, H)), torch.zeros(40, H))
+    assert torch.equal(Compensation.mean(*torch.randn(2, E, H)).addition(kept), torch.zeros(40, H))
 
 
 def test_empty_slots_carry_nothing():
@@ -84,9 +85,11 @@ def test_the_fit_finds_what_generated_the_data(routed):
         cross_LJH=(z_TJ.T @ lost_TH).unsqueeze(0),
     )
     # the ridge of 2 % draws the coefficients towards the prior (0 here) by about as much
-    torch.testing.assert_close(moments.compensation()[0], truth, rtol=0.1, atol=0.1)
+    torch.testing.assert_close(moments.compensation()[0].vectors_JH, truth.flatten(0, 1), rtol=0.1, atol=0.1)
     untouched = replace(moments, gram_LJJ=torch.zeros(1, 2 * E, 2 * E), cross_LJH=torch.zeros(1, 2 * E, H))
-    assert torch.allclose(untouched.compensation()[0, 0], moments.mean_LEH[0])  # nothing seen: the prior
+    assert torch.allclose(
+        untouched.compensation()[0].dropped_EH, moments.mean_LEH[0]
+    )  # nothing seen: the prior
 
 
 def test_sums_add_up(routed):
@@ -105,7 +108,9 @@ def test_sums_add_up(routed):
     )
     both = part + part
     assert torch.equal(both.gram_LJJ, 2 * part.gram_LJJ)
-    torch.testing.assert_close(both.compensation(), part.compensation(), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(
+        both.compensation()[0].vectors_JH, part.compensation()[0].vectors_JH, rtol=1e-9, atol=1e-9
+    )
 
 
 def test_it_brings_the_layers_output_nearer(tiny_olmoe, token_ids):
@@ -119,9 +124,9 @@ def test_it_brings_the_layers_output_nearer(tiny_olmoe, token_ids):
     with torch.no_grad():
         full = model.model(ids).last_hidden_state
     errors = []
-    for means in ({}, plain.mean_outputs(), calibration.mean_outputs()):
-        with torch.no_grad(), RoutingIntegration(model, TopKPolicy(2), means=means):
+    for held in ({}, plain.compensations(), calibration.compensations()):
+        with torch.no_grad(), RoutingIntegration(model, TopKPolicy(2), compensations=held):
             errors.append(float((model.model(ids).last_hidden_state - full).square().mean()))
     assert errors[0] > errors[1] > errors[2]
-    with torch.no_grad(), RoutingIntegration(model, TopKPolicy(6), means=calibration.mean_outputs()):
+    with torch.no_grad(), RoutingIntegration(model, TopKPolicy(6), compensations=calibration.compensations()):
         torch.testing.assert_close(model.model(ids).last_hidden_state, full, rtol=1e-5, atol=1e-5)

@@ -176,13 +176,13 @@ def test_without_a_head_every_process_still_reaches_the_sum(tiny_olmoe, monkeypa
 # -- who follows it ----------------------------------------------------------------------------------------------
 
 
-def test_mean_outputs_are_scaled(synthetic_calibration):
+def test_compensations_are_scaled(synthetic_calibration):
     calibration = synthetic_calibration(compensation_scale=0.25)
-    full = calibration.mean_outputs(1.0)
-    for path, mean in calibration.mean_outputs().items():
-        torch.testing.assert_close(mean, 0.25 * full[path], rtol=1e-6, atol=0)
-    assert calibration.mean_outputs(0.0) == {}
-    assert synthetic_calibration(compensation_scale=0.0).mean_outputs() == {}
+    full = calibration.compensations(1.0)
+    for path, one in calibration.compensations().items():
+        torch.testing.assert_close(one.vectors_JH, 0.25 * full[path].vectors_JH, rtol=1e-6, atol=0)
+    assert calibration.compensations(0.0) == {}
+    assert synthetic_calibration(compensation_scale=0.0).compensations() == {}
 
 
 def test_file_and_merge_keep_it(synthetic_calibration, tmp_path):
@@ -214,7 +214,10 @@ def test_the_integration_takes_a_scale(tiny_olmoe, token_ids):
     assert torch.equal(outputs[bool, False], outputs[float, 0.0])
     assert not torch.allclose(own, outputs[float, 1.0], atol=1e-4)
     assert not torch.allclose(own, outputs[bool, False], atol=1e-4)
-    with torch.no_grad(), RoutingIntegration(model, TopKPolicy(2), means=calibration.mean_outputs(0.5)):
+    with (
+        torch.no_grad(),
+        RoutingIntegration(model, TopKPolicy(2), compensations=calibration.compensations(0.5)),
+    ):
         model(token_ids)
 
 

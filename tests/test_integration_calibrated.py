@@ -80,7 +80,7 @@ def test_the_table_routes_exactly_as_p_values_do(model, calibration, ids, statis
 
 
 def test_compensation_adds_the_mean_outputs_of_what_was_dropped(model, calibration, ids):
-    means = calibration.mean_outputs()
+    compensations = calibration.compensations()
     block = model.model.layers[0].mlp
     hidden = torch.randn(1, 32, 32)
     weights, experts = block.gate(hidden.view(-1, 32))[1:]
@@ -96,12 +96,12 @@ def test_compensation_adds_the_mean_outputs_of_what_was_dropped(model, calibrati
     ):
         without = block(hidden)
         assert torch.equal(block.gate(hidden.view(-1, 32))[2], kept)
-    assert plain.means == {}
+    assert plain.compensations == {}
     expected = without.clone()
     for token in range(32):
         for slot in range(6):
             if kept[token, slot] == 16:
-                mean = means[calibration.paths[0]][experts[token, slot]]
+                mean = compensations[calibration.paths[0]].dropped_EH[experts[token, slot]]
                 expected[0, token] += weights[token, slot] * mean
     assert int((kept == 16).sum()) > 32
     torch.testing.assert_close(compensated, expected, rtol=1e-5, atol=1e-6)
@@ -147,7 +147,7 @@ def test_set_level_on_a_compiled_model(model, calibration, ids):
 def test_keeping_everything_with_compensation_is_bit_identical(model, calibration, ids):
     before = logits_of(model, ids)
     with BHRoutingIntegration(model, calibration=calibration, alpha=0.05, min_k=6) as integrator:
-        assert integrator.means
+        assert integrator.compensations
         assert torch.equal(logits_of(model, ids), before)
     assert torch.equal(logits_of(model, ids), before)
 
@@ -186,7 +186,11 @@ def test_a_half_precision_copy_of_the_model_is_accepted(tiny_olmoe, calibration,
         ({"experts_per_token": 0.5}, BudgetError, "0.5"),
         ({"experts_per_token": 3.0, "min_k": 4}, BudgetError, "min_k=4"),
         ({"temperature": 2.0}, CalibrationMismatchError, "made at temperature 1, got temperature=2"),
-        ({"statistic": "odds"}, InvalidParameterError, "statistic must be 'contribution', 'logprob' or 'logit', got 'odds'."),
+        (
+            {"statistic": "odds"},
+            InvalidParameterError,
+            "statistic must be 'contribution', 'logprob' or 'logit', got 'odds'.",
+        ),
         ({"null": "some"}, InvalidParameterError, "some"),
     ],
 )

@@ -173,10 +173,10 @@ def test_recalibrating_is_complete_and_patches_again(model, calibration):
         assert integrator.is_patched
         assert integrator.calibration is new
         assert not torch.equal(new.moments.square_LE, calibration.moments.square_LE)
-        means = new.mean_outputs()
+        expected = new.compensations()
         for piece in integrator._patch._pieces:
-            if getattr(piece, "means_EH", None) is not None:
-                torch.testing.assert_close(piece.means_EH, means[piece.path])
+            if getattr(piece, "compensation", None) is not None:
+                torch.testing.assert_close(piece.compensation.vectors_JH, expected[piece.path].vectors_JH)
     assert not is_patched(model)
 
 

@@ -61,7 +61,11 @@ def test_settings_survive_json():
 @pytest.mark.parametrize(
     ("value", "error", "sentence"),
     [
-        ({"experts": 4}, InvalidParameterError, r"^there is no setting 'experts'; did you mean 'experts_per_token'\?$"),
+        (
+            {"experts": 4},
+            InvalidParameterError,
+            r"^there is no setting 'experts'; did you mean 'experts_per_token'\?$",
+        ),
         (
             {"alhpa": 0.1},
             InvalidParameterError,

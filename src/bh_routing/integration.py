@@ -12,10 +12,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, TypeVar
 
-from torch import Tensor, nn
+from torch import nn
 
 from ._words import Mode, Skip, check_word
 from .calibration.calibration import Calibration
+from .decision.compensation import Compensation
 from .errors import InvalidParameterError, InvalidTypeError, PatchError
 from .patching import PatchPlan, RoutingPatch, make_plan
 from .policies import RoutingPolicy
@@ -46,9 +47,9 @@ class RoutingIntegration:
     skip : {"auto", "compact", "zero"}
         How a dropped expert is kept out: ``"compact"`` costs nothing, ``"zero"`` (index kept, weight 0) saves
         nothing and is safe everywhere; ``"auto"`` takes ``"compact"`` wherever the experts allow it.
-    means : mapping of router path to Tensor, optional
-        Mean outputs [E, H] of the experts; what a dropped expert of the model's own choice would have added
-        on average is then added back (compensation), and with ``weights="model"`` kept experts keep their own weights.
+    compensations : mapping of router path to Compensation, optional
+        What stands in for the dropped experts of the model's own choice (`Calibration.compensations`); with
+        ``weights="model"`` kept experts keep their own weights then.
     plan : PatchPlan, optional
         Which routers, where it was made already (`bh_routing.make_plan`).
 
@@ -77,17 +78,17 @@ class RoutingIntegration:
         mode: Mode = "patch",
         collect_stats: bool = True,
         skip: Skip = "auto",
-        means: Mapping[str, Tensor] | None = None,
+        compensations: Mapping[str, Compensation] | None = None,
         plan: PatchPlan | None = None,
     ) -> None:
         check_word("mode", mode, Mode)
         check_word("skip", skip, Skip)
         self.model, self.policy, self.mode = model, policy, mode
         self.collect_stats, self.skip = bool(collect_stats), skip
-        self.means = dict(means or {})
+        self.compensations = dict(compensations or {})
         self.plan = _plan_of(model) if plan is None else plan
-        if self.means and policy.weights == "model":  # the weight of what is dropped is still used
-            self.plan = self.plan.with_route_norm("none")
+        if self.compensations:
+            self.plan = self.plan.compensated(policy.weights)
         policy.bind(self.plan.contexts)
         slots = [policy.slots(context) for context in self.plan.contexts]
         self._telemetry = Telemetry(self.plan.contexts, slots) if collect_stats else None
@@ -97,7 +98,7 @@ class RoutingIntegration:
             telemetry=self._telemetry,
             change=mode == "patch",
             skip=skip,
-            means=self.means,
+            compensations=self.compensations,
         )
 
     @property
@@ -276,7 +277,7 @@ class BHRoutingIntegration(RoutingIntegration):
         asked.check_calibrated(calibration)
         if calibration is not None and not isinstance(calibration, Calibration):
             calibration = Calibration.load(calibration)
-        policy, means = asked.policy(calibration), asked.mean_outputs(calibration)
+        policy, compensations = asked.policy(calibration), asked.compensations(calibration)
         plan = _plan_of(model)
         if calibration is not None:
             calibration.check(plan, strict=asked.strict)
@@ -287,11 +288,11 @@ class BHRoutingIntegration(RoutingIntegration):
             mode=asked.mode,
             collect_stats=asked.collect_stats,
             skip=asked.skip,
-            means=means,
+            compensations=compensations,
             plan=plan,
         )
         # Without mean outputs now, there are none after a change of the calibration either.
-        self.settings = asked if means else replace(asked, compensation=False)
+        self.settings = asked if compensations else replace(asked, compensation=False)
         self.calibration = calibration
         self.temperature, self.min_k = asked.temperature, asked.min_k
         self.max_k = asked.max_k or max(c.top_k for c in plan.contexts)
@@ -342,8 +343,10 @@ class BHRoutingIntegration(RoutingIntegration):
                 "expected an integration that was made with a calibration, got one without; make it with "
                 "calibration=..."
             )
-        means = self.settings.mean_outputs(calibration)
-        if self.means.keys() != means.keys() or any(means[p].shape != m.shape for p, m in self.means.items()):
+        new = self.settings.compensations(calibration)
+        if self.compensations.keys() != new.keys() or not all(
+            new[p].fits(c) for p, c in self.compensations.items()
+        ):
             raise InvalidParameterError(
                 "expected a calibration with mean outputs of the same form as the one in use (the compensation is on), "
                 "got others; calibrate with the same options."
@@ -351,8 +354,8 @@ class BHRoutingIntegration(RoutingIntegration):
         calibration.check(self._calibrated_plan, strict=self.settings.strict)
         self.settings.rewrite(self.policy, calibration)
         self.calibration = calibration
-        self.means = means
-        self._patch.set_means(means)
+        self.compensations = new
+        self._patch.set_compensations(new)
 
     def unpatch_model(self) -> None:
         """Restore the model, bit for bit. Does nothing if it is not patched."""

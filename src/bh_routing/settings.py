@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from .calibration.calibration import Calibration
+    from .decision.compensation import Compensation
     from .policies import PValuePolicy, RoutingPolicy, TablePolicy
     from .stats.procedures import Procedure
 
@@ -270,8 +271,8 @@ class RoutingSettings:
             if value is not None:
                 raise InvalidParameterError(f"{name}={value!r} needs a calibration: {NEEDS_CALIBRATION}")
 
-    def mean_outputs(self, calibration: Calibration | None) -> dict[str, Tensor]:
-        """What stands in for dropped experts, by router path (`Calibration.mean_outputs`); empty for nothing.
+    def compensations(self, calibration: Calibration | None) -> dict[str, Compensation]:
+        """What stands in for dropped experts, by router path (`Calibration.compensations`); empty for nothing.
 
         Raises
         ------
@@ -280,13 +281,13 @@ class RoutingSettings:
         """
         from .decision.compensation import check_scale
 
-        means = {} if calibration is None else calibration.mean_outputs(check_scale(self.compensation))
-        if self.compensation and not means:
+        found = {} if calibration is None else calibration.compensations(check_scale(self.compensation))
+        if self.compensation and not found:
             raise InvalidParameterError(
                 f"compensation={self.compensation!r} needs the experts' mean outputs, which this "
                 "calibration does not hold; calibrate without --no-means, or turn the compensation off."
             )
-        return means
+        return found
 
     def policy(self, calibration: Calibration | None = None) -> TablePolicy | PValuePolicy:
         """The policy: from the calibration's table, else from p-values. Warns about settings that have no effect.
@@ -322,7 +323,7 @@ class RoutingSettings:
             made = calibration.policy(
                 alpha=self.alpha,
                 experts_per_token=self.experts_per_token,
-                compensated=bool(self.mean_outputs(calibration)),
+                compensated=bool(self.compensations(calibration)),
                 **self.null_settings,
                 **limits,
             )

@@ -14,8 +14,10 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from ..decision.compensation import Compensation
 from ..decision.table import DecisionTable
 from ..decision.types import Clamp, WeightRule, check_clamp, check_k
 from ..errors import CalibrationMismatchError, InvalidParameterError
@@ -39,11 +41,8 @@ class Calibration(CalibrationData):
 
     # -- what it holds -----------------------------------------------------------------------------------
 
-    def mean_outputs(self, scale: float | None = None) -> dict[str, Tensor]:
-        """What compensates dropped experts, by router path; empty if it was not kept, or at scale 0.
-
-        float32 [E, H], the experts' mean outputs times the scale; after a second pass [2, E, H], fitted to what
-        was dropped (`Moments.compensation`, `bh_routing.decision.compensation`).
+    def compensations(self, scale: float | None = None) -> dict[str, Compensation]:
+        """What stands in for dropped experts, float32 by router path; empty if it was not kept, or at scale 0.
 
         Parameters
         ----------
@@ -51,10 +50,10 @@ class Calibration(CalibrationData):
             0 to 1. Default: ``compensation_scale``.
         """
         scale = self.compensation_scale if scale is None else scale
-        compensation_LEH = None if self.moments is None else self.moments.compensation()
-        if compensation_LEH is None or scale == 0.0:
+        layers = None if self.moments is None else self.moments.compensation()
+        if layers is None or scale == 0.0:
             return {}
-        return {p: (scale * m).float() for p, m in zip(self.paths, compensation_LEH, strict=True)}
+        return {p: c.scaled(scale).to(dtype=torch.float32) for p, c in zip(self.paths, layers, strict=True)}
 
     def without_means(self) -> Calibration:
         """The same calibration without the mean outputs (no compensation, a smaller file)."""

@@ -83,9 +83,8 @@ def measure_scale(
     """
     policy = dropping_policy(calibration, size=None)
     policy.bind(plan.contexts)
-    means = calibration.mean_outputs(1.0)
-    # Kept experts keep their own weights, as in BHRoutingIntegration with compensation.
-    patch = RoutingPatch(plan.with_route_norm("none"), policy, means=means)
+    full = calibration.compensations(1.0)
+    patch = RoutingPatch(plan.compensated("model"), policy, compensations=full)
     sums = [0.0] * len(SCALES)
     for batch in batches:
         with torch.inference_mode():
@@ -96,7 +95,7 @@ def measure_scale(
             try:
                 patch.apply()
                 for i, scale in enumerate(SCALES):
-                    patch.set_means({path: scale * mean for path, mean in means.items()})
+                    patch.set_compensations({path: one.scaled(scale) for path, one in full.items()})
                     routed_BSV = forward(model, plan, batch, head=True)
                     assert routed_BSV is not None
                     sums[i] += divergence(own_BSV, routed_BSV, batch.mask)

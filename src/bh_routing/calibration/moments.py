@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..decision.compensation import Compensation
 from ..errors import CalibrationError
 
 RIDGE = 0.02  # of the compensation's fit, relative to the mean square of a dropped weight
@@ -68,15 +69,17 @@ class Moments:
             size_E[~known_E] = size_E[known_E].median() if bool(known_E.any()) else 1.0
         return size_LE
 
-    def compensation(self) -> Tensor | None:
-        """What stands in for dropped experts (`bh_routing.decision.compensation`), float64; None without means.
+    def compensation(self) -> list[Compensation] | None:
+        """What stands in for dropped experts, per layer, float64; None without means.
 
-        [L, E, H], the mean output of each expert; after a second pass [L, 2, E, H], the least-squares fit of
-        what was dropped: argmin sum |d - B'z|^2 + sum_j rho_j |B_j - P_j|^2, with the mean outputs (and 0 for
-        the kept experts) as P, and rho_j a small share of the mean square of such regressors.
+        The mean output of each expert; after a second pass the least-squares fit of what was dropped:
+        argmin sum |d - B'z|^2 + sum_j rho_j |B_j - P_j|^2, with the mean outputs (and 0 for the kept experts) as P,
+        and rho_j a small share of the mean square of such regressors.
         """
-        if self.mean_LEH is None or self.gram_LJJ is None or self.cross_LJH is None:
-            return self.mean_LEH
+        if self.mean_LEH is None:
+            return None
+        if self.gram_LJJ is None or self.cross_LJH is None:
+            return [Compensation.mean(mean_EH) for mean_EH in self.mean_LEH]
         fitted = []
         for mean_EH, gram_JJ, cross_JH in zip(self.mean_LEH, self.gram_LJJ, self.cross_LJH, strict=True):
             num = mean_EH.shape[0]
@@ -86,8 +89,8 @@ class Moments:
             solved_JH = torch.linalg.solve(
                 gram_JJ.double() + rho_J.diag(), cross_JH.double() + rho_J.unsqueeze(1) * prior_JH
             )
-            fitted.append(solved_JH.view(2, num, -1))
-        return torch.stack(fitted)
+            fitted.append(Compensation(solved_JH, num))
+        return fitted
 
     def __add__(self, other: Moments) -> Moments:
         if (self.mean_LEH is None) != (other.mean_LEH is None) or (self.sensitivity_LE is None) != (

@@ -18,11 +18,13 @@ layer's output is least at 1, the model's predictions are nearest to its own at 
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
+
 import torch
 from torch import Tensor
 
 from ..errors import InvalidParameterError, InvalidTypeError
-from .types import RoutingDecision
+from .types import RouteNorm, RoutingDecision, WeightRule
 
 
 def lost_and_kept(weights_TK: Tensor, dropped_TK: Tensor, experts_TK: Tensor, num_experts: int) -> Tensor:
@@ -40,22 +42,69 @@ def lost_and_kept(weights_TK: Tensor, dropped_TK: Tensor, experts_TK: Tensor, nu
     return features_TJ.scatter_add(1, index_TK, lost_TK).scatter_add(1, index_TK + num_experts, kept_TK)
 
 
-def compensation(decision: RoutingDecision, means: Tensor) -> Tensor:
-    """What is added to the output of a layer's experts for a decision, [T, H] in the dtype of ``means``.
+@dataclass(frozen=True, eq=False)
+class Compensation:
+    """What one layer adds in place of its dropped experts.
 
-    Parameters
+    Two forms are there: the mean (M alone), and the mean of dropped and kept experts (M and N).
+
+    Attributes
     ----------
-    decision : RoutingDecision
-    means : Tensor
-        [E, H]: M alone. [2, E, H]: M and N.
+    vectors_JH : Tensor
+        M_e of all experts, then N_e of all experts where the form has them: J = E or 2E.
+    num_experts : int
+        E.
     """
-    num_experts = means.shape[-2]
-    features_TJ = lost_and_kept(
-        decision.own_weights_TK, decision.dropped_TK, decision.own_experts_TK, num_experts
-    )
-    if means.dim() == 2:
-        return features_TJ[:, :num_experts].to(means.dtype) @ means
-    return features_TJ.to(means.dtype) @ means.flatten(0, 1)
+
+    vectors_JH: Tensor
+    num_experts: int
+
+    @classmethod
+    def mean(cls, dropped_EH: Tensor, kept_EH: Tensor | None = None) -> Compensation:
+        """From M, and N where it is there."""
+        parts = [dropped_EH] if kept_EH is None else [dropped_EH, kept_EH]
+        return cls(torch.cat(parts), dropped_EH.shape[0])
+
+    @property
+    def dropped_EH(self) -> Tensor:
+        """M."""
+        return self.vectors_JH[: self.num_experts]
+
+    @property
+    def kept_EH(self) -> Tensor | None:
+        """N, None for the mean alone."""
+        return self.vectors_JH[self.num_experts :] if len(self.vectors_JH) > self.num_experts else None
+
+    def addition(self, decision: RoutingDecision) -> Tensor:
+        """What a decision adds to the output of the layer's experts, [T, H] in the dtype of the vectors."""
+        features_TJ = lost_and_kept(
+            decision.own_weights_TK, decision.dropped_TK, decision.own_experts_TK, self.num_experts
+        )
+        return features_TJ[:, : len(self.vectors_JH)].to(self.vectors_JH.dtype) @ self.vectors_JH
+
+    def scaled(self, scale: float) -> Compensation:
+        """The same times a scale."""
+        return replace(self, vectors_JH=scale * self.vectors_JH)
+
+    def to(self, device: torch.device | None = None, dtype: torch.dtype | None = None) -> Compensation:
+        """A copy on this device, in this dtype."""
+        return replace(self, vectors_JH=self.vectors_JH.to(device, dtype, copy=True))
+
+    def fits(self, other: Compensation | None) -> bool:
+        """Whether `copy_` can take the other: the same form and sizes."""
+        return other is not None and self.vectors_JH.shape == other.vectors_JH.shape
+
+    def copy_(self, other: Compensation) -> None:
+        """Write another one into the same buffers."""
+        self.vectors_JH.copy_(other.vectors_JH)
+
+
+def compensated_norm(route_norm: RouteNorm, weights: WeightRule) -> RouteNorm:
+    """A model's ``route_norm`` where there is a compensation: with ``weights="model"`` kept experts keep their weights.
+
+    The weight of what is dropped is still used then, by what stands in for it.
+    """
+    return "none" if weights == "model" else route_norm
 
 
 def check_scale(compensation: bool | float | None) -> float | None:

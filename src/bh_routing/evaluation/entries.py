@@ -86,16 +86,16 @@ def _from_policy(make: Maker) -> Builder:
     def build(bench: Workbench, parameters: dict[str, Any]) -> RoutingIntegration:
         rest = dict(parameters)
         compensation = rest.pop("compensation", False)
-        scale, means = check_scale(compensation), {}
+        scale, found = check_scale(compensation), {}
         if scale != 0.0:
-            means = {} if bench.calibration is None else bench.calibration.mean_outputs(scale)
-            if not means:
+            found = {} if bench.calibration is None else bench.calibration.compensations(scale)
+            if not found:
                 raise InvalidParameterError(
                     f"compensation={json.dumps(compensation)} needs the experts' mean outputs: give a calibration that "
                     "holds them."
                 )
         return RoutingIntegration(
-            bench.model, make(bench, rest), means=means, collect_stats=bench.collect_stats
+            bench.model, make(bench, rest), compensations=found, collect_stats=bench.collect_stats
         )
 
     return build

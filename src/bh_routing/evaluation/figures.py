@@ -51,7 +51,7 @@ def result_of(
         "layers": layers,
         **costs(model, integration, layers),
         "alpha": getattr(integration, "alpha", getattr(policy, "alpha", None)),
-        "settings": policy.describe() | {"compensation": bool(integration.means)},
+        "settings": policy.describe() | {"compensation": bool(integration.compensations)},
         "causal": policy.causal,
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "versions": versions(),

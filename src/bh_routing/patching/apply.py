@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ..decision.compensation import compensation
+from ..decision.compensation import Compensation
 from ..decision.types import RoutingDecision
 from ..errors import InvalidParameterError, PatchError, UnsupportedModelError
 from ..policies import RoutingContext, RoutingPolicy, check_decision
@@ -133,24 +133,24 @@ class ExpertsPatch(InstancePatch):
     """Compacts the pairs in front of experts outside the registry, and adds the compensation."""
 
     def __init__(
-        self, layer: LayerPlan, link: _Link | None, *, means_EH: Tensor | None, compact: bool
+        self, layer: LayerPlan, link: _Link | None, *, compensation: Compensation | None, compact: bool
     ) -> None:
         assert layer.experts is not None
         super().__init__(layer.experts)
         self.ids, self.path = layer.ids, layer.path
-        self.link, self.means_EH, self.compact = link, means_EH, compact
+        self.link, self.compensation, self.compact = link, compensation, compact
 
     def run(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         if self.compact:
             out_TH = skip_aware.compacted(self.inner, self.ids, hidden_states, top_k_index, top_k_weights)
         else:
             out_TH = self.inner(hidden_states, top_k_index, top_k_weights)
-        if self.link is None or self.means_EH is None:
+        if self.link is None or self.compensation is None:
             return out_TH
         decision, self.link.decision = self.link.decision, None
         if decision is None:
             return out_TH
-        return out_TH + compensation(decision, self.means_EH).to(out_TH.dtype).reshape(out_TH.shape)
+        return out_TH + self.compensation.addition(decision).to(out_TH.dtype).reshape(out_TH.shape)
 
 
 class ImplementationPatch:
@@ -193,8 +193,8 @@ class RoutingPatch:
     skip : "auto", "compact" or "zero"
         ``compact``: dropped pairs cost nothing. ``zero``: they keep their index and get weight 0, which is
         safe everywhere and saves nothing. ``auto``: ``compact`` wherever the experts allow it.
-    means : mapping of router path to Tensor, optional
-        Mean outputs of the experts, [E, H] or [2, E, H], for the compensation (`bh_routing.decision.compensation`).
+    compensations : mapping of router path to Compensation, optional
+        What stands in for dropped experts; the plan must be one for it (`PatchPlan.compensated`).
     """
 
     def __init__(
@@ -205,12 +205,12 @@ class RoutingPatch:
         telemetry: Telemetry | None = None,
         change: bool = True,
         skip: Skip = "auto",
-        means: Mapping[str, Tensor] | None = None,
+        compensations: Mapping[str, Compensation] | None = None,
     ) -> None:
         if skip not in ("auto", "compact", "zero"):
             raise InvalidParameterError(f"skip must be 'auto', 'compact' or 'zero', got {skip!r}.")
         self.plan, self.policy, self.telemetry = plan, policy, telemetry
-        self.change, self.skip, self.means = change, skip, dict(means or {})
+        self.change, self.skip, self.compensations = change, skip, dict(compensations or {})
         self.watchers = Watchers()
         self._pieces: list[Any] = []
 
@@ -251,8 +251,8 @@ class RoutingPatch:
                 infos[id(owner)] = observer.info
                 pieces.append(observer)
         for layer in self.plan.layers:
-            means_EH = self.means.get(layer.path)
-            link = _Link() if means_EH is not None and self.change else None
+            compensation = self.compensations.get(layer.path)
+            link = _Link() if compensation is not None and self.change else None
             mode, reason = skip_mode(layer, self.skip) if self.change else ("watch", None)
             if reason is not None:
                 reasons.append(reason)
@@ -272,11 +272,11 @@ class RoutingPatch:
             if mode == "registry":
                 pieces.append(ImplementationPatch(layer.experts))  # type: ignore[arg-type]
             if mode == "wrapper" or link is not None:
-                if means_EH is not None:
+                if compensation is not None:
                     assert layer.experts is not None
                     dtype = next(layer.experts.parameters()).dtype
-                    means_EH = means_EH.to(execution_device(layer.experts), dtype, copy=True)
-                pieces.append(ExpertsPatch(layer, link, means_EH=means_EH, compact=mode == "wrapper"))
+                    compensation = compensation.to(execution_device(layer.experts), dtype)
+                pieces.append(ExpertsPatch(layer, link, compensation=compensation, compact=mode == "wrapper"))
         if reasons:
             logger.warning(
                 "%s: dropped experts keep their index and get weight 0 there (skip='zero'), which saves no time%s.",
@@ -285,12 +285,12 @@ class RoutingPatch:
             )
         return pieces
 
-    def set_means(self, means: Mapping[str, Tensor]) -> None:
-        """Write other mean outputs, of the same routers and shapes, into the buffers of the compensation."""
-        self.means = dict(means)
+    def set_compensations(self, compensations: Mapping[str, Compensation]) -> None:
+        """Write others, of the same routers and forms, into the same buffers."""
+        self.compensations = dict(compensations)
         for piece in self._pieces:
-            if isinstance(piece, ExpertsPatch) and piece.means_EH is not None:
-                piece.means_EH.copy_(self.means[piece.path])
+            if isinstance(piece, ExpertsPatch) and piece.compensation is not None:
+                piece.compensation.copy_(self.compensations[piece.path])
 
     def remove(self) -> None:
         """Undo everything, in reverse; every piece is tried even if one fails."""
@@ -466,4 +466,4 @@ def reached_by_text(model: nn.Module, plan: PatchPlan) -> set[str]:
     return seen
 
 
-__all__ = ["RoutingPatch", "compensation", "is_patched", "reached_by_text", "skip_mode", "unpatch", "watch"]
+__all__ = ["RoutingPatch", "is_patched", "reached_by_text", "skip_mode", "unpatch", "watch"]

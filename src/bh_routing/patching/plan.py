@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..decision.types import RouteNorm
+from ..decision.compensation import compensated_norm
+from ..decision.types import RouteNorm, WeightRule
 from ..errors import UnsupportedModelError
 from ..policies import RoutingContext
 from .adapters import ExpertIds, RouterCall, expert_ids, router_call, with_logits_again
@@ -114,10 +115,16 @@ class PatchPlan:
         """The routers as a policy sees them."""
         return [layer.context for layer in self.layers]
 
-    def with_route_norm(self, route_norm: RouteNorm) -> PatchPlan:
-        """The same plan with another ``route_norm`` in every layer's context."""
+    def compensated(self, weights: WeightRule) -> PatchPlan:
+        """The same plan for a policy with these weights and a compensation."""
         layers = tuple(
-            replace(layer, context=replace(layer.context, route_norm=route_norm)) for layer in self.layers
+            replace(
+                layer,
+                context=replace(
+                    layer.context, route_norm=compensated_norm(layer.context.route_norm, weights)
+                ),
+            )
+            for layer in self.layers
         )
         return replace(self, layers=layers)
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ...calibration.calibration import Calibration
 from ...calibration.fingerprint import check_complete, check_layer
-from ...decision.compensation import compensation
+from ...decision.compensation import Compensation, compensated_norm
 from ...decision.types import RouteNorm, RoutingDecision
 from ...errors import CalibrationMismatchError, InvalidParameterError, UnsupportedModelError
 from ...policies import RoutingContext, RoutingPolicy
@@ -68,7 +68,7 @@ class LayerRouting:
 
     def __init__(self, engine: EngineRouting, facts: LayerFacts, context: RoutingContext) -> None:
         self.engine, self.facts, self.context = engine, facts, context
-        self.means: Tensor | None = None  # [E, H] or [2, E, H] on the device
+        self.compensation: Compensation | None = None  # on the device
         self.added_TH: Tensor | None = None  # of the call in progress
         self.pairs = 0  # (token, expert) pairs computed by the ragged path, warm-up not counted
 
@@ -100,8 +100,8 @@ class LayerRouting:
             engine.telemetry.update(self.context, decision, logits_TE)
         if engine.settings.mode == "analyze":
             return weights_TK.clone(), experts_TK.clone()
-        if self.means is not None:
-            self.added_TH = compensation(decision, self.means)
+        if self.compensation is not None:
+            self.added_TH = self.compensation.addition(decision)
         return decision.weights_TK, filled(decision, experts_TK.dtype)
 
     def compensate(self, output_TH: Tensor) -> Tensor:
@@ -156,14 +156,14 @@ class EngineRouting:
         self.settings = settings
         with _plain_tensors():
             self.calibration = settings.load_calibration()
-            self.means = settings.mean_outputs(self.calibration)
+            self.compensations = settings.compensations(self.calibration)
             self.policy: RoutingPolicy | None = None  # of top_k: made when the layers are known
             if settings.top_k is None:
                 self.policy = settings.policy(self.calibration)
         self.telemetry: Telemetry | None = None
         self.layers: list[LayerRouting] = []
         self.left_out: list[str] = []  # names of layers that the calibration left out
-        self.compensates = bool(self.means)
+        self.compensates = bool(self.compensations)
 
     # -- layers ------------------------------------------------------------------------------------------
 
@@ -188,8 +188,8 @@ class EngineRouting:
                 f"expected min_k, max_k and top_k up to that, got {limit}."
             )
         route_norm: RouteNorm = "renormalised" if facts.renormalize else "none"
-        if self.compensates and self.settings.weights == "model":
-            route_norm = "none"  # the weight of what is dropped is still used
+        if self.compensates:
+            route_norm = compensated_norm(route_norm, self.settings.weights)
         context = RoutingContext(
             path=path,
             index=index,
@@ -254,7 +254,7 @@ class EngineRouting:
             self.telemetry = Telemetry(contexts, [context.top_k for context in contexts])
         if self.compensates and self.settings.mode == "patch":
             for layer in self.layers:
-                layer.means = self.means[layer.context.path].to(device)
+                layer.compensation = self.compensations[layer.context.path].to(device)
 
     # -- while it runs -----------------------------------------------------------------------------------
 
