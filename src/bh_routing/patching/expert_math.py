@@ -141,7 +141,8 @@ def grouped_forward(experts: Any, hidden_TH: Tensor, experts_TK: Tensor, weights
 
     slots, num_experts = experts_TK.shape[-1], experts.num_experts
     flat_P = experts_TK.reshape(-1)
-    sorted_P, order_P = torch.sort(flat_P, stable=True)
+    # Sorted as transformers sorts (not stably): in some BLAS a row of a product depends on its place.
+    sorted_P, order_P = torch.sort(flat_P)
     kept_P1 = (sorted_P < num_experts).unsqueeze(-1)
     offsets_E = torch.searchsorted(
         sorted_P, torch.arange(num_experts, device=flat_P.device), right=True, out_int32=True
