@@ -99,6 +99,15 @@ def test_readme_example_runs(monkeypatch, tmp_path):
     assert re.fullmatch(r"all +\d+ +[1-7]\.\d\d +\d\.\d\d +\d\d\.\d%", telemetry[-1])
 
 
+@pytest.mark.parametrize(
+    "name", ["README.md", "docs/index.md", "docs/quickstart.md", "docs/troubleshooting.md"]
+)
+def test_newcomers_need_no_statistics(name):
+    text = (ROOT / name).read_text().lower()
+    for word in ("null hypothes", "false discovery", "p-value"):
+        assert word not in text
+
+
 def test_quickstart_says_budget_and_level():
     printed = "".join(re.findall(r"```text\n(.*?)```", (ROOT / "docs/quickstart.md").read_text(), re.DOTALL))
     assert re.search(r"^[1-7]\.\d\d experts per token, at level 0\.\d{3}$", printed, re.MULTILINE)

@@ -71,7 +71,9 @@ def test_the_docstring_lists_the_packages():
     """Every public module and package, once."""
     listed = re.findall(r"`([a-z]+)`", bh_routing.__doc__.split("The names below")[0])
     folder = Path(bh_routing.__file__).parent
-    found = {path.stem for path in folder.iterdir() if path.suffix == ".py" or (path / "__init__.py").is_file()}
+    found = {
+        path.stem for path in folder.iterdir() if path.suffix == ".py" or (path / "__init__.py").is_file()
+    }
     assert sorted(listed) == sorted(name for name in found if not name.startswith("_") and name != "errors")
 
 
