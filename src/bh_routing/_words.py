@@ -7,7 +7,6 @@ but its errors.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import fields
 from difflib import get_close_matches
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -54,22 +53,8 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 
 
 class Option(NamedTuple):
-    """A field of settings that text can say: its name, what reads the text, one line of help."""
+    """A field of settings that text can say: one line of help, what reads the text, the field where its name differs."""
 
-    field: str
-    read: Callable[[str], Any]
     help: str
-
-
-def said(text: str, read: Callable[[str], Any] = str, **more: Any) -> dict[str, Any]:
-    """The metadata of such a field; ``words`` are all it may be, ``name`` is what people type where that differs."""
-    return {"help": text, "read": read, **more}
-
-
-def text_options(settings: Any) -> dict[str, Option]:
-    """The fields of a dataclass that text can say, by the name that people type."""
-    return {
-        f.metadata.get("name", f.name): Option(f.name, f.metadata["read"], f.metadata["help"])
-        for f in fields(settings)
-        if "read" in f.metadata
-    }
+    read: Callable[[str], Any] = str
+    field: str = ""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from ._words import (
@@ -17,6 +17,7 @@ from ._words import (
     Estimator,
     Mode,
     NullSet,
+    Option,
     Scope,
     Size,
     Skip,
@@ -24,8 +25,6 @@ from ._words import (
     WeightRule,
     check_word,
     did_you_mean,
-    said,
-    text_options,
 )
 from .errors import InvalidParameterError, InvalidTypeError
 
@@ -52,7 +51,7 @@ def scale(text: str) -> bool | float:
     return words[text.lower()] if text.lower() in words else float(text)
 
 
-def read_number_or_name(text: str) -> float | str:
+def number_or_name(text: str) -> float | str:
     """A number where it is one."""
     try:
         return float(text)
@@ -118,65 +117,27 @@ class RoutingSettings:
     bh_routing.errors.InvalidParameterError: there is no setting 'alhpa'; did you mean 'alpha'?
     """
 
-    alpha: float | None = field(default=None, metadata=said("level, 0 < alpha < 1 (default 0.05)", float))
-    temperature: float = field(default=1.0, metadata=said("divides the router logits (default 1)", float))
-    min_k: int = field(default=1, metadata=said("at least so many experts (default 1)", int))
-    max_k: int | None = field(
-        default=None, metadata=said("at most so many experts (default: the model's own top-k)", int)
-    )
-    mode: Mode = field(
-        default="patch",
-        metadata=said(
-            "patch: BH routing decides; analyze: the model routes as always, BH is counted", words=Mode
-        ),
-    )
+    alpha: float | None = None
+    temperature: float = 1.0
+    min_k: int = 1
+    max_k: int | None = None
+    mode: Mode = "patch"
     collect_stats: bool = True
-    weights: WeightRule = field(
-        default="model",
-        metadata=said("model, preserve or sum: what kept experts weigh (default model)", words=WeightRule),
-    )
-    experts_per_token: float | Mapping[str, float] | None = field(
-        default=None,
-        metadata=said(
-            "a budget: mean number of experts per token (needs a calibration)", float, name="experts"
-        ),
-    )
-    procedure: str | Procedure = field(default="bh", metadata=said("multiple-testing procedure (default bh)"))
-    pvalues: Literal["robust", "softmax", "batch"] | Callable[..., Tensor] = field(
-        default="robust", metadata=said("robust, softmax or batch: without a calibration")
-    )
-    clamp: Clamp = field(
-        default="after", metadata=said("after or inside: when min_k and max_k bind", words=Clamp)
-    )
-    statistic: Statistic | None = field(
-        default=None, metadata=said("contribution, logprob or logit", words=Statistic)
-    )
-    size: Size | None = field(
-        default=None, metadata=said("sensitivity, deviation or output: of the contribution", words=Size)
-    )
-    null: NullSet | None = field(
-        default=None, metadata=said("unselected, all or trimmed: what the null is made of", words=NullSet)
-    )
-    scope: Scope | None = field(
-        default=None, metadata=said("model or layer: what has a null of its own", words=Scope)
-    )
-    estimator: Estimator | None = field(
-        default=None, metadata=said("empirical, kde or normal", words=Estimator)
-    )
-    kernel: str | None = field(default=None, metadata=said("of the kde"))
-    bandwidth: str | float | None = field(
-        default=None, metadata=said("of the kde: silverman, isj or a number", read_number_or_name)
-    )
-    compensation: bool | float | None = field(
-        default=None,
-        metadata=said("add back what dropped experts add on average: true, false or 0 to 1", scale),
-    )
-    skip: Skip = field(
-        default="auto", metadata=said("auto, compact or zero: how dropped experts are kept out", words=Skip)
-    )
-    backend: Backend = field(
-        default="auto", metadata=said("auto, torch or triton: what computes decisions", words=Backend)
-    )
+    weights: WeightRule = "model"
+    experts_per_token: float | Mapping[str, float] | None = None
+    procedure: str | Procedure = "bh"
+    pvalues: Literal["robust", "softmax", "batch"] | Callable[..., Tensor] = "robust"
+    clamp: Clamp = "after"
+    statistic: Statistic | None = None
+    size: Size | None = None
+    null: NullSet | None = None
+    scope: Scope | None = None
+    estimator: Estimator | None = None
+    kernel: str | None = None
+    bandwidth: str | float | None = None
+    compensation: bool | float | None = None
+    skip: Skip = "auto"
+    backend: Backend = "auto"
     strict: bool = True
 
     def __post_init__(self) -> None:
@@ -187,7 +148,7 @@ class RoutingSettings:
         from .stats.pvalues import P_VALUES
 
         for item in fields(self):
-            value, words = getattr(self, item.name), item.metadata.get("words")
+            value, words = getattr(self, item.name), WORDS.get(item.name)
             if words is not None and (value is not None or item.default is not None):
                 check_word(item.name, value, words)
             if item.type == "bool" and not isinstance(value, bool):
@@ -372,4 +333,41 @@ def _budgets(experts_per_token: Any) -> list[Any]:
     return list(experts_per_token.values()) if isinstance(experts_per_token, Mapping) else [experts_per_token]
 
 
-TEXT_OPTIONS = text_options(RoutingSettings)
+WORDS: dict[str, Any] = {
+    "mode": Mode,
+    "weights": WeightRule,
+    "clamp": Clamp,
+    "statistic": Statistic,
+    "size": Size,
+    "null": NullSet,
+    "scope": Scope,
+    "estimator": Estimator,
+    "skip": Skip,
+    "backend": Backend,
+}
+
+# The fields that text can say, by the name that people type.
+TEXT_OPTIONS: dict[str, Option] = {
+    "alpha": Option("level, 0 < alpha < 1 (default 0.05)", float),
+    "experts": Option(
+        "a budget: mean number of experts per token (needs a calibration)", float, "experts_per_token"
+    ),
+    "temperature": Option("divides the router logits (default 1)", float),
+    "min_k": Option("at least so many experts (default 1)", int),
+    "max_k": Option("at most so many experts (default: the model's own top-k)", int),
+    "mode": Option("patch: BH routing decides; analyze: the model routes as always, BH is counted"),
+    "weights": Option("model, preserve or sum: what kept experts weigh (default model)"),
+    "procedure": Option("multiple-testing procedure (default bh)"),
+    "pvalues": Option("robust, softmax or batch: without a calibration"),
+    "clamp": Option("after or inside: when min_k and max_k bind"),
+    "statistic": Option("contribution, logprob or logit"),
+    "size": Option("sensitivity, deviation or output: of the contribution"),
+    "null": Option("unselected, all or trimmed: what the null is made of"),
+    "scope": Option("model or layer: what has a null of its own"),
+    "estimator": Option("empirical, kde or normal"),
+    "kernel": Option("of the kde"),
+    "bandwidth": Option("of the kde: silverman, isj or a number", number_or_name),
+    "compensation": Option("add back what dropped experts add on average: true, false or 0 to 1", scale),
+    "skip": Option("auto, compact or zero: how dropped experts are kept out"),
+    "backend": Option("auto, torch or triton: what computes decisions"),
+}

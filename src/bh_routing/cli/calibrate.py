@@ -153,13 +153,9 @@ def _check_output(path: Path) -> None:
         raise InvalidParameterError(
             f"output must be a file name that ends in .safetensors, got {str(path)!r}."
         )
-    folder = path.parent
-    if not folder.is_dir():
-        raise InvalidParameterError(
-            f"output must lie in a folder that exists, got {str(path)!r}; make {folder} first."
-        )
-    if path.is_dir() or not os.access(folder, os.W_OK):
+    if path.is_dir():
         raise InvalidParameterError(f"output must be a file that can be written, got {str(path)!r}.")
+    common.check_output(path, "file")
 
 
 def _files(paths: list[str], split_on_blank_lines: bool) -> Callable[[], Iterator[str]]:

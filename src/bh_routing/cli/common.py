@@ -62,7 +62,7 @@ def add_options(group: argparse._ActionsContainer, options: Mapping[str, Option]
 
 def values_of(args: argparse.Namespace, options: Mapping[str, Option]) -> dict[str, Any]:
     """The fields of settings that were given."""
-    given = {option.field: getattr(args, name, None) for name, option in options.items()}
+    given = {option.field or name: getattr(args, name, None) for name, option in options.items()}
     return {field: value for field, value in given.items() if value is not None}
 
 
@@ -163,6 +163,17 @@ def load_calibration(choice: str | None, model: str, budgets: Sequence[float]) -
     from ..calibration.calibration import Calibration
 
     return Calibration.load(path)
+
+
+def check_output(path: Path, what: str) -> None:
+    """Find out before the work, not after it, that a file or folder cannot be written."""
+    parent = path.absolute().parent
+    if not parent.is_dir():
+        raise InvalidParameterError(
+            f"output must lie in a folder that exists, got {str(path)!r}; make {path.parent} first."
+        )
+    if not os.access(parent, os.W_OK):
+        raise InvalidParameterError(f"output must be a {what} that can be written, got {str(path)!r}.")
 
 
 # ------------------------------------------------------------------------------------------------- notes

@@ -187,7 +187,7 @@ def _continue(
     inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
     with integration or nullcontext():
         tokens = generate(model, tokenizer, inputs, max_new_tokens)
-    return tokenizer.decode(tokens[inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    return str(tokenizer.decode(tokens[inputs["input_ids"].shape[1] :], skip_special_tokens=True))
 
 
 # ------------------------------------------------------------------------------------------------- tables

@@ -16,15 +16,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .._words import text_options
 from ..errors import InvalidParameterError
-from ..training.settings import FinetuneSettings
+from ..training.settings import TEXT_OPTIONS, FinetuneSettings
 from . import common
 
 if TYPE_CHECKING:
     from ..calibration.calibration import Calibration
 
-TRAINING_OPTIONS = text_options(FinetuneSettings)
 PIECE = 8192  # characters: what is set aside, or shuffled, as a whole
 
 
@@ -54,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="train with the model's own routing instead; the table is the same",
     )
     group = parser.add_argument_group("training")
-    common.add_options(group, TRAINING_OPTIONS)
+    common.add_options(group, TEXT_OPTIONS)
     common.add_config_argument(parser)
     common.add_model_arguments(parser)
 
@@ -80,7 +78,7 @@ def run(args: argparse.Namespace) -> None:
         experts_per_token=args.experts,
         routed=not args.control,
         seed=args.seed,
-        **common.values_of(args, TRAINING_OPTIONS),
+        **common.values_of(args, TEXT_OPTIONS),
     )
     _finetune(args, settings, files, out)
 
@@ -136,13 +134,10 @@ def _finetune(
         shown = logging.is_progress_bar_enabled()
         logging.disable_progress_bar()
         try:
-            write_all(folder)
+            model.save_pretrained(folder)
         finally:
             if shown:
                 logging.enable_progress_bar()
-
-    def write_all(folder: Path) -> None:
-        model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         calibration.save(folder / "calibration.safetensors")
         (folder / "finetune.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
@@ -250,13 +245,7 @@ def _check_output(out: Path) -> None:
     """Find out before the training, not after it, that the folder cannot be written."""
     if out.exists():
         raise InvalidParameterError(f"output must be a folder that does not exist yet, got {str(out)!r}.")
-    parent = out.absolute().parent
-    if not parent.is_dir():
-        raise InvalidParameterError(
-            f"output must lie in a folder that exists, got {str(out)!r}; make {parent} first."
-        )
-    if not os.access(parent, os.W_OK):
-        raise InvalidParameterError(f"output must lie in a folder that can be written, got {str(out)!r}.")
+    common.check_output(out, "folder")
 
 
 def _write_folder(out: Path, write: Callable[[Path], None]) -> None:

@@ -76,7 +76,8 @@ def generate(
         do_sample=sample,
         pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
     )
-    return tokens[0].tolist()
+    ids: list[int] = tokens[0].tolist()
+    return ids
 
 
 def _show(result: dict[str, Any], heading: str) -> None:

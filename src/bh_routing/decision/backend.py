@@ -7,21 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from importlib.util import find_spec
-from typing import Literal
 
 import torch
 
+from .._words import Backend, check_word
 from ..errors import InvalidParameterError, MissingDependencyError
 from .types import RoutingDecision
-
-Backend = Literal["auto", "torch", "triton"]
-BACKENDS = ("auto", "torch", "triton")
-
-
-def check_backend(backend: str) -> None:
-    """Raise `InvalidParameterError` for anything but "auto", "torch" and "triton"."""
-    if backend not in BACKENDS:
-        raise InvalidParameterError(f"backend must be 'auto', 'torch' or 'triton', got {backend!r}.")
 
 
 def decision_function(
@@ -37,7 +28,7 @@ def decision_function(
     InvalidParameterError, MissingDependencyError
         If ``backend="triton"`` cannot be had.
     """
-    check_backend(backend)
+    check_word("backend", backend, Backend)
     from .select import decide_by_table
 
     if backend == "torch" or (backend == "auto" and (device.type != "cuda" or find_spec("triton") is None)):
@@ -63,4 +54,4 @@ def decision_function(
     )
 
 
-__all__ = ["BACKENDS", "Backend", "check_backend", "decision_function"]
+__all__ = ["Backend", "decision_function"]

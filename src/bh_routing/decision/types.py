@@ -10,13 +10,10 @@ from typing import Literal
 
 from torch import Tensor
 
+from .._words import Clamp as Clamp
+from .._words import WeightRule as WeightRule
+from .._words import check_word
 from ..errors import InvalidParameterError, InvalidTypeError
-
-Clamp = Literal["after", "inside"]
-
-
-WeightRule = Literal["model", "preserve", "sum"]
-
 
 RouteNorm = Literal["none", "renormalised", "unknown"]
 
@@ -101,5 +98,4 @@ def check_temperature(temperature: float) -> float:
 
 def check_clamp(clamp: str) -> None:
     """Raise `InvalidParameterError` for anything but "after" and "inside"."""
-    if clamp not in ("after", "inside"):
-        raise InvalidParameterError(f"clamp must be 'after' or 'inside', got {clamp!r}.")
+    check_word("clamp", clamp, Clamp)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ..decision.compensation import check_scale
@@ -108,16 +108,19 @@ def _top_k(bench: Workbench, p: dict[str, Any], **fixed: Any) -> RoutingPolicy:
     return TopKPolicy(k, **({"weights": p["weights"]} if "weights" in p else {}) | fixed)
 
 
-def _simple(policy: Any, parameter: str = "") -> Builder:
+def _simple(policy: Any, parameter: str) -> Builder:
     """A rule with one parameter and a `for_budget`."""
 
     def make(bench: Workbench, p: dict[str, Any]) -> RoutingPolicy:
         rest = dict(p)
+        made: RoutingPolicy
         if (budget := rest.pop("experts", None)) is not None:
-            return policy.for_budget(budget, bench.log, **rest)
-        if policy is baselines.DynamicSkippingPolicy:
-            return policy.from_log(bench.log, **rest)
-        return policy(rest.pop(parameter), **rest) if parameter in rest else policy(**rest)
+            made = policy.for_budget(budget, bench.log, **rest)
+        elif policy is baselines.DynamicSkippingPolicy:
+            made = policy.from_log(bench.log, **rest)
+        else:
+            made = policy(rest.pop(parameter), **rest) if parameter in rest else policy(**rest)
+        return made
 
     return _from_policy(make)
 
@@ -175,7 +178,7 @@ def _bh(calibrated: bool = True, **fixed: Any) -> Builder:
     """The settings that the parameters say, with some given beforehand."""
 
     def build(bench: Workbench, parameters: dict[str, Any]) -> RoutingIntegration:
-        said = {TEXT_OPTIONS[name].field: value for name, value in parameters.items()}
+        said = {TEXT_OPTIONS[name].field or name: value for name, value in parameters.items()}
         settings = RoutingSettings.from_dict({"collect_stats": bench.collect_stats} | fixed | said)
         calibration = bench.calibration if calibrated and "pvalues" not in said else None
         if calibration is None and settings.experts_per_token is not None:
@@ -196,127 +199,131 @@ def _uncalibrated(bench: Workbench, settings: RoutingSettings) -> RoutingIntegra
     return RoutingIntegration(bench.model, policy, collect_stats=bench.collect_stats)
 
 
+def _rule(
+    summary: str,
+    rule: type[baselines.Baseline],
+    build: Builder | None = None,
+    *,
+    common: dict[str, tuple[Converter, str]] = _COMMON,
+    needs: tuple[str, ...] = (),
+    exact: bool = False,
+    **parameters: tuple[Converter, str],
+) -> Entry:
+    """The entry of a published rule, whose own parameter is the first of these; ``exact``: as it was published."""
+    return Entry(
+        summary=summary,
+        source=rule.source,
+        inspired="" if exact else rule.inspired,
+        parameters=common | parameters,
+        needs=needs,
+        build=build or _simple(rule, next(iter(parameters))),
+    )
+
+
+_FULL = Entry(
+    summary="the model's own routing", parameters={}, build=_from_policy(lambda bench, p: TopKPolicy())
+)
+_TOP_K = Entry(
+    summary="the k best experts with the model's own weights",
+    source="Shazeer et al. 2017",
+    parameters=_COMMON | {"k": (int, "experts per token")},
+    needs=("k", "experts"),
+    build=_from_policy(_top_k),
+)
+_REGULAR = Entry(
+    summary="top-k, weights as the model makes them",
+    source="the original OLMoE routing experiments",
+    parameters=_BUDGET | _OWN_K,
+    build=_from_policy(_top_k),
+)
+_ORIGINAL = Entry(
+    summary="the original design: BH on 1 - softmax probability, weights made to sum to 1",
+    source="the original design",
+    parameters=_LEVEL,
+    build=_bh(calibrated=False, pvalues="softmax", weights="sum"),
+)
+
 POLICIES: dict[str, Entry] = {
-    "full": Entry(
-        summary="the model's own routing",
-        parameters={},
-        build=_from_policy(lambda bench, p: TopKPolicy()),
-    ),
-    "topk": Entry(
-        summary="the k best experts with the model's own weights",
-        source="Shazeer et al. 2017",
-        parameters=_COMMON | {"k": (int, "experts per token")},
-        needs=("k", "experts"),
-        build=_from_policy(_top_k),
-    ),
-    "regular": Entry(
-        summary="top-k, weights as the model makes them",
-        source="the original OLMoE routing experiments",
-        parameters=_BUDGET | _OWN_K,
-        build=_from_policy(_top_k),
-    ),
-    "normalised": Entry(
+    "full": _FULL,
+    "topk": _TOP_K,
+    "regular": _REGULAR,
+    "normalised": replace(
+        _REGULAR,
         summary="top-k, weights made to sum to 1",
-        source="the original OLMoE routing experiments",
-        parameters=_BUDGET | _OWN_K,
         build=_from_policy(lambda bench, p: _top_k(bench, p, weights="sum")),
     ),
-    "uniform": Entry(
-        summary="top-k with equal weights",
-        source=baselines.UniformPolicy.source,
-        parameters=_BUDGET | _WEIGHTS | _OWN_K,
-        build=_simple(baselines.UniformPolicy, "k"),
+    "uniform": _rule(
+        "top-k with equal weights", baselines.UniformPolicy, common=_BUDGET | _WEIGHTS, k=_OWN_K["k"]
     ),
-    "adaptive": Entry(
-        summary="the number of experts in proportion to the router's entropy",
-        source=baselines.AdaptivePolicy.source,
-        inspired=baselines.AdaptivePolicy.inspired,
-        parameters=_COMMON | {"scale": (float, "0 to 1 (default 1)")},
-        build=_simple(baselines.AdaptivePolicy, "scale"),
+    "adaptive": _rule(
+        "the number of experts in proportion to the router's entropy",
+        baselines.AdaptivePolicy,
+        scale=(float, "0 to 1 (default 1)"),
     ),
-    "topp": Entry(
-        summary="the fewest experts that reach the probability p together",
-        source=baselines.TopPPolicy.source,
-        inspired=baselines.TopPPolicy.inspired,
-        parameters=_COMMON | {"p": (float, "0 to 1")},
+    "topp": _rule(
+        "the fewest experts that reach the probability p together",
+        baselines.TopPPolicy,
+        p=(float, "0 to 1"),
         needs=("p", "experts"),
-        build=_simple(baselines.TopPPolicy, "p"),
     ),
-    "minp": Entry(
-        summary="experts with at least p times the largest score",
-        source=baselines.MinPPolicy.source,
-        inspired=baselines.MinPPolicy.inspired,
-        parameters=_COMMON | {"p": (float, "0 to 1")},
+    "minp": _rule(
+        "experts with at least p times the largest score",
+        baselines.MinPPolicy,
+        p=(float, "0 to 1"),
         needs=("p", "experts"),
-        build=_simple(baselines.MinPPolicy, "p"),
     ),
-    "threshold": Entry(
-        summary="experts with a routing score of at least t",
-        parameters=_COMMON | {"t": (float, "0 to 1")},
+    "threshold": _rule(
+        "experts with a routing score of at least t",
+        baselines.ThresholdPolicy,
+        t=(float, "0 to 1"),
         needs=("t", "experts"),
-        build=_simple(baselines.ThresholdPolicy, "t"),
     ),
-    "entropy": Entry(
-        summary="the number of experts by bucket of the router's entropy",
-        source=baselines.EntropyPolicy.source,
-        inspired=baselines.EntropyPolicy.inspired,
-        parameters=_COMMON
-        | {
-            "ks": (_integers, "experts per bucket, 2/4/8"),
-            "thresholds": (_floats, "entropies between them, as shares of log E, 0.5/0.7"),
-        },
-        build=_from_policy(_entropy),
+    "entropy": _rule(
+        "the number of experts by bucket of the router's entropy",
+        baselines.EntropyPolicy,
+        _from_policy(_entropy),
+        ks=(_integers, "experts per bucket, 2/4/8"),
+        thresholds=(_floats, "entropies between them, as shares of log E, 0.5/0.7"),
     ),
-    "naee": Entry(
-        summary="skip experts whose score is small beside the best one",
-        source=baselines.DynamicSkippingPolicy.source,
-        inspired=baselines.DynamicSkippingPolicy.inspired,
-        parameters=_COMMON | {"q": (float, "quantile of the ratio on calibration text (default 0.5)")},
-        build=_simple(baselines.DynamicSkippingPolicy),
+    "naee": _rule(
+        "skip experts whose score is small beside the best one",
+        baselines.DynamicSkippingPolicy,
+        q=(float, "quantile of the ratio on calibration text (default 0.5)"),
     ),
-    "random": Entry(
-        summary="k of the model's own experts by chance",
-        parameters=_COMMON | {"k": (float, "experts per token"), "seed": (int, "default 0")},
+    "random": _rule(
+        "k of the model's own experts by chance",
+        baselines.RandomPolicy,
+        k=(float, "experts per token"),
+        seed=(int, "default 0"),
         needs=("k", "experts"),
-        build=_simple(baselines.RandomPolicy, "k"),
     ),
-    "seqtopk": Entry(
-        summary="the k * S largest scores of a sequence of S tokens",
-        source=baselines.SequenceTopKPolicy.source,
-        inspired=baselines.SequenceTopKPolicy.inspired,
-        parameters=_COMMON | {"k": (float, "mean experts per token")},
+    "seqtopk": _rule(
+        "the k * S largest scores of a sequence of S tokens",
+        baselines.SequenceTopKPolicy,
+        k=(float, "mean experts per token"),
         needs=("k", "experts"),
-        build=_simple(baselines.SequenceTopKPolicy, "k"),
     ),
-    "perlayer": Entry(
-        summary="k per layer, as given",
-        source=baselines.PerLayerPolicy.source,
-        parameters=_WEIGHTS | _COMPENSATION | {"k": (_integers, "experts per layer, 6/3/3/5")},
+    "perlayer": _rule(
+        "k per layer, as given",
+        baselines.PerLayerPolicy,
+        common=_WEIGHTS | _COMPENSATION,
+        k=(_integers, "experts per layer, 6/3/3/5"),
         needs=("k",),
-        build=_simple(baselines.PerLayerPolicy, "k"),
+        exact=True,
     ),
-    "lexi": Entry(
-        summary="k per layer from output changes on random inputs",
-        source=baselines.PerLayerPolicy.source,
-        inspired=baselines.PerLayerPolicy.inspired,
-        parameters=_COMMON,
+    "lexi": _rule(
+        "k per layer from output changes on random inputs",
+        baselines.PerLayerPolicy,
+        _from_policy(_lexi),
         needs=("experts",),
-        build=_from_policy(_lexi),
     ),
-    "allocmoe": Entry(
-        summary="a budget given to layers by their effect on the loss, then to the tokens of a sequence",
-        source=baselines.AllocatedPolicy.source,
-        inspired=baselines.AllocatedPolicy.inspired,
-        parameters=_COMMON,
+    "allocmoe": _rule(
+        "a budget given to layers by their effect on the loss, then to the tokens of a sequence",
+        baselines.AllocatedPolicy,
+        _from_policy(_alloc),
         needs=("experts",),
-        build=_from_policy(_alloc),
     ),
-    "original": Entry(
-        summary="the original design: BH on 1 - softmax probability, weights made to sum to 1",
-        source="the original design",
-        parameters=_LEVEL,
-        build=_bh(calibrated=False, pvalues="softmax", weights="sum"),
-    ),
+    "original": _ORIGINAL,
 } | {
     name: Entry(
         summary=f"{name} on calibrated p-values (without a calibration: the token's own robust null)",

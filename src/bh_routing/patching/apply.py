@@ -10,14 +10,15 @@ import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .._words import Skip, check_word
 from ..decision.compensation import Compensation
 from ..decision.types import RoutingDecision
-from ..errors import InvalidParameterError, PatchError, UnsupportedModelError
+from ..errors import PatchError, UnsupportedModelError
 from ..policies import RoutingContext, RoutingPolicy, check_decision
 from ..telemetry.counters import in_graph
 from ..telemetry.figures import Telemetry
@@ -28,8 +29,6 @@ from .instance import InstancePatch, execution_device, find_patch
 from .plan import LayerPlan, PatchPlan
 
 logger = logging.getLogger(__name__)
-
-Skip = Literal["auto", "compact", "zero"]
 
 
 class Watchers(list[Callable[..., None]]):
@@ -207,8 +206,7 @@ class RoutingPatch:
         skip: Skip = "auto",
         compensations: Mapping[str, Compensation] | None = None,
     ) -> None:
-        if skip not in ("auto", "compact", "zero"):
-            raise InvalidParameterError(f"skip must be 'auto', 'compact' or 'zero', got {skip!r}.")
+        check_word("skip", skip, Skip)
         self.plan, self.policy, self.telemetry = plan, policy, telemetry
         self.change, self.skip, self.compensations = change, skip, dict(compensations or {})
         self.watchers = Watchers()

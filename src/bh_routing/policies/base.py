@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
+from .._words import check_word
 from ..decision.select import Kept, Ranking, keep_own, not_finite, rank_top
 from ..decision.types import Clamp, RouteNorm, RoutingDecision, WeightRule, check_clamp, check_k
 from ..decision.weights import apply_weight_rule, plain_rule
@@ -85,8 +86,7 @@ class RoutingPolicy(ABC):
     causal: ClassVar[bool] = True
 
     def __init__(self, *, weights: WeightRule = "model") -> None:
-        if weights not in ("model", "preserve", "sum"):
-            raise InvalidParameterError(f"weights must be 'model', 'preserve' or 'sum', got {weights!r}.")
+        check_word("weights", weights, WeightRule)
         self.weights: WeightRule = weights
 
     def bind(self, contexts: Iterable[RoutingContext]) -> None:  # noqa: B027 - most policies hold nothing

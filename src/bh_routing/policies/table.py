@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..decision.backend import Backend, check_backend, decision_function
+from .._words import Backend, check_word
+from ..decision.backend import decision_function
 from ..decision.select import decide_by_table, rank_by_table
 from ..decision.select_one_token import HostRow, decide_one_token
 from ..decision.table import DecisionTable
@@ -49,7 +50,7 @@ class TablePolicy(CountPolicy):
         backend: Backend = "auto",
     ) -> None:
         super().__init__(min_k=min_k, max_k=max_k, clamp=clamp, weights=weights)
-        check_backend(backend)
+        check_word("backend", backend, Backend)
         self.table = table
         self.backend = backend
         self._rows: dict[str, tuple[Tensor, Tensor]] = {}

@@ -336,7 +336,9 @@ def over_processes(sums: Tensor) -> Tensor:
 
 def _task_loss(outputs: Any, labels: Tensor | None, num_items_in_batch: Tensor | int | None) -> Tensor:
     """The model's own loss, or the causal language-modelling loss of its logits."""
-    loss = outputs.get("loss") if isinstance(outputs, Mapping) else getattr(outputs, "loss", None)
+    loss: Tensor | None = (
+        outputs.get("loss") if isinstance(outputs, Mapping) else getattr(outputs, "loss", None)
+    )
     if loss is not None:
         return loss
     logits = outputs.get("logits") if isinstance(outputs, Mapping) else getattr(outputs, "logits", None)

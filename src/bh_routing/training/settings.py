@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-from .._words import Scope, said
+from .._words import Option, Scope
 from ..errors import InvalidParameterError
 
 
@@ -43,41 +43,20 @@ class FinetuneSettings:
     steps: int
     experts_per_token: float = 3.0
     routed: bool = True
-    learning_rate: float = field(
-        default=3e-4,
-        metadata=said("peak of AdamW; 20 steps of warm-up, then linear to 0 (default 3e-4)", float),
-    )
+    learning_rate: float = 3e-4
     warmup: int = 20
     weight_decay: float = 0.0
     clip: float = 1.0
-    batch_tokens: int = field(default=4096, metadata=said("tokens per step (default 4096)", int))
-    window: int = field(default=256, metadata=said("tokens per window (default 256)", int))
-    full_share: float = field(
-        default=0.0,
-        metadata=said(
-            "share of the loss that is the own routing's; above 0, every batch is run twice (default 0)",
-            float,
-        ),
-    )
-    distil: float = field(
-        default=1.0,
-        metadata=said(
-            "share of the budget's loss that is KL(model as it was || budget) instead of the text's (default 1)",
-            float,
-        ),
-    )
-    balance: float = field(
-        default=0.001, metadata=said("coefficient of the load-balancing loss (default 0.001)", float)
-    )
-    z: float = field(
-        default=0.0001, metadata=said("coefficient of the router z-loss (default 0.0001)", float)
-    )
-    budget: float = field(default=0.02, metadata=said("coefficient of the budget term (default 0.02)", float))
+    batch_tokens: int = 4096
+    window: int = 256
+    full_share: float = 0.0
+    distil: float = 1.0
+    balance: float = 0.001
+    z: float = 0.0001
+    budget: float = 0.02
     temperature: float = 0.5
     scope: Scope = "layer"
-    refit_every: int = field(
-        default=100, metadata=said("steps between refits of the null (default 100)", int)
-    )
+    refit_every: int = 100
     refit_tokens: int = 16_384
     seed: int = 0
 
@@ -101,3 +80,22 @@ class FinetuneSettings:
         """Learning rate of a step, counted from 0."""
         rise = (step + 1) / (self.warmup + 1)
         return self.learning_rate * min(rise, 1.0 - step / self.steps, 1.0)
+
+
+# The fields that the command line has options for.
+TEXT_OPTIONS = {
+    "learning_rate": Option("peak of AdamW; 20 steps of warm-up, then linear to 0 (default 3e-4)", float),
+    "batch_tokens": Option("tokens per step (default 4096)", int),
+    "window": Option("tokens per window (default 256)", int),
+    "full_share": Option(
+        "share of the loss that is the own routing's; above 0, every batch is run twice (default 0)", float
+    ),
+    "distil": Option(
+        "share of the budget's loss that is KL(model as it was || budget) instead of the text's (default 1)",
+        float,
+    ),
+    "balance": Option("coefficient of the load-balancing loss (default 0.001)", float),
+    "z": Option("coefficient of the router z-loss (default 0.0001)", float),
+    "budget": Option("coefficient of the budget term (default 0.02)", float),
+    "refit_every": Option("steps between refits of the null (default 100)", int),
+}

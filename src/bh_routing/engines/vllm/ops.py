@@ -116,9 +116,10 @@ class RouteCall:
         self, hidden_states: Tensor, router_logits: Tensor, indices_type: Any = None, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         weights_TK, experts_TK = self.inner(hidden_states, router_logits, indices_type, **kwargs)
-        return torch.ops.bh_routing.vllm_route(
+        decided: tuple[Tensor, Tensor] = torch.ops.bh_routing.vllm_route(
             router_logits, weights_TK, experts_TK, _encode_layer_name(self.name)
         )
+        return decided
 
 
 class CompensatedForward:
@@ -128,9 +129,10 @@ class CompensatedForward:
         self.inner, self.name = inner, name
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
-        return torch.ops.bh_routing.vllm_compensate(
+        output_TH: Tensor = torch.ops.bh_routing.vllm_compensate(
             self.inner(*args, **kwargs), _encode_layer_name(self.name)
         )
+        return output_TH
 
 
 class RaggedApply:

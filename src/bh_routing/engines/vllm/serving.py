@@ -205,11 +205,14 @@ class Server:
         )
         opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # it is on this machine
         with opener.open(request, timeout=timeout) as response:
-            return response.read()
+            return bytes(response.read())
 
     def stats(self) -> list[dict[str, Any]]:
         """`bh_routing_stats` of every worker, over HTTP."""
-        return json.loads(self.get("/collective_rpc", {"method": "bh_routing_stats"}))["results"]
+        answers: list[dict[str, Any]] = json.loads(
+            self.get("/collective_rpc", {"method": "bh_routing_stats"})
+        )["results"]
+        return answers
 
     def check_routed(self) -> str:
         """Say what is routed, or raise `ServerError` unless it is every MoE layer."""
