@@ -20,8 +20,7 @@ from .decision.compensation import Compensation
 from .errors import InvalidParameterError, InvalidTypeError, PatchError
 from .patching import PatchPlan, RoutingPatch, make_plan
 from .policies import RoutingPolicy
-from .settings import RoutingSettings, level_of
-from .stats.procedures import get_procedure
+from .settings import RoutingSettings, counted, level_of
 from .telemetry.figures import Telemetry
 
 logger = logging.getLogger(__name__)
@@ -169,12 +168,10 @@ class RoutingIntegration:
         ``bh_would_select_mean``, ``bh_would_select_std``, ``total_forward_passes``. Means over no token, or
         without ``collect_stats``, are NaN. `telemetry` has everything per layer.
         """
-        telemetry = self._telemetry
-        nan = float("nan")
-        mean = nan if telemetry is None else telemetry.mean_experts_per_token
-        std = nan if telemetry is None else telemetry.std_experts_per_token
-        calls = 0 if telemetry is None else telemetry.total_forward_passes
-        if telemetry is not None and calls and (silent := telemetry.silent_layers()):
+        total: dict[str, Any] = {"mean_experts": None, "std_experts": None, "router_calls": 0, "tokens": 0}
+        if self._telemetry is not None:
+            total = self._telemetry.to_dict()["total"]
+        if total["router_calls"] and (silent := total["silent_layers"]):
             logger.warning(
                 "%d of %d patched routers were never called (%s%s): their layers run unrouted, or saw no token; "
                 "a kernel that replaces the whole block bypasses its router.",
@@ -183,17 +180,9 @@ class RoutingIntegration:
                 ", ".join(silent[:3]),
                 ", ..." if len(silent) > 3 else "",
             )
-        tokens = 0 if telemetry is None else telemetry.num_tokens
-        if self.mode == "analyze":
-            counts = {"bh_would_select_mean": mean, "bh_would_select_std": std}
-        else:
-            counts = {"mean_experts_per_token": mean, "std_experts_per_token": std}
-        return (
-            {"mode": self.mode}
-            | self._settings()
-            | counts
-            | {"total_forward_passes": calls, "total_tokens": tokens}
-        )
+        counts = counted(self.mode, total)
+        counts = {name: float("nan") if value is None else value for name, value in counts.items()}
+        return {"mode": self.mode} | self._settings() | counts
 
     def _settings(self) -> dict[str, Any]:
         return self.policy.describe()
@@ -375,17 +364,8 @@ class BHRoutingIntegration(RoutingIntegration):
         return super().get_routing_stats()
 
     def _settings(self) -> dict[str, Any]:
-        settings: dict[str, Any] = {
-            "alpha": self.alpha,
-            "temperature": self.temperature,
-            "min_k": self.min_k,
-            "max_k": self.max_k,
-            "procedure": get_procedure(self.settings.procedure).name,
-            "calibrated": self.calibration is not None,
-        }
-        if self.budget is not None:
-            settings["experts_per_token"] = self.budget
-        return settings
+        calibrated = self.calibration is not None
+        return self.settings.describe(self.policy, calibrated=calibrated, top_k=self.max_k)
 
     def _tell_uncalibrated(self) -> None:
         """Say once what the uncalibrated null selected, and how to do better."""

@@ -321,6 +321,34 @@ class RoutingSettings:
                 "unpatch and patch anew for that."
             )
 
+    def describe(
+        self, policy: RoutingPolicy | None, *, calibrated: bool, top_k: int | None = None
+    ) -> dict[str, Any]:
+        """Of a routing by a policy of these settings, what the original design's statistics say of its settings."""
+        from .stats.procedures import get_procedure
+
+        told = {
+            "alpha": level_of(policy),
+            "temperature": self.temperature,
+            "min_k": self.min_k,
+            "max_k": self.max_k or top_k,
+            "procedure": get_procedure(self.procedure).name,
+            "calibrated": calibrated,
+        }
+        budget = self.experts_per_token
+        return told if budget is None else told | {"experts_per_token": budget}
+
+
+def counted(mode: Mode, total: Mapping[str, Any]) -> dict[str, Any]:
+    """The figures of ``Telemetry.to_dict()["total"]`` under the original design's keys."""
+    names = {
+        "patch": ("mean_experts_per_token", "std_experts_per_token"),
+        "analyze": ("bh_would_select_mean", "bh_would_select_std"),
+    }[mode]
+    keys = (*names, "total_forward_passes", "total_tokens")
+    figures = (total[key] for key in ("mean_experts", "std_experts", "router_calls", "tokens"))
+    return dict(zip(keys, figures, strict=True))
+
 
 def level_of(policy: RoutingPolicy | None) -> float | None:
     """The level of a policy; None where it has none, or one for each layer."""

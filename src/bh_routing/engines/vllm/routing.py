@@ -23,7 +23,7 @@ from ...decision.compensation import Compensation, compensated_norm
 from ...decision.types import RouteNorm, RoutingDecision
 from ...errors import CalibrationMismatchError, InvalidParameterError, UnsupportedModelError
 from ...policies import RoutingContext, RoutingPolicy
-from ...settings import level_of
+from ...settings import counted, level_of
 from ...stats.procedures import get_procedure
 from ...telemetry.figures import Telemetry
 from .paths import match_layer
@@ -304,31 +304,18 @@ class EngineRouting:
         calibrated router and the router's class of each), ``left_out`` (layers that stay as they are), and
         ``pairs_computed`` ((token, expert) pairs that the ragged path handed to the kernel).
         """
-        settings = self.settings
-        told: dict[str, Any] = {
-            "mode": settings.mode,
-            "alpha": self.alpha,
-            "temperature": settings.temperature,
-            "min_k": settings.min_k,
-            "max_k": settings.max_k or max((x.facts.top_k for x in self.layers), default=None),
-            "procedure": get_procedure(settings.procedure).name,
-            "calibrated": self.calibration is not None,
-            "compensation": self.compensates and settings.mode == "patch",
-        }
-        if self.budget is not None:
-            told["experts_per_token"] = self.budget
-        counted = None
-        if self.telemetry is not None:
-            counted = self.telemetry.to_dict()
-            names = ("bh_would_select_mean", "bh_would_select_std")
-            if settings.mode == "patch":
-                names = ("mean_experts_per_token", "std_experts_per_token")
-            total = counted["total"]
-            told |= {names[0]: total["mean_experts"], names[1]: total["std_experts"]}
-            told |= {"total_forward_passes": total["router_calls"], "total_tokens": total["tokens"]}
+        told: dict[str, Any] = {"mode": self.settings.mode} | self.settings.describe(
+            self.policy,
+            calibrated=self.calibration is not None,
+            top_k=max((x.facts.top_k for x in self.layers), default=None),
+        )
+        told["compensation"] = self.compensates and self.settings.mode == "patch"
+        figures = None if self.telemetry is None else self.telemetry.to_dict()
+        if figures is not None:
+            told |= counted(self.settings.mode, figures["total"])
         return {
             "stats": told,
-            "telemetry": counted,
+            "telemetry": figures,
             "layers": [
                 {"layer": x.facts.name, "path": x.context.path, "router": x.facts.router} for x in self.layers
             ],
