@@ -23,6 +23,7 @@ from bh_routing.evaluation.scoring import _guessed, score_text
 from bh_routing.evaluation.summary import summarise
 from bh_routing.text import spans
 from olmoe_routing_experiments import RoutingStrategy, load_dataset
+from report_cases import make_result
 
 
 class Letters:
@@ -188,7 +189,7 @@ def test_damaged_records_are_skipped(make_runner: Any) -> None:
 
 def test_a_full_disk_leaves_whole_records(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = ResultsFolder(tmp_path)
-    folder.append({"format": 1, "key": "a", "x": float("nan")})
+    folder.append(make_result("full", 8.0, 0.0, 1, key="a", x=float("nan")))
     before = folder.results_path.read_bytes()
 
     def full(_file: int) -> None:
@@ -196,9 +197,9 @@ def test_a_full_disk_leaves_whole_records(tmp_path: Path, monkeypatch: pytest.Mo
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="No space left on device"):
-        folder.append({"format": 1, "key": "b"})
+        folder.append(make_result("full", 8.0, 0.0, 1, key="b"))
     assert folder.results_path.read_bytes() == before
-    assert folder.results() == [{"format": 1, "key": "a", "x": None}]
+    assert [(r["key"], r["x"]) for r in folder.results()] == [("a", None)]
 
 
 def test_strategies_of_the_original_form(make_runner: Any) -> None:

@@ -1,11 +1,19 @@
-"""Files: text that is read through its compression, and writing that leaves a file whole or as it was."""
+"""Files: text that is read through its compression, and the only places that write.
+
+`write_atomically` leaves a file whole or as it was; `append_line` adds a line whole or not at all. Nothing else in the
+library opens a file of a user's for writing.
+"""
 
 from __future__ import annotations
 
 import bz2
+import contextlib
 import gzip
 import lzma
 import os
+import secrets
+import shutil
+import stat
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -40,16 +48,104 @@ def read_lines(path: Path) -> Iterator[str]:
         ) from None
 
 
-def write_atomically(path: str | os.PathLike[str], write: Callable[[Path], object]) -> None:
-    """Call ``write(temporary_path)`` and rename the result, so that ``path`` is whole or unchanged."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+def write_atomically(path: str | os.PathLike[str], content: bytes | str) -> None:
+    """Write a file (text as UTF-8), so that it is whole or as it was, whatever interrupts.
+
+    The content goes to a file of a name of its own beside it, to the disk, and is then renamed. A symbolic link is
+    followed; what is no regular file (``/dev/stdout``, a pipe) is written to as it is.
+
+    Raises
+    ------
+    OSError
+        With ``path`` as its file name, where the disk is full or the folder cannot be written to.
+    """
+    data = content.encode() if isinstance(content, str) else content
+    target = Path(os.path.realpath(path))
+    temporary = target.with_name(f".bh-routing-{secrets.token_hex(8)}.tmp")  # no longer than a name may be
     try:
-        temporary.touch()
-        mode = temporary.stat().st_mode  # the user's own default; some writers make files for the user alone
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if _special(target):
+            with target.open("wb") as file:
+                file.write(data)
+            return
+        try:
+            with temporary.open("xb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, target)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except OSError as error:
+        error.filename, error.filename2 = str(path), None
+        raise
+
+
+def _special(path: Path) -> bool:
+    """Whether it exists and is no regular file."""
+    try:
+        return not stat.S_ISREG(path.stat().st_mode)
+    except FileNotFoundError:
+        return False
+
+
+def write_folder(path: Path, write: Callable[[Path], object]) -> None:
+    """Call ``write`` with an empty folder beside ``path``, and give it that name when it is complete.
+
+    Raises
+    ------
+    OSError
+        If ``path`` exists and is no empty folder, or cannot be written.
+    """
+    temporary = path.with_name(f".bh-routing-{secrets.token_hex(8)}.tmp")
+    temporary.mkdir()
+    try:
         write(temporary)
-        temporary.chmod(mode)
         os.replace(temporary, path)
     finally:
-        temporary.unlink(missing_ok=True)
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def append_line(path: str | os.PathLike[str], line: str) -> None:
+    """Add a line to a text, whole or not at all; a line that was torn before is ended first.
+
+    Several processes may append to one file.
+
+    Raises
+    ------
+    OSError
+        With ``path`` as its file name.
+    """
+    try:
+        with open(path, "a+b", buffering=0) as file, _locked(file.fileno()):
+            size = file.seek(0, os.SEEK_END)
+            torn = False
+            if size:
+                file.seek(-1, os.SEEK_END)
+                torn = file.read(1) != b"\n"
+            data = memoryview(b"\n" * torn + line.encode() + b"\n")
+            try:
+                while data:
+                    data = data[file.write(data) :]
+                os.fsync(file.fileno())
+            except BaseException:
+                file.truncate(size)
+                raise
+    except OSError as error:
+        error.filename = str(path)
+        raise
+
+
+@contextlib.contextmanager
+def _locked(descriptor: int) -> Iterator[None]:
+    """Alone with a file, where the system has such locks."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        yield
+        return
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    try:
+        yield
+    finally:
+        fcntl.flock(descriptor, fcntl.LOCK_UN)

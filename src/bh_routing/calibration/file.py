@@ -1,30 +1,29 @@
 """Reading and writing calibrations.
 
-A calibration file is safetensors with four metadata entries: ``format``, ``format_version``, ``header`` (JSON:
-model, layers, settings, text) and ``digest`` (SHA-256 over header and tensors, so that a damaged or edited
-file is noticed). Tensors: ``hist.<statistic>.<set>.<layer>`` integer counts [E, B] in the narrowest type that
-holds them; ``moments.*``; ``reservoir.*``; ``fingerprint``.
+A calibration file is a file of tensors (`bh_routing._tensor_files`); its header holds model, layers, settings, text.
+Tensors: ``hist.<statistic>.<set>.<layer>`` integer counts [E, B] in the narrowest type that holds them; ``moments.*``;
+``reservoir.*``; ``fingerprint``. What a file may hold is said here, once: `HEADER`, `LAYER` and `_expect`.
 
-Shape legend: L routed layers, E experts, B bins, D projections.
+Shape legend: L routed layers, E experts, B bins, D projections, H hidden size, J = 2E, N tokens kept, K slots.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
+import re
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, fields
-from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from .._files import write_atomically
+from .._checks import LONGEST, listed, mapping, number, one_of, optional, record, text, unique, whole
+from .._tensor_files import INTEGERS, Expected, read_tensors, write_tensors
+from ..decision.types import RouteNorm
 from ..errors import CalibrationError, CalibrationFileError
-from ..stats.histogram import Histogram
+from ..stats.histogram import FIRST_BIN, LAST_BIN, Histogram
+from ..stats.statistic import LOG_SCORES
 from .data import CalibrationData, Data, LayerRecord, Reservoir, stack_layers
 from .moments import Moments
 
@@ -33,6 +32,61 @@ FORMAT, FORMAT_VERSION = "bh-routing calibration", 1
 IN_FLOAT32 = ("mean_LEH", "gram_LJJ", "cross_LJH")  # of the moments, which are float64 in memory
 RENAMED = {"compensation_strength": "compensation_scale"}  # of older files
 PARTS: dict[str, type[Moments | Reservoir]] = {"moments": Moments, "reservoir": Reservoir}
+MOST_COUNTS = (
+    1 << 27
+)  # of one set in memory, 1 GiB; a model of 58 layers and 256 experts needs a quarter at most
+
+_COUNT, _LARGE = (0.0, float(LONGEST)), (0.0, 1e30)
+TENSORS = {  # key -> what it must be; of moments and reservoir, each part as a whole may be absent
+    "fingerprint": Expected("LD", (torch.float64,)),
+    "moments.tokens": Expected("LE", (torch.int64,), *_COUNT),
+    "moments.square": Expected("LE", (torch.float64,), *_LARGE),
+    "moments.mean_square": Expected("LE", (torch.float64,), *_LARGE),
+    "moments.mean": Expected("LEH", (torch.float32,)),
+    "moments.sensitivity_tokens": Expected("LE", (torch.int64,), *_COUNT),
+    "moments.sensitivity": Expected("LE", (torch.float64,), *_LARGE),
+    "moments.gram": Expected("LJJ", (torch.float32,)),
+    "moments.cross": Expected("LJH", (torch.float32,)),
+    "reservoir.hash": Expected("N", (torch.int64,), -(2.0**63), 2.0**63),
+    "reservoir.logits": Expected("NLE", (torch.float16,), float("-inf"), 65504.0),  # -inf: a masked expert
+    "reservoir.experts": Expected("NLK", (torch.int16,), -1.0),
+}
+TOGETHER = (  # keys that stand in a file together or not at all
+    ("moments.tokens", "moments.square", "moments.mean_square"),
+    ("moments.sensitivity_tokens", "moments.sensitivity"),
+    ("moments.gram", "moments.cross"),
+    ("reservoir.hash", "reservoir.logits", "reservoir.experts"),
+)
+KINDS, SETS = ("logit", "logprob"), ("unselected", "selected", "trimmed")
+
+_NAME = text(4096)
+LAYER = record(
+    {
+        "path": _NAME,
+        "experts_path": optional(_NAME),
+        "top_k": whole(1, 1 << 15),
+        "score_func": one_of(*LOG_SCORES),
+        "route_norm": one_of(*get_args(RouteNorm)),
+    }
+)
+HEADER = record(
+    {
+        "model_id": text(),
+        "layers": listed(LAYER, 1, 1 << 12),
+        "num_experts": whole(1, 1 << 15),
+        "starts": mapping(whole(FIRST_BIN, LAST_BIN)),
+        "tokens": whole(),
+        "documents": whole(),
+        "text_digest": text(32),
+        "temperature": number(most=1e6, above=0.0),
+        "trim": whole(0, 1 << 15),
+        "seed": whole(-(2**63), 2**63 - 1),
+        "window": whole(),
+        "reservoir_size": whole(),
+        "library_version": text(),
+    },
+    {"compensation_scale": number(0.0, 1.0), "left_out": listed(_NAME, 0, 1 << 12)},
+)
 
 
 def _keys(part: str) -> dict[str, str]:
@@ -67,20 +121,11 @@ def save(data: CalibrationData, path: str | os.PathLike[str]) -> None:
         for name, key in _keys(part).items():
             if (value := getattr(getattr(data, part), name, None)) is not None:
                 tensors[key] = value.float() if name in IN_FLOAT32 else value
-    tensors = {key: value.cpu().contiguous() for key, value in tensors.items()}
     scalars = {field.name: getattr(data, field.name) for field in fields(data)}
     scalars = {name: value for name, value in scalars.items() if isinstance(value, (str, int, float))}
     layers = [asdict(layer) for layer in data.layers]
-    header = json.dumps(
-        scalars | {"layers": layers, "starts": starts, "left_out": data.left_out}, sort_keys=True
-    )
-    metadata = {
-        "format": FORMAT,
-        "format_version": str(FORMAT_VERSION),
-        "header": header,
-        "digest": _digest(header, tensors),
-    }
-    write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata))
+    header = scalars | {"layers": layers, "starts": starts, "left_out": data.left_out}
+    write_tensors(path, FORMAT, FORMAT_VERSION, header, tensors)
 
 
 def _narrow(counts: Tensor) -> Tensor:
@@ -92,78 +137,84 @@ def _narrow(counts: Tensor) -> Tensor:
     return counts
 
 
-def _digest(header: str, tensors: dict[str, Tensor]) -> str:
-    digest = hashlib.sha256(header.encode())
-    for key in sorted(tensors):
-        tensor = tensors[key]
-        digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.numpy().tobytes())
-    return digest.hexdigest()
-
-
 def load(path: str | os.PathLike[str], kind: type[Data]) -> Data:
-    """Read a calibration as an object of this class, and check that it is whole.
+    """Read a calibration as an object of this class, and check that it is whole and sound.
 
     Raises
     ------
     CalibrationFileError
-        If it does not exist, is damaged or edited, is something else, or of a newer format.
+        If it does not exist, is damaged or edited, is something else, or of a newer format, or if anything in it is
+        no such thing as a calibration holds.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise CalibrationFileError(
-            f"there is no calibration file {path}; make one with `bh-routing calibrate MODEL --text FILE -o {path}`."
-        )
+    advice = "make one with `bh-routing calibrate MODEL --text FILE -o FILE.safetensors`"
+    _, header, tensors = read_tensors(
+        path, FORMAT, (FORMAT_VERSION,), _expect, CalibrationFileError, what="calibration", advice=advice
+    )
     try:
-        with safe_open(str(path), framework="pt") as file:
-            metadata = file.metadata() or {}
-            _check_format(path, metadata)
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a mapping
-    except (SafetensorError, OSError) as error:
-        raise CalibrationFileError(
-            f"{path} cannot be read as a calibration file (damaged or truncated?): {error}; calibrate again."
-        ) from None
-    header_text = metadata.get("header", "")
-    if _digest(header_text, tensors) != metadata.get("digest"):
-        raise CalibrationFileError(
-            f"{path} was changed after it was written: its digest does not match its content; calibrate again."
-        )
-    return kind(**_fields(json.loads(header_text), tensors))
+        return kind(**_fields(header, tensors))
+    except ValueError as error:
+        raise CalibrationFileError(f"{path} holds no sound calibration: {error}; {advice}.") from None
 
 
-def _check_format(path: Path, metadata: dict[str, str]) -> None:
-    if metadata.get("format") != FORMAT:
-        raise CalibrationFileError(
-            f"{path} is not a calibration: expected metadata format={FORMAT!r}, got "
-            f"{metadata.get('format')!r}; make one with `bh-routing calibrate`."
+def _expect(header: Any, keys: Collection[str]) -> tuple[dict[str, Any], dict[str, Expected], dict[str, int]]:
+    """The header checked, in today's words; what every tensor must be; the sizes that are known."""
+    if isinstance(header, dict) and isinstance(header.get("layers"), list):
+        layers = [_renamed(layer) if isinstance(layer, dict) else layer for layer in header["layers"]]
+        header = {RENAMED.get(key, key): value for key, value in header.items()} | {"layers": layers}
+    held: dict[str, Any] = HEADER(header)
+    num_layers, num_experts = len(held["layers"]), held["num_experts"]
+    unique((layer["path"] for layer in held["layers"]), "the paths of the layers")
+    if not re.fullmatch("[0-9a-f]{32}", held["text_digest"]):
+        raise ValueError("text_digest must be 32 hexadecimal digits")
+    slots = max(layer["top_k"] for layer in held["layers"])
+    if slots > num_experts:
+        raise ValueError(f"a layer chooses {slots} of {num_experts} experts")
+    counts = {f"hist.{kind}.{name}.{i}" for kind in KINDS for name in SETS for i in range(num_layers)}
+    if set(held["starts"]) != counts:
+        odd = sorted(set(held["starts"]) ^ counts)[0]
+        raise ValueError(
+            f"starts must name the counts of every layer and no others, got or lacks {odd[:80]!r}"
         )
-    version = metadata.get("format_version", "")
-    if version != str(FORMAT_VERSION):
-        raise CalibrationFileError(
-            f"{path} has calibration format version {version or 'none'}, this library reads version "
-            f"{FORMAT_VERSION}; calibrate again, or use the library version that wrote it."
-        )
+    expected = {key: Expected("E*", INTEGERS, *_COUNT) for key in sorted(counts)}
+    present = [key for key in TENSORS if key in keys]
+    for group in TOGETHER:
+        if 0 < len(set(group) & set(present)) < len(group):
+            raise ValueError(f"{' and '.join(group)} must be there together")
+    parts = [key.split(".")[0] for key in present]
+    if "moments" in parts and "moments.tokens" not in present:
+        raise ValueError("moments.tokens must be there with the other moments")
+    expected |= {key: TENSORS[key] for key in {"fingerprint", *present}}
+    return held, expected, {"L": num_layers, "E": num_experts, "J": 2 * num_experts, "K": slots}
 
 
 def _renamed(layer: dict[str, Any]) -> dict[str, Any]:
     """A layer's header with today's words; older files say ``score`` and ``convention``, and "raw" for "none"."""
-    if "convention" not in layer:
+    if not {"convention", "score"} <= set(layer):
         return layer
-    norm = {"raw": "none"}.get(layer["convention"], layer["convention"])
     kept = {key: value for key, value in layer.items() if key not in ("score", "convention")}
+    norm = "none" if layer["convention"] == "raw" else layer["convention"]
     return kept | {"score_func": layer["score"], "route_norm": norm}
 
 
 def _fields(header: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, Any]:
-    """The fields of `CalibrationData` from a file's header and tensors."""
-    per_layer: dict[tuple[str, str], list[Histogram]] = {}
-    for key, start in sorted(header["starts"].items(), key=lambda item: int(item[0].rsplit(".", 1)[1])):
-        _, kind, name, _ = key.split(".")
-        per_layer.setdefault((kind, name), []).append(Histogram(start, tensors[key].long().unsqueeze(0)))
-    histograms: dict[str, dict[str, Histogram]] = {}
-    for (kind, name), parts in per_layer.items():
-        histograms.setdefault(kind, {})[name] = stack_layers(parts)
-    found: dict[str, Any] = {RENAMED.get(k, k): value for k, value in header.items() if k != "starts"}
+    """The fields of `CalibrationData` from a file's header and tensors.
+
+    Raises
+    ------
+    ValueError
+        If they do not agree with one another.
+    """
+    layers = [LayerRecord(**layer) for layer in header["layers"]]
+    histograms = {
+        kind: {
+            name: _histogram(
+                [f"hist.{kind}.{name}.{i}" for i in range(len(layers))], header["starts"], tensors
+            )
+            for name in SETS
+        }
+        for kind in KINDS
+    }
+    found: dict[str, Any] = {key: value for key, value in header.items() if key != "starts"}
     for part, kind_of_part in PARTS.items():
         held = {name: tensors.get(key) for name, key in _keys(part).items()}
         if any(value is not None for value in held.values()):
@@ -171,9 +222,83 @@ def _fields(header: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, Any
                 n: v.double() if v is not None and n in IN_FLOAT32 else v for n, v in held.items()
             }
             found[part] = kind_of_part(**wide)
+    _check_counts(histograms, layers, header["num_experts"])
+    if "moments" in found:
+        _check_moments(found["moments"], histograms["logit"]["selected"])
+    if "reservoir" in found:
+        _check_reservoir(found["reservoir"], layers, header)
     return found | {
         "left_out": tuple(header.get("left_out", ())),
-        "layers": tuple(LayerRecord(**_renamed(layer)) for layer in header["layers"]),
+        "layers": tuple(layers),
         "histograms": histograms,
         "fingerprint_LD": tensors["fingerprint"],
     }
+
+
+def _histogram(keys: list[str], starts: dict[str, int], tensors: dict[str, Tensor]) -> Histogram:
+    """The counts of all layers over their common bins, where that is no more than memory should be taken for."""
+    widths = [tensors[key].shape[1] for key in keys]
+    ends = [starts[key] + width for key, width in zip(keys, widths, strict=True)]
+    if min(widths) < 1 or max(ends) > LAST_BIN + 1:
+        raise ValueError(f"{keys[0][:-2]} has no bins, or some beyond the last")
+    cells = len(keys) * tensors[keys[0]].shape[0] * (max(ends) - min(starts[key] for key in keys))
+    if cells > MOST_COUNTS:
+        raise ValueError(f"{keys[0][:-2]} would take {cells:,} counts, at most {MOST_COUNTS:,} are read")
+    return stack_layers([Histogram(starts[key], tensors[key].long().unsqueeze(0)) for key in keys])
+
+
+def _check_counts(
+    histograms: dict[str, dict[str, Histogram]], layers: Sequence[LayerRecord], num_experts: int
+) -> None:
+    """Every token chooses top-k experts and passes the others over, in both statistics."""
+    for i, layer in enumerate(layers):
+        sums = {
+            (kind, name): int(histograms[kind][name].counts_LEB[i].sum()) for kind in KINDS for name in SETS
+        }
+        chosen, passed = sums["logit", "selected"], sums["logit", "unselected"]
+        if chosen * (num_experts - layer.top_k) != passed * layer.top_k:
+            raise ValueError(
+                f"{layer.path} chose {chosen:,} experts and passed {passed:,} over, which are not {layer.top_k} and "
+                f"{num_experts - layer.top_k} a token"
+            )
+        if any(sums["logit", name] != sums["logprob", name] for name in ("selected", "unselected")):
+            raise ValueError(f"the counts of the two statistics differ in {layer.path}")
+        if max(sums["logit", "trimmed"], sums["logprob", "trimmed"]) > chosen + passed:
+            raise ValueError(f"{layer.path} has more trimmed logits than logits")
+
+
+def _check_moments(moments: Moments, selected: Histogram) -> None:
+    if not torch.equal(moments.tokens_LE, selected.counts_LEB.sum(-1)):
+        raise ValueError("moments.tokens must be how often each expert was selected")
+    if bool((moments.mean_square_LE > moments.square_LE * 1.001 + 1e-12).any()):
+        raise ValueError("moments.mean_square must be at most moments.square")
+    if moments.mean_LEH is not None and not torch.allclose(
+        moments.mean_LEH.square().sum(-1), moments.mean_square_LE, rtol=1e-3, atol=1e-9
+    ):
+        raise ValueError("moments.mean_square must be the square of moments.mean")
+    if moments.gram_LJJ is not None:
+        bound_LJ = moments.gram_LJJ.diagonal(dim1=1, dim2=2)
+        if bool((bound_LJ < 0).any()):
+            raise ValueError("moments.gram must hold sums of squares in its diagonal")
+        bound_LJJ = (bound_LJ.unsqueeze(1) * bound_LJ.unsqueeze(2)).sqrt() * 1.001 + 1e-6
+        if not torch.equal(moments.gram_LJJ, moments.gram_LJJ.mT) or bool(
+            (moments.gram_LJJ.abs() > bound_LJJ).any()
+        ):
+            raise ValueError("moments.gram must be a matrix of products")
+
+
+def _check_reservoir(kept: Reservoir, layers: Sequence[LayerRecord], header: dict[str, Any]) -> None:
+    if kept.num > header["reservoir_size"] or bool((kept.hash_N.diff() < 0).any()):
+        raise ValueError(
+            f"the reservoir must hold at most {header['reservoir_size']:,} tokens in order of their hashes"
+        )
+    for i, layer in enumerate(layers):
+        own_NK, rest = kept.experts_NLK[:, i, : layer.top_k], kept.experts_NLK[:, i, layer.top_k :]
+        if (
+            bool((own_NK < 0).any())
+            or bool((own_NK >= header["num_experts"]).any())
+            or bool((rest != -1).any())
+        ):
+            raise ValueError(
+                f"the kept experts of {layer.path} must be {layer.top_k} of {header['num_experts']}"
+            )

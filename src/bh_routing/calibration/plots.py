@@ -5,6 +5,7 @@ Shape legend: T tokens, E experts, B bins. Needs matplotlib (the extra ``plot``)
 
 from __future__ import annotations
 
+import io
 import os
 import warnings
 from dataclasses import replace
@@ -50,7 +51,9 @@ def plot_calibration(calibration: CalibrationData, path: str | os.PathLike[str],
             f"a picture must be written to a file that ends in {', '.join(FORMATS)}, got {str(path)!r}."
         )
     figure = calibration_figure(calibration, **settings)
-    write_atomically(path, lambda temporary: figure.savefig(temporary, format=path.suffix.lower()[1:]))
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format=path.suffix.lower()[1:])
+    write_atomically(path, buffer.getvalue())
 
 
 def calibration_figure(calibration: CalibrationData, **settings: Any) -> Figure:

@@ -9,8 +9,11 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib import import_module
 from typing import NoReturn
 
@@ -38,6 +41,7 @@ MODEL_HELP = "MODEL is olmoe-nano (embedded), a folder, or a hub id such as alle
 
 USER_ERROR = 2
 INTERRUPTED = 130
+TERMINATED = 143
 
 __all__ = ["COMMANDS", "main"]
 
@@ -83,10 +87,13 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code.
 
-    0: done. 2: something in what was asked is wrong (one sentence on stderr). 130: interrupted.
+    0: done. 2: something in what was asked is wrong (one sentence on stderr). 130: interrupted. 143: ended by SIGTERM.
     """
     parser = build_parser()
     prog = parser.prog
+    if not (sys.argv[1:] if argv is None else argv):
+        parser.print_help()
+        return 0
     try:
         args, unknown = parser.parse_known_args(argv)
         prog = args.parser.prog
@@ -94,7 +101,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             args.parser.error(f"unknown option {unknown[0]!r}")
         if getattr(args, "config", None):
             args = with_config(parser, argv, args.config)
-        with notes():
+        with notes(), _terminable():
             _check_model_arguments(args)
             return args.run(args) or 0
     except SystemExit as leave:  # argparse's way to end: --help, --version, a usage error
@@ -105,12 +112,35 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except OSError as error:
-        if error.filename is None:
-            raise
-        return _fail(prog, f"{error.filename}: {(error.strerror or type(error).__name__).lower()}.")
+        where = "" if error.filename is None else f"{error.filename}: "
+        return _fail(prog, f"{where}{(error.strerror or str(error) or type(error).__name__).lower()}.")
+    except _Terminated:
+        print(f"{prog}: ended by a signal.", file=sys.stderr)
+        return TERMINATED
     except KeyboardInterrupt:
         print(f"{prog}: interrupted.", file=sys.stderr)
         return INTERRUPTED
+
+
+class _Terminated(BaseException):
+    """SIGTERM, as an exception, so that what was begun is taken back."""
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """SIGTERM raises `_Terminated` in here."""
+
+    def terminated(_number: int, _frame: object) -> NoReturn:
+        raise _Terminated
+
+    if threading.current_thread() is not threading.main_thread():  # signals are its owner's business
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, terminated)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _check_model_arguments(args: argparse.Namespace) -> None:

@@ -98,8 +98,8 @@ def with_config(parser: argparse.ArgumentParser, argv: Sequence[str] | None, pat
 
     try:
         held = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InvalidParameterError(f"{path} cannot be read as YAML: {error}.") from error
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        raise InvalidParameterError(f"{path} cannot be read as YAML: {error}.") from None
     if not isinstance(held, dict):
         raise InvalidParameterError(f"expected options as key: value in {path}, got {type(held).__name__}.")
     command = parser.parse_args(argv).parser

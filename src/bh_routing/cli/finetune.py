@@ -10,12 +10,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .._files import write_atomically, write_folder
 from ..errors import InvalidParameterError
 from ..training.settings import TEXT_OPTIONS, FinetuneSettings
 from . import common
@@ -140,9 +138,9 @@ def _finetune(
                 logging.enable_progress_bar()
         tokenizer.save_pretrained(folder)
         calibration.save(folder / "calibration.safetensors")
-        (folder / "finetune.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        write_atomically(folder / "finetune.json", json.dumps(record, indent=1) + "\n")
 
-    _write_folder(out, write)
+    write_folder(out, write)
     _show(rows, done, settings, int(judged_NS[:, 1:].numel()), out)
 
 
@@ -246,14 +244,3 @@ def _check_output(out: Path) -> None:
     if out.exists():
         raise InvalidParameterError(f"output must be a folder that does not exist yet, got {str(out)!r}.")
     common.check_output(out, "folder")
-
-
-def _write_folder(out: Path, write: Callable[[Path], None]) -> None:
-    """Write into a temporary folder beside it, which is renamed when it is complete."""
-    temporary = out.with_name(f"{out.name}.{os.getpid()}.tmp")
-    temporary.mkdir()
-    try:
-        write(temporary)
-        os.replace(temporary, out)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)

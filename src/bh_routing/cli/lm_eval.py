@@ -6,8 +6,8 @@ from __future__ import annotations
 
 import argparse
 import json
-from pathlib import Path
 
+from .._files import write_atomically
 from ..errors import InvalidParameterError
 from . import common
 from .tables import print_table
@@ -67,4 +67,4 @@ def run(args: argparse.Namespace) -> None:
         ]
         print_table(task, ["policy", "experts", *metrics], cells)
     if args.output:
-        Path(args.output).write_text(json.dumps({"model": args.model, "results": rows}, indent=2) + "\n")
+        write_atomically(args.output, json.dumps({"model": args.model, "results": rows}, indent=2) + "\n")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from ..errors import InvalidParameterError
 from . import common
@@ -34,5 +33,5 @@ def run(args: argparse.Namespace) -> None:
         calibration = Calibration.load(args.calibration)
     results = folder.results()
     page = make_report(results, folder.run(), calibration)
-    write_atomically(args.output, lambda temporary: Path(temporary).write_text(page, encoding="utf-8"))
+    write_atomically(args.output, page)
     common.print_text(f"{args.output}: {len(results)} results, {len(page) / 1e3:.0f} kB.")

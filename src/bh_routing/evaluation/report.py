@@ -5,7 +5,10 @@ Shape legend: L routed layers, E experts.
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import json
+import re
 from collections.abc import Sequence
 from html import escape
 from importlib.resources import files
@@ -13,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import ResultsError
 from .report_plots import adaptive_rows, counts_plot, inline_svg, layers_plot, load_plot, pareto_plot, percent
+from .results import FORMAT, check_result, check_run
 from .summary import datasets_of, summarise
 
 if TYPE_CHECKING:
@@ -38,12 +42,17 @@ def make_report(
     Raises
     ------
     ResultsError
-        If there is no result.
+        If there is no result, or one is none.
     MissingDependencyError
         Without matplotlib.
     """
     if not results:
         raise ResultsError("expected results to report on, got none; run `bh-routing evaluate` first.")
+    try:
+        results = [check_result(result) for result in results]
+        run = check_run({"format": FORMAT, "model": results[0]["model"]} | run)
+    except ValueError as error:
+        raise ResultsError(f"there is no report of what is no result: {error}; measure it again.") from None
     sections = [_heading(results, run), *(_section(results, run, d) for d in datasets_of(results))]
     if calibration is not None:
         from ..calibration.plots import calibration_figure
@@ -51,17 +60,25 @@ def make_report(
         drawn = f"<div class='wide broad'>{inline_svg(calibration_figure(calibration))}</div>"
         sections.append(f"<h2>Calibration</h2><pre>{escape(repr(calibration))}</pre>{drawn}")
     template = files(__package__).joinpath("report.html").read_text(encoding="utf-8")
-    title = escape(f"Routing policies on {run.get('model', 'a model')}")
-    return template.replace("{{title}}", title).replace("{{body}}", "\n".join(sections))
+    script = template[template.index("<script>") + len("<script>") : template.index("</script>")]
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    filled = {
+        "title": escape(f"Routing policies on {run['model']}"),
+        "body": "\n".join(sections),
+        "script": f"'sha256-{digest}'",  # this script and no other
+    }
+    return re.sub(
+        r"\{\{(\w+)\}\}", lambda found: filled[found[1]], template
+    )  # what is filled in is not read again
 
 
 def _heading(results: Sequence[dict[str, Any]], run: dict[str, Any]) -> str:
     first = results[0]
     versions = ", ".join(f"{name} {version}" for name, version in first["versions"].items())
     return (
-        f"<h1>Routing policies on {escape(str(run.get('model', first['model'])))}</h1>"
+        f"<h1>Routing policies on {escape(run['model'])}</h1>"
         f"<p class='note'>{len(results)} results, {escape(first['device'])}, {escape(first['dtype'])}, "
-        f"{first['threads']} threads; {escape(versions)}; seed {first['seed']}.</p>"
+        f"{_said(first['threads'])} threads; {escape(versions)}; seed {_said(first['seed'])}.</p>"
     )
 
 
@@ -71,7 +88,7 @@ def _section(results: Sequence[dict[str, Any]], run: dict[str, Any], dataset: st
     parts = [
         f"<h2>{escape(dataset)}</h2>",
         _policies(rows),
-        f"<p class='note'>{first['tokens']:,} tokens in windows of {first['window']}, stride {first['stride']}. Perplexity "
+        f"<p class='note'>{first['tokens']:,} tokens in windows of {_said(first['window'])}, stride {_said(first['stride'])}. Perplexity "
         "per token; per word: the same loss spread over the words of the text. Changes are relative changes of "
         "perplexity with 95 % intervals of a paired bootstrap over 512-token blocks: what another stretch of the same "
         "kind of text would have given, nothing more. <em>vs top-k</em>: against plain top-k at the same number of "
@@ -85,7 +102,11 @@ def _section(results: Sequence[dict[str, Any]], run: dict[str, Any], dataset: st
         for row in shown:
             policy = escape(row["result"]["policy"])
             parts.append(f"<details><summary>{policy}</summary>{_plot(load_plot(row))}</details>")
-    parts.append(_token_view(rows, run.get("data", {}).get(dataset, {}).get("shown", [])))
+    data = run.get("data", {}).get(first["dataset"], {})
+    if first.get("text", data.get("digest")) == data.get(
+        "digest"
+    ):  # the folder shows the tokens of the last text
+        parts.append(_token_view(rows, data.get("shown", [])))
     return "<section>" + "".join(parts) + "</section>"
 
 
@@ -151,24 +172,32 @@ def _plot(figure: Figure) -> str:
     return f"<div class='wide'>{inline_svg(figure)}</div>"
 
 
+def _said(value: object) -> str:
+    """A setting, as text of a page."""
+    return escape(str(value))
+
+
 def _number(value: float | None, form: str, unit: float = 1) -> str:
     return "" if value is None else format(value if unit == 1 else value / unit, form)
 
 
 def _token_view(rows: Sequence[dict[str, Any]], tokens: Sequence[str]) -> str:
     """The text with every token shaded by its number of experts; counts per layer on hover and focus."""
-    held = {
-        r["result"]["policy"]: r["result"]["shown_counts"]
-        for r in adaptive_rows(rows, most=60)
-        if r["result"]["shown_counts"]
-    }
+    held = [r["result"] for r in adaptive_rows(rows, most=60) if any(map(any, r["result"]["shown_counts"]))]
     if not held or not tokens:
         return ""
-    most = max(max(map(max, counts)) for counts in held.values())
-    data = json.dumps({"tokens": list(tokens), "counts": held, "most": most}, ensure_ascii=True)
+    most = max(max(map(max, r["shown_counts"])) for r in held)
+    # A browser joins the blanks of a label: the labels here are those that it shows, and no two the same.
+    counts: dict[str, list[list[int]]] = {}
+    for result in held:
+        label = name = " ".join(result["policy"].split())
+        while label in counts:
+            label = f"{name} ({len(counts) + 1})"
+        counts[label] = result["shown_counts"]
+    data = json.dumps({"tokens": list(tokens), "labels": list(counts), "counts": counts, "most": most})
     # no "</script>" and no comment can begin within the data
     data = data.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
-    options = "".join(f"<option>{escape(name)}</option>" for name in held)
+    options = "".join(f"<option>{escape(label)}</option>" for label in counts)
     return (
         "<h3>Token view</h3><p class='note'>The stronger a token is shaded, the more experts it got on average over "
         "layers. Point at a token (or step through with Tab) to see every layer.</p>"

@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 
-from .._files import write_atomically
+from .._checks import either, listed, mapping, number, one_of, optional, read_json, record, text, whole
+from .._files import append_line, write_atomically
 from ..calibration.fingerprint import TOLERANCE, compare, fingerprint
 from ..errors import ResultsError
 
@@ -24,6 +25,89 @@ class ResultsWarning(UserWarning):
     """A results folder holds something that was skipped."""
 
 
+_NAME, _SETTING = text(4096), either(whole(-(2**63), 2**63), text(4096))
+_SIZE, _SHARE = number(0.0, 1e30), optional(number(0.0, 1.0))
+_COUNTS = listed(whole(), 0, 1 << 15)
+_LAYER = record(
+    {
+        "tokens": whole(),
+        "mean_experts": _SIZE,
+        "std_experts": _SIZE,
+        "jaccard": _SHARE,
+        "lost_weight_share": _SHARE,
+        "load_imbalance": optional(_SIZE),
+        "own_load_imbalance": optional(_SIZE),
+        "unused_experts": optional(whole()),
+        "own_unused_experts": optional(whole()),
+        "expert_load": _COUNTS,
+        "own_expert_load": _COUNTS,
+    },
+    others=True,
+)
+_RESULT = record(
+    {
+        "format": one_of(FORMAT),
+        "key": _NAME,
+        "policy": _NAME,
+        "dataset": _NAME,
+        "model": _NAME,
+        "perplexity": optional(_SIZE),
+        "word_perplexity": optional(_SIZE),
+        "token_accuracy": _SHARE,
+        "kl": optional(number(-1e30, 1e30)),
+        "tokens": whole(1),
+        "window": _SETTING,
+        "stride": _SETTING,
+        "blocks": listed(listed(optional(number(-1e12, 1e12)), 2, 2), 1),
+        "seconds": _SIZE,
+        "tokens_per_second": _SIZE,
+        "mean_experts_per_token": _SIZE,
+        "std_experts_per_token": _SIZE,
+        "count_histogram": _COUNTS,
+        "layers": listed(_LAYER, 1, 1 << 12),
+        "active_parameters": optional(_SIZE),
+        "flops_per_token": optional(_SIZE),
+        "settings": record({}, others=True),
+        "shown_counts": listed(_COUNTS, 0, 1 << 12),
+        "versions": mapping(_NAME),
+        "device": _NAME,
+        "dtype": _NAME,
+        "threads": _SETTING,
+        "seed": _SETTING,
+    },
+    others=True,
+)
+_RUN = record(
+    {"format": one_of(FORMAT), "model": _NAME},
+    {
+        "fingerprint": listed(listed(number(-1e30, 1e30), 1, 1 << 12), 1, 1 << 12),
+        "data": mapping(
+            record({}, {"digest": _NAME, "tokens": whole(), "shown": listed(_NAME)}, others=True)
+        ),
+    },
+    others=True,
+)
+
+
+def check_result(found: Any) -> dict[str, Any]:
+    """A result with every field of its type and range; ValueError says which is not."""
+    result: dict[str, Any] = _RESULT(found)
+    for layer in result["layers"]:
+        if len(layer["expert_load"]) != len(layer["own_expert_load"]):
+            raise ValueError("expert_load and own_expert_load of a layer must be of the same experts")
+    if any(count is None or count != int(count) or count < 1 for _, count in result["blocks"]):
+        raise ValueError("a block must be the sum of the losses of so many tokens")
+    if len({len(row) for row in result["shown_counts"]}) > 1:
+        raise ValueError("shown_counts must be of the same tokens in every layer")
+    return result
+
+
+def check_run(found: Any) -> dict[str, Any]:
+    """What ``run.json`` holds, every field of its type; ValueError says which is not."""
+    run: dict[str, Any] = _RUN(found)
+    return run
+
+
 def _defined(value: Any) -> Any:
     """The same with None for what JSON does not know (NaN, infinity)."""
     if isinstance(value, dict):
@@ -31,6 +115,11 @@ def _defined(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_defined(item) for item in value]
     return None if isinstance(value, float) and value - value != 0.0 else value
+
+
+def _tensor(rows: list[list[float]]) -> torch.Tensor:
+    """As a tensor; of none where the rows differ in length, which no fingerprint's do."""
+    return torch.tensor(rows if len(set(map(len, rows))) == 1 else [])
 
 
 class ResultsFolder:
@@ -66,14 +155,16 @@ class ResultsFolder:
         if not self.run_path.is_file():
             return {}
         try:
-            found = json.loads(self.run_path.read_text(encoding="utf-8"))
+            found = read_json(self.run_path.read_bytes())
+            if isinstance(found, dict) and found.get("format", FORMAT) != FORMAT:
+                raise ResultsError(f"{self.run_path} is of another version; give another folder.")
+            return check_run(found)
         except ValueError as error:
+            if isinstance(error, ResultsError):
+                raise
             raise ResultsError(
                 f"{self.run_path} is damaged: {error}; give another folder, or remove it."
-            ) from error
-        if not isinstance(found, dict) or found.get("format") != FORMAT:
-            raise ResultsError(f"{self.run_path} is of another version; give another folder.")
-        return found
+            ) from None
 
     def open(self, plan: Any, model_id: str, data: dict[str, Any]) -> None:
         """Start or go on with a run of a model; ``data`` is added to what the folder holds about data sets.
@@ -86,7 +177,7 @@ class ResultsFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         prints = [fingerprint(plan.layers[i].router).tolist() for i in (0, -1)]
         held = self.run()
-        if held and compare(torch.tensor(prints), torch.tensor(held["fingerprint"])) > TOLERANCE:
+        if held and compare(torch.tensor(prints), _tensor(held.get("fingerprint", []))) > TOLERANCE:
             raise ResultsError(
                 f"{self.path} holds results of another model ({held['model']}), this one is {model_id}; give "
                 "another folder."
@@ -97,46 +188,26 @@ class ResultsFolder:
             "fingerprint": prints,
             "data": held.get("data", {}) | data,
         }
-        text = json.dumps(run, ensure_ascii=False)
-        write_atomically(self.run_path, lambda temporary: Path(temporary).write_text(text, encoding="utf-8"))
+        write_atomically(self.run_path, json.dumps(run))
 
     def append(self, result: dict[str, Any]) -> None:
         """Append one result, whole or not at all (also where the disk is full)."""
-        line = json.dumps(_defined(result), ensure_ascii=False, allow_nan=False).encode() + b"\n"
-        with self.results_path.open("ab") as file:
-            size = file.seek(0, os.SEEK_END)
-            if size and not self._ends_whole():
-                line = b"\n" + line
-            try:
-                file.write(line)
-                file.flush()
-                os.fsync(file.fileno())
-            except OSError as error:
-                os.truncate(self.results_path, size)
-                error.filename = error.filename or str(self.results_path)
-                raise
-
-    def _ends_whole(self) -> bool:
-        with self.results_path.open("rb") as file:
-            file.seek(-1, os.SEEK_END)
-            return file.read(1) == b"\n"
+        append_line(self.results_path, json.dumps(_defined(result), allow_nan=False))
 
     def results(self) -> list[dict[str, Any]]:
         """Every result; of several with one key the last. Damaged lines are skipped with a warning."""
         if not self.results_path.is_file():
             return []
         found: dict[str, dict[str, Any]] = {}
-        for number, line in enumerate(self.results_path.read_bytes().split(b"\n"), start=1):
+        for i, line in enumerate(self.results_path.read_bytes().split(b"\n"), start=1):
             if not line.strip():
                 continue
             try:
-                result = json.loads(line)
-                if result["format"] != FORMAT:
-                    raise ValueError("another version")
+                result = check_result(read_json(line))
                 found[result["key"]] = result
-            except (ValueError, KeyError, TypeError) as error:
+            except ValueError as error:
                 warnings.warn(
-                    f"line {number} of {self.results_path} is damaged and was skipped: {error}.",
+                    f"line {i} of {self.results_path} is damaged and was skipped: {error}.",
                     ResultsWarning,
                     stacklevel=2,
                 )

@@ -7,20 +7,18 @@ Shape legend: N tokens, L routed layers, E experts, K slots of the router's own 
 
 from __future__ import annotations
 
-import json
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .._files import write_atomically
+from .._checks import Check, listed, number, one_of, record, text, unique, whole
+from .._tensor_files import FLOATS, INTEGERS, Expected, read_tensors, write_tensors
+from ..decision.types import RouteNorm
 from ..errors import CalibrationError, InvalidInputError, RoutingLogError
 from ..patching import make_plan, watch
 from ..policies import RoutingContext
@@ -30,8 +28,41 @@ from ..stats.statistic import LOG_SCORES
 if TYPE_CHECKING:
     from ..calibration.calibration import Calibration
 
-FORMAT, FORMAT_VERSION = "bh-routing record", 1  # the name that the command gave to its files
-_CONTEXT = ("path", "index", "num_experts", "empty", "top_k", "route_norm", "score_func", "route_scale")
+FORMAT, FORMAT_VERSION = "bh-routing record", 2  # the name that the command gave to its files
+_LAYER: dict[str, Check] = {
+    "path": text(4096),
+    "index": whole(0, 1 << 12),
+    "num_experts": whole(1, 1 << 15),
+    "empty": whole(0, 1 << 15),
+    "top_k": whole(1, 1 << 15),
+    "route_norm": one_of(*get_args(RouteNorm)),
+    "score_func": one_of(*LOG_SCORES),
+    "route_scale": number(-1e6, 1e6),
+}
+_HEADER = record({"model_id": text(), "layers": listed(record(_LAYER), 1, 1 << 12)})
+_TENSORS = {
+    "logits": Expected("NLE", FLOATS, float("-inf")),
+    "experts": Expected("NLK", INTEGERS, -1.0),
+    "weights": Expected("NLK", FLOATS),
+}
+_MORE = {"tokens": Expected("N", INTEGERS, 0.0, 2.0**63), "positions": Expected("N", INTEGERS, 0.0, 2.0**63)}
+
+
+def _expect(header: Any, keys: Collection[str]) -> tuple[dict[str, Any], dict[str, Expected], dict[str, int]]:
+    """The header checked, what every tensor must be, and the sizes that are known."""
+    held: dict[str, Any] = _HEADER(header)
+    layers = held["layers"]
+    unique((layer["path"] for layer in layers), "the paths of the layers")
+    for i, layer in enumerate(layers):
+        if layer["index"] != i:
+            raise ValueError(f"layers[{i}].index must be {i}, got {layer['index']}")
+        if layer["top_k"] > layer["num_experts"]:
+            raise ValueError(f"{layer['path']} chooses {layer['top_k']} of {layer['num_experts']} experts")
+    sizes = {
+        letter: max(layer[name] for layer in layers)
+        for letter, name in (("E", "num_experts"), ("K", "top_k"))
+    }
+    return held, _TENSORS | {k: v for k, v in _MORE.items() if k in keys}, sizes | {"L": len(layers)}
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -129,21 +160,15 @@ class RoutingLog:
         )
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the log as safetensors, to a temporary name first."""
-        tensors = {
-            "logits": self.logits_NLE.contiguous(),
-            "experts": self.experts_NLK.contiguous(),
-            "weights": self.weights_NLK.contiguous(),
-        }
-        for name, tensor in (("tokens", self.tokens_N), ("positions", self.positions_N)):
-            if tensor is not None:
-                tensors[name] = tensor.contiguous()
+        """Write the log as safetensors; it is whole or as it was."""
+        tensors = {"logits": self.logits_NLE, "experts": self.experts_NLK, "weights": self.weights_NLK}
+        more = {"tokens": self.tokens_N, "positions": self.positions_N}
         header = {
             "model_id": self.model_id,
-            "layers": [{name: getattr(c, name) for name in _CONTEXT} for c in self.contexts],
+            "layers": [{name: getattr(c, name) for name in _LAYER} for c in self.contexts],
         }
-        metadata = {"format": FORMAT, "format_version": str(FORMAT_VERSION), "header": json.dumps(header)}
-        write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata))
+        held = tensors | {name: tensor for name, tensor in more.items() if tensor is not None}
+        write_tensors(path, FORMAT, FORMAT_VERSION, header, held)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> RoutingLog:
@@ -152,26 +177,26 @@ class RoutingLog:
         Raises
         ------
         RoutingLogError
-            If the file is damaged, or no routing log of this version.
+            If the file is damaged or edited, or no routing log of this version, or if anything in it is no such thing as
+            a log holds.
         """
-        path = Path(path)
-        if not path.is_file():
-            raise RoutingLogError(f"expected a routing log, got {path}, which is no file.")
-        try:
-            with safe_open(path, framework="pt") as file:
-                metadata = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except (SafetensorError, OSError) as error:
-            raise RoutingLogError(f"{path} is damaged: expected safetensors, got {error}.") from error
-        if metadata.get("format") != FORMAT or metadata.get("format_version") != str(FORMAT_VERSION):
-            raise RoutingLogError(
-                f"expected a routing log of version {FORMAT_VERSION} in {path}, got "
-                f"{metadata.get('format', 'another file')!r} {metadata.get('format_version', '')}; "
-                "make one with `bh-routing record MODEL --text FILE -o FILE`."
+        advice = "make one with `bh-routing record MODEL --text FILE -o FILE.safetensors`"
+        _, header, tensors = read_tensors(
+            path, FORMAT, (FORMAT_VERSION,), _expect, RoutingLogError, what="routing log", advice=advice
+        )
+        contexts = tuple(RoutingContext(**layer) for layer in header["layers"])
+        for c in contexts:
+            own_NK, rest = (
+                tensors["experts"][:, c.index, : c.top_k],
+                tensors["experts"][:, c.index, c.top_k :],
             )
-        header = json.loads(metadata["header"])
+            if bool((own_NK < 0).any()) or bool((own_NK >= c.num_experts).any()) or bool((rest != -1).any()):
+                raise RoutingLogError(
+                    f"{path} holds no sound routing log: the experts of {c.path} must be {c.top_k} of {c.num_experts}; "
+                    f"{advice}."
+                )
         return cls(
-            contexts=tuple(RoutingContext(**layer) for layer in header["layers"]),
+            contexts=contexts,
             logits_NLE=tensors["logits"],
             experts_NLK=tensors["experts"],
             weights_NLK=tensors["weights"],

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._files import write_atomically
 from ..calibration.calibration import Calibration
 from ..errors import InvalidInputError, InvalidParameterError
 from ..integration import RoutingIntegration
@@ -247,6 +248,8 @@ class RoutingExperimentRunner:
             "dataset": name,
             "model": self.model_id,
             "tokens": len(text.ids_N),
+            "text": text.digest,
+            "calibration": None if self.calibration is None else self.calibration.text_digest,
             "window": self.window,
             "stride": self.stride,
             "seed": self.seed,
@@ -290,7 +293,7 @@ class RoutingExperimentRunner:
         paths = []
         for name, figure in plots(self._results_of(df)).items():
             paths.append(self.folder.path / f"{name}.svg")
-            paths[-1].write_text(svg_text(figure), encoding="utf-8")
+            write_atomically(paths[-1], svg_text(figure))
         return paths
 
     def generate_report(self, df: Any) -> Path:
@@ -305,7 +308,7 @@ class RoutingExperimentRunner:
 
         page = make_report(self._results_of(df), self.folder.run(), self.calibration)
         path = self.folder.path / "report.html"
-        path.write_text(page, encoding="utf-8")
+        write_atomically(path, page)
         return path
 
     def _results_of(self, df: Any) -> list[dict[str, Any]]:

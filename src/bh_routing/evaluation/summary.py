@@ -14,7 +14,7 @@ SAME_EXPERTS, NEAR_EXPERTS = 0.025, 0.15
 
 
 def summarise(results: Sequence[dict[str, Any]], dataset: str) -> list[dict[str, Any]]:
-    """One row per policy on a text, by number of experts.
+    """One row per policy on a text (of `datasets_of`), by number of experts.
 
     Keys: ``result``; ``experts``, ``perplexity``; ``change``, the `Interval` of the relative change of perplexity
     against the model's own routing; ``against_topk``, the same against plain top-k at the same number of experts
@@ -22,7 +22,7 @@ def summarise(results: Sequence[dict[str, Any]], dataset: str) -> list[dict[str,
     that, where the numbers differ "better" with fewer experts and "worse" with more, or nothing; ``front``, whether
     no policy has both fewer experts and lower perplexity.
     """
-    held = [r for r in results if r["dataset"] == dataset]
+    held = groups_of(results)[dataset]
     full = next((r for r in held if r["policy"] == "full"), None)
     cuts = [r for r in held if _plain_top_k(r)]
     front = pareto_front([(r["mean_experts_per_token"], r["perplexity"] or math.nan) for r in held])
@@ -80,6 +80,40 @@ def _nearest(cuts: Sequence[dict[str, Any]], experts: float) -> dict[str, Any] |
     return None if best is None or distance(best) > NEAR_EXPERTS * experts else best
 
 
+# What a result was measured with beside its policy, and how it is called: results that differ in it are kept apart.
+MEASURED = {
+    "window": "window",
+    "stride": "stride",
+    "tokens": "tokens",
+    "text": "text",
+    "calibration": "calibration",
+    "dtype": "dtype",
+    "seed": "seed",
+}
+
+
 def datasets_of(results: Sequence[dict[str, Any]]) -> list[str]:
-    """Names of the texts, in the order of the results."""
-    return list(dict.fromkeys(r["dataset"] for r in results))
+    """Names of the texts, in the order of the results; with the settings that differ where one was measured several ways."""
+    return list(groups_of(results))
+
+
+def groups_of(results: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """The results by text, and by what they were measured with: only those of one group can be compared.
+
+    >>> rows = [{"dataset": "a", "window": 64}, {"dataset": "a", "window": 32}, {"dataset": "b", "window": 64}]
+    >>> list(groups_of(rows))
+    ['a (window 64)', 'a (window 32)', 'b']
+    """
+    by_text: dict[str, dict[tuple[Any, ...], list[dict[str, Any]]]] = {}
+    for result in results:
+        settings = tuple(result.get(name) for name in MEASURED)
+        by_text.setdefault(result["dataset"], {}).setdefault(settings, []).append(result)
+    found = {}
+    for name, groups in by_text.items():
+        columns = zip(MEASURED.values(), zip(*groups, strict=True), strict=True)
+        differ = [i for i, (_, values) in enumerate(columns) if len(set(values)) > 1]
+        words = list(MEASURED.values())
+        for settings, held in groups.items():
+            said = ", ".join(f"{words[i]} {'none' if settings[i] is None else settings[i]}" for i in differ)
+            found[f"{name} ({said})" if said else name] = held
+    return found
