@@ -27,7 +27,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "generate": ("generate", "continue a text under BH routing and print what the routers did"),
     "calibrate": ("calibrate", "what a model's routers do on a text, once; saved to a file"),
     "inspect": ("inspect", "what a model's routers are, or what a calibration file holds"),
-    "families": ("families", "the model families of the installed transformers, and what is supported"),
+    "families": ("families", "the model families of transformers that were tested, and what is supported"),
     "evaluate": ("evaluate", "compare routing policies on text: quality, experts, time"),
     "report": ("report", "one HTML page of what evaluate has measured"),
     "lm-eval": ("lm_eval", "tasks of lm-evaluation-harness under routing policies"),
