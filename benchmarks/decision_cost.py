@@ -19,10 +19,12 @@ from torch import Tensor
 
 from bh_routing import DecisionTable, RoutingContext, TablePolicy, Telemetry
 from bh_routing.decision.select import decide_by_table, not_finite, rank_by_table
+from bh_routing.decision.types import TableSettings
 from bh_routing.evaluation.bench import threshold_for
 from bh_routing.stats.statistic import full_statistic
 
 EXPERTS, TOP_K = 64, 8
+HOW = TableSettings(empty=EXPERTS, statistic="contribution")
 
 
 def microseconds(call: Callable[[], object], seconds: float = 0.5) -> float:
@@ -111,7 +113,7 @@ def by_step(s: Setting) -> str:
             "mask weights": lambda w=weights_TK, k=kept: w.masked_fill(~k.keep_TK, 0.0),
             "mask indices": lambda o=own_TK, k=kept: o.masked_fill(~k.keep_TK, EXPERTS),
             "all of it": lambda a=(logits_TE, weights_TK, own_TK): decide_by_table(
-                *a, thresholds_E, offset_E, empty=EXPERTS, statistic="contribution"
+                *a, thresholds_E, offset_E, HOW
             ),
             "the policy": lambda a=(logits_TE, weights_TK, own_TK): s.policy.decide(*a, s.context),
         }
@@ -134,9 +136,7 @@ def cold(s: Setting) -> str:
         "a cache: hash the logits, look them up": lambda: cache[
             outputs[0].view(torch.int16).numpy().tobytes()
         ],
-        "decision, in PyTorch": lambda: decide_by_table(
-            *outputs, thresholds_E, offset_E, empty=EXPERTS, statistic="contribution"
-        ),
+        "decision, in PyTorch": lambda: decide_by_table(*outputs, thresholds_E, offset_E, HOW),
         "decision, on the host": lambda: s.policy.decide(*outputs, s.context),
         "statistics": lambda: telemetry.update(s.context, decision),
     }

@@ -32,6 +32,7 @@ from transformers import OlmoeConfig, OlmoeForCausalLM
 from bh_routing import DecisionTable, RoutingIntegration, TablePolicy, TopKPolicy
 from bh_routing.decision import select_triton as triton_decide
 from bh_routing.decision.select import decide_by_table
+from bh_routing.decision.types import TableSettings
 from bh_routing.evaluation.bench import threshold_variants
 from bh_routing.patching.expert_math import grouped_forward
 
@@ -127,23 +128,18 @@ def check_kernel(d: Device) -> str:
         for tokens in d.tokens:
             for weights in ("own", "preserve", "sum"):
                 for rule in ("step_up", "step_down"):
-                    settings: dict[str, Any] = {
-                        "empty": d.experts,
-                        "weights": weights,
-                        "rule": rule,
-                        "statistic": "logit",
-                    }
+                    settings = TableSettings(empty=d.experts, weights=weights, rule=rule, statistic="logit")
                     inputs = decision_inputs(d, tokens, dtype, exact=True)
-                    got = triton_decide.decide_by_table(*inputs, **settings)
-                    expected = decide_by_table(*inputs, **settings)
+                    got = triton_decide.decide_by_table(*inputs, settings)
+                    expected = decide_by_table(*inputs, settings)
                     for name in ("experts_TK", "counts_T", "raw_counts_T", "dropped_TK", "fallback_T"):
                         assert torch.equal(getattr(got, name), getattr(expected, name)), (name, settings)
                     tolerance = 8 * 2**-23 if dtype == torch.float32 else 2**-7
                     torch.testing.assert_close(got.weights_TK, expected.weights_TK, rtol=tolerance, atol=0.0)
                     compared += tokens
             inputs = decision_inputs(d, tokens, dtype, exact=False)
-            got = triton_decide.decide_by_table(*inputs, empty=d.experts)
-            expected = decide_by_table(*inputs, empty=d.experts)
+            got = triton_decide.decide_by_table(*inputs, TableSettings(empty=d.experts))
+            expected = decide_by_table(*inputs, TableSettings(empty=d.experts))
             same = float((got.counts_T == expected.counts_T).float().mean())
             assert same > 0.999 or tokens < 1000, same
     return (
@@ -165,8 +161,10 @@ def time_decision(d: Device) -> str:
 
         calls = {
             "softmax + top-k + gather": plain,
-            "fused decision": lambda i=inputs: triton_decide.decide_by_table(*i, empty=d.experts),
-            "decision in PyTorch": lambda i=inputs: decide_by_table(*i, empty=d.experts),
+            "fused decision": lambda i=inputs: triton_decide.decide_by_table(
+                *i, TableSettings(empty=d.experts)
+            ),
+            "decision in PyTorch": lambda i=inputs: decide_by_table(*i, TableSettings(empty=d.experts)),
         }
         launched = d.microseconds(calls)
         graphs = d.microseconds({name: d.in_graph(call) for name, call in calls.items()})

@@ -19,7 +19,7 @@ from bh_routing import BHRoutingIntegration, DecisionTable, RoutingContext, Tabl
 from bh_routing.decision.backend import decision_function
 from bh_routing.decision.select import decide_by_table
 from bh_routing.decision.select_one_token import HostRow, decide_one_token
-from bh_routing.decision.types import RoutingDecision
+from bh_routing.decision.types import Limits, RoutingDecision, TableSettings
 from bh_routing.errors import InvalidInputError, InvalidParameterError, MissingDependencyError
 from bh_routing.stats.statistic import full_statistic
 
@@ -59,7 +59,13 @@ class Case:
         )
 
     def run(self, function: Any = decide_by_table) -> RoutingDecision:
-        return function(*self.tensors, **self.settings)
+        return function(*self.tensors, self.how)
+
+    @property
+    def how(self) -> TableSettings:
+        names = ("min_k", "max_k", "clamp")
+        limits = Limits(**{name: self.settings[name] for name in names if name in self.settings})
+        return TableSettings(limits=limits, **{k: v for k, v in self.settings.items() if k not in names})
 
     def statistic_TE(self) -> Tensor:
         """What is compared with the thresholds."""
@@ -183,7 +189,7 @@ def one_by_one(case: Case) -> list[RoutingDecision]:
     """Every token of a case decided alone, on the host."""
     row = HostRow(*(x.tolist() for x in case.tensors[3:]))
     return [
-        decide_one_token(*(x[t : t + 1] for x in case.tensors[:3]), row, **case.settings)
+        decide_one_token(*(x[t : t + 1] for x in case.tensors[:3]), row, case.how)
         for t in range(len(case.logits_TE))
     ]
 
@@ -396,7 +402,7 @@ def test_fused_compiles_in_one_graph(fused):
 
     def step(logits_TE, own_weights_TK, own_experts_TK):
         decision = fused.decide_by_table(
-            logits_TE, own_weights_TK, own_experts_TK, *case.tensors[3:], **case.settings
+            logits_TE, own_weights_TK, own_experts_TK, *case.tensors[3:], case.how
         )
         return decision.weights_TK * 2, decision.experts_TK
 

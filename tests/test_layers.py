@@ -71,7 +71,9 @@ def imported(name: str, path: Path, known: dict[str, Path]) -> Iterator[tuple[st
 
 def level(module: str) -> int:
     top = module.split(".")[1]
-    assert top in LEVEL, f"{top} has no place in the order of the packages; give it one in tests/test_layers.py"
+    assert top in LEVEL, (
+        f"{top} has no place in the order of the packages; give it one in tests/test_layers.py"
+    )
     return LEVEL[top]
 
 

@@ -11,6 +11,7 @@ from bh_routing import RoutingIntegration
 from bh_routing.decision.functional import benjamini_hochberg_routing
 from bh_routing.decision.select import rank_by_p_values, rank_by_table
 from bh_routing.decision.table import DecisionTable
+from bh_routing.decision.types import Limits
 from bh_routing.decision.weights import apply_weight_rule, plain_rule
 from bh_routing.errors import (
     CalibrationMismatchError,
@@ -67,7 +68,7 @@ def test_table_against_a_loop(rule, clamp, limits):
     statistic = torch.randint(-3, 4, (T, K)).float()  # integers: many ties
     thresholds = torch.tensor([2.0, 2.0, 0.0, 1.0, -1.0, 0.0] + [-9.0] * (E - K))
     min_k, max_k = limits
-    ranking = rank_by_table(statistic, thresholds, rule=rule, min_k=min_k, max_k=max_k, clamp=clamp)
+    ranking = rank_by_table(statistic, thresholds, rule=rule, limits=Limits(min_k, max_k, clamp))
     kept = ranking.kept()
     top = max_k or K
     for token, row in enumerate(statistic.tolist()):
@@ -86,7 +87,7 @@ def test_p_values_are_compared_in_float64():
     p = torch.tensor([[0.0125, 0.5, 0.5, 0.5]], dtype=torch.float64)
     assert rank_by_p_values(p, *rule).counts_T.tolist() == [1]
     above = torch.nextafter(p, torch.ones_like(p))
-    kept = rank_by_p_values(above, *rule, min_k=1)
+    kept = rank_by_p_values(above, *rule)
     assert kept.raw_counts_T.tolist() == [0]
 
 

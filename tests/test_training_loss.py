@@ -17,6 +17,7 @@ from transformers.models.olmoe.modeling_olmoe import load_balancing_loss_func
 from bh_routing import BHRoutingIntegration, RoutingIntegration, TopKPolicy
 from bh_routing.calibration.passes import calibrate
 from bh_routing.decision.select import rank_by_table
+from bh_routing.decision.types import Limits
 from bh_routing.errors import InvalidInputError, InvalidParameterError, InvalidTypeError, PatchError
 from bh_routing.training import AdaptiveRoutingLoss, expected_experts, load_balancing_loss, router_z_loss
 
@@ -139,7 +140,8 @@ def test_towards_temperature_0_it_is_the_count_of_the_decision(seed, rule, clamp
     if holes:
         thresholds_E[:2], thresholds_E[5:] = -INF, INF
     options = {"rule": rule, "clamp": clamp, "min_k": min_k, "max_k": max_k}
-    exact = rank_by_table(statistic_TK, thresholds_E, **options).counts_T.float()
+    limits = Limits(min_k, max_k, clamp)
+    exact = rank_by_table(statistic_TK, thresholds_E, rule=rule, limits=limits).counts_T.float()
     relaxed = expected_experts(statistic_TK, thresholds_E, temperature=1e-6, **options)
     near = (statistic_TK.unsqueeze(-1) - thresholds_E).abs().min() < 1e-4  # sigmoid(100) is 1 in float32
     if not near:

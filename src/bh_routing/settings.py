@@ -394,7 +394,7 @@ TEXT_OPTIONS: dict[str, Option] = {
     "scope": Option("model or layer: what has a null of its own"),
     "estimator": Option("empirical, kde or normal"),
     "kernel": Option("of the kde"),
-    "bandwidth": Option("of the kde: silverman, isj or a number", number_or_name),
+    "bandwidth": Option("of the kde: silverman or a number", number_or_name),
     "compensation": Option("add back what dropped experts add on average: true, false or 0 to 1", scale),
     "skip": Option("auto, compact or zero: how dropped experts are kept out"),
     "backend": Option("auto, torch or triton: what computes decisions"),

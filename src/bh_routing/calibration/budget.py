@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from ..decision.select import count_p_values
 from ..decision.table import DecisionTable
-from ..decision.types import Clamp
+from ..decision.types import Limits
 from ..errors import BudgetError, CalibrationError, InvalidParameterError, InvalidTypeError
 from ..stats.procedures import Procedure
 from .data import CalibrationData, some_of
@@ -29,14 +29,6 @@ class Solution(NamedTuple):
     mean_experts: float
     table: DecisionTable | None
     settings: NullSettings
-
-
-class Limits(NamedTuple):
-    """What a count is clamped to."""
-
-    min_k: int
-    max_k: int | None
-    clamp: Clamp
 
 
 class UnresolvedBudgetError(BudgetError):
@@ -126,13 +118,12 @@ class Counter:
         widens = limits.max_k is not None and limits.max_k > layer.top_k
         p_TC = p_TE if widens else p_TE.gather(-1, own_TK)
         self.sorted_TC = p_TC.sort(-1).values
-        num = self.sorted_TC.shape[-1]
-        self.top = num if limits.max_k is None else min(limits.max_k, num)
+        self.top = limits.top(self.sorted_TC.shape[-1])
 
     def mean(self, alpha: float) -> float:
         """Mean count at a level, after the clamp."""
         counts_T, _ = count_p_values(
-            self.sorted_TC, self.procedure, alpha, self.num_experts, **self.limits._asdict()
+            self.sorted_TC, self.procedure, alpha, self.num_experts, limits=self.limits
         )
         return float(counts_T.double().mean())
 

@@ -17,9 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._words import Clamp, WeightRule, check_word
 from ..decision.compensation import Compensation
 from ..decision.table import DecisionTable
-from ..decision.types import Clamp, WeightRule, check_clamp, check_k
+from ..decision.types import Limits, check_k
 from ..errors import CalibrationMismatchError, InvalidParameterError
 from ..patching import PatchPlan
 from ..policies import PValuePolicy, RoutingContext, TablePolicy
@@ -188,8 +189,8 @@ class Calibration(CalibrationData):
         """
         fit.check_temperature(self, temperature)
         check_k(min_k, max_k, self.num_experts)
-        check_clamp(clamp)
-        limits = budget.Limits(min_k, max_k, clamp)
+        check_word("clamp", clamp, Clamp)
+        limits = Limits(min_k, max_k, clamp)
         chosen = fit.resolve(self, **settings)
         return budget.solve(self, experts_per_token, get_procedure(procedure), chosen, limits)
 
@@ -205,7 +206,7 @@ class Calibration(CalibrationData):
     ) -> dict[str, float]:
         """Mean number of experts per token that a level selects, per layer, on the reservoir."""
         check_alpha(alpha)
-        limits, chosen = budget.Limits(min_k, max_k, clamp), fit.resolve(self, **settings)
+        limits, chosen = Limits(min_k, max_k, clamp), fit.resolve(self, **settings)
         counters = budget.counters(self, get_procedure(procedure), chosen, limits)
         return {path: counter.mean(alpha) for path, counter in zip(self.paths, counters, strict=True)}
 

@@ -54,4 +54,4 @@ def decision_function(
     )
 
 
-__all__ = ["Backend", "decision_function"]
+__all__ = ["decision_function"]

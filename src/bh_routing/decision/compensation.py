@@ -23,8 +23,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from .._words import WeightRule
 from ..errors import InvalidParameterError, InvalidTypeError
-from .types import RouteNorm, RoutingDecision, WeightRule
+from .types import RouteNorm, RoutingDecision
 
 
 def lost_and_kept(weights_TK: Tensor, dropped_TK: Tensor, experts_TK: Tensor, num_experts: int) -> Tensor:

@@ -10,11 +10,12 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
+from .._words import Clamp, check_word
 from ..errors import InvalidInputError, InvalidParameterError, InvalidTypeError
 from ..stats.procedures import Procedure, check_alpha, get_procedure
 from ..stats.pvalues import PValues, at_least_float32, resolve_p_values
 from .select import Ranking, rank_by_p_values, rank_top
-from .types import PAD, Clamp, check_clamp, check_k, check_temperature
+from .types import PAD, Limits, check_k, check_temperature
 
 
 def _looks(validate: bool | None, router_logits: Tensor) -> bool:
@@ -170,7 +171,7 @@ def benjamini_hochberg_routing(
     """
     alpha = check_alpha(alpha)
     temperature = check_temperature(temperature)
-    check_clamp(clamp)
+    check_word("clamp", clamp, Clamp)
     rule = get_procedure(procedure)
     x_TE = _check_logits(router_logits, validate) / temperature
     num_experts = x_TE.shape[-1]
@@ -178,7 +179,7 @@ def benjamini_hochberg_routing(
 
     p_TE = resolve_p_values(pvalues, x_TE, values=_looks(validate, router_logits))
     ranking = rank_by_p_values(
-        p_TE, rule, alpha, num_experts, ties_TK=x_TE, min_k=min_k, max_k=max_k, clamp=clamp
+        p_TE, rule, alpha, num_experts, ties_TK=x_TE, limits=Limits(min_k, max_k, clamp)
     )
     weights_TE, experts_TK = _fill(x_TE, ranking, max_k, router_logits.dtype)
 

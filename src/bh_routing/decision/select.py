@@ -20,7 +20,7 @@ from torch.nn.functional import pad
 from ..stats.procedures import Procedure, Rule, count_passing
 from ..stats.pvalues import at_least_float32
 from ..stats.statistic import full_statistic
-from .types import Clamp, PlainRule, RoutingDecision
+from .types import DEFAULT_LIMITS, Limits, PlainRule, RoutingDecision, TableSettings
 from .weights import apply_weight_rule
 
 
@@ -77,9 +77,7 @@ def rank_by_table(
     thresholds_E: Tensor,
     *,
     rule: Rule = "step_up",
-    min_k: int = 1,
-    max_k: int | None = None,
-    clamp: Clamp = "after",
+    limits: Limits = DEFAULT_LIMITS,
 ) -> Ranking:
     """Order the candidates by the statistic (ties by position), compare rank by rank, count, clamp.
 
@@ -89,12 +87,10 @@ def rank_by_table(
         float32 (or float64) statistic of the candidates, in the router's own slot order.
     thresholds_E : Tensor
         float32 [E]; the first K are used: experts that are no candidates count as p = 1.
-    min_k, max_k, clamp
-        As in `count_ranks`.
     """
     sorted_TK, order_TK = statistic_TK.sort(dim=-1, descending=True, stable=True)
     passes_TK = sorted_TK >= thresholds_E[: sorted_TK.shape[-1]]
-    return Ranking(order_TK, *count_ranks(passes_TK, rule, min_k=min_k, max_k=max_k, clamp=clamp))
+    return Ranking(order_TK, *count_ranks(passes_TK, rule, limits))
 
 
 def rank_by_p_values(
@@ -105,9 +101,7 @@ def rank_by_p_values(
     *,
     ties_TK: Tensor | None = None,
     critical_E: Tensor | None = None,
-    min_k: int = 1,
-    max_k: int | None = None,
-    clamp: Clamp = "after",
+    limits: Limits = DEFAULT_LIMITS,
 ) -> Ranking:
     """The definition: order the candidates by p-value, let the procedure judge them, count, clamp.
 
@@ -117,7 +111,7 @@ def rank_by_p_values(
         p-values of the candidates; NaN counts as 1, and so do the experts that are no candidates.
     ties_TK : Tensor, optional
         Of equal p-values the one with the larger value comes first; then the position decides.
-    critical_E, min_k, max_k, clamp
+    critical_E : Tensor, optional
         As in `count_p_values`.
     """
     p_TK = p_TK.nan_to_num(1.0)
@@ -127,9 +121,7 @@ def rank_by_p_values(
         by_ties_TK = ties_TK.argsort(dim=-1, descending=True, stable=True)
         sorted_TK, order_TK = p_TK.gather(-1, by_ties_TK).sort(dim=-1, stable=True)
         order_TK = by_ties_TK.gather(-1, order_TK)
-    counts = count_p_values(
-        sorted_TK, procedure, alpha, num_experts, critical_E=critical_E, min_k=min_k, max_k=max_k, clamp=clamp
-    )
+    counts = count_p_values(sorted_TK, procedure, alpha, num_experts, critical_E=critical_E, limits=limits)
     return Ranking(order_TK, *counts)
 
 
@@ -147,9 +139,7 @@ def count_p_values(
     num_experts: int,
     *,
     critical_E: Tensor | None = None,
-    min_k: int = 1,
-    max_k: int | None = None,
-    clamp: Clamp = "after",
+    limits: Limits = DEFAULT_LIMITS,
 ) -> tuple[Tensor, Tensor]:
     """(counts_T, raw_counts_T) of a procedure on the candidates' p-values in ascending order.
 
@@ -160,38 +150,24 @@ def count_p_values(
         in float64.
     critical_E : Tensor, optional
         The procedure's critical values where they are at hand.
-    min_k, max_k, clamp
-        As in `count_ranks`.
     """
     num = sorted_TK.shape[-1]
     if procedure.rule is None:  # it adapts: all E p-values are looked at before any is judged
         raw_T = procedure.rejection_counts(pad(sorted_TK, (0, num_experts - num), value=1.0), alpha)
-        return raw_T.clamp(min_k, num if max_k is None else min(max_k, num)), raw_T
+        return raw_T.clamp(limits.min_k, limits.top(num)), raw_T
     if critical_E is None:
         critical_E = procedure.critical_values(alpha, num_experts).to(sorted_TK.device)
     passes_TK = sorted_TK.double() <= critical_E[:num]
-    return count_ranks(passes_TK, procedure.rule, min_k=min_k, max_k=max_k, clamp=clamp)
+    return count_ranks(passes_TK, procedure.rule, limits)
 
 
-def count_ranks(
-    passes_TK: Tensor, rule: Rule, *, min_k: int = 1, max_k: int | None = None, clamp: Clamp = "after"
-) -> tuple[Tensor, Tensor]:
-    """(counts_T, raw_counts_T) from which ranks pass: the rule's own count, and the same clamped to [min_k, max_k].
-
-    Parameters
-    ----------
-    min_k, max_k : int
-        The clamp; ``max_k=None`` means K.
-    clamp : "after" or "inside"
-        ``after``: the rule's count, clamped. ``inside``: the largest rank within max_k that passes (the same for a
-        step-down rule), then at least min_k.
-    """
-    num = passes_TK.shape[-1]
-    top = num if max_k is None else min(max_k, num)
+def count_ranks(passes_TK: Tensor, rule: Rule, limits: Limits) -> tuple[Tensor, Tensor]:
+    """(counts_T, raw_counts_T) from which ranks pass: the rule's own count, and the same within the limits."""
+    top = limits.top(passes_TK.shape[-1])
     raw_T = counts_T = count_passing(passes_TK, rule)
-    if clamp == "inside":
+    if limits.clamp == "inside":
         counts_T = torch.minimum(raw_T, count_passing(passes_TK[..., :top], "step_up"))
-    return counts_T.clamp(min_k, top), raw_T
+    return counts_T.clamp(limits.min_k, top), raw_T
 
 
 def decide_by_table(
@@ -200,42 +176,23 @@ def decide_by_table(
     own_experts_TK: Tensor,
     thresholds_E: Tensor,
     offset_E: Tensor,
-    *,
-    empty: int,
-    statistic: str = "logprob",
-    score_func: str = "softmax",
-    temperature: float = 1.0,
-    rule: Rule = "step_up",
-    min_k: int = 1,
-    max_k: int | None = None,
-    clamp: Clamp = "after",
-    weights: PlainRule = "own",
+    how: TableSettings,
 ) -> RoutingDecision:
     """From logits and the router's own choice to the decision that keeps some of its slots, in its own order.
 
     Parameters
     ----------
     logits_TE, own_weights_TK, own_experts_TK : Tensor
-        What the router returned.
+        What the router returned. Tokens with non-finite logits keep the router's own choice.
     thresholds_E, offset_E : Tensor
         float32 [E], one row of a `bh_routing.DecisionTable`.
-    empty : int
-        The index that dropped slots get.
-    statistic, score_func, temperature
-        As in `bh_routing.stats.statistic.base_statistic`.
-    rule, min_k, max_k, clamp
-        As in `rank_by_table`.
-    weights : "own", "preserve" or "sum"
-        As in `bh_routing.decision.weights.apply_weight_rule`.
-
-    Notes
-    -----
-    Tokens with non-finite logits keep the router's own choice.
     """
-    statistic_TE = full_statistic(logits_TE, offset_E, statistic, score_func, temperature)
+    statistic_TE = full_statistic(logits_TE, offset_E, how.statistic, how.score_func, how.temperature)
     own_TK = statistic_TE.gather(-1, own_experts_TK)
-    kept = rank_by_table(own_TK, thresholds_E, rule=rule, min_k=min_k, max_k=max_k, clamp=clamp).kept()
-    return keep_own(kept, not_finite(logits_TE), own_weights_TK, own_experts_TK, weights=weights, empty=empty)
+    kept = rank_by_table(own_TK, thresholds_E, rule=how.rule, limits=how.limits).kept()
+    return keep_own(
+        kept, not_finite(logits_TE), own_weights_TK, own_experts_TK, weights=how.weights, empty=how.empty
+    )
 
 
 def keep_own(

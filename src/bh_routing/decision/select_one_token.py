@@ -11,9 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..stats.procedures import Rule
 from ..stats.statistic import base_statistic
-from .types import Clamp, PlainRule, RoutingDecision
+from .types import RoutingDecision, TableSettings
 from .weights import apply_weight_rule
 
 
@@ -29,16 +28,7 @@ def decide_one_token(
     own_weights_1K: Tensor,
     own_experts_1K: Tensor,
     row: HostRow,
-    *,
-    empty: int,
-    statistic: str = "logprob",
-    score_func: str = "softmax",
-    temperature: float = 1.0,
-    rule: Rule = "step_up",
-    min_k: int = 1,
-    max_k: int | None = None,
-    clamp: Clamp = "after",
-    weights: PlainRule = "own",
+    how: TableSettings,
 ) -> RoutingDecision:
     """`decide_by_table` for one token on the host, in plain Python.
 
@@ -49,20 +39,21 @@ def decide_one_token(
     """
     logits, own = logits_1E.tolist()[0], own_experts_1K.tolist()[0]
     num = len(own)
+    min_k, max_k, clamp = how.limits
     top = num if max_k is None else min(max_k, num)
     raw, drop = 0, [False] * num
     lost = not isfinite(sum(logits))
     if lost:
         count = num
     else:
-        if temperature != 1.0:
-            logits = [x / temperature for x in logits]
+        if how.temperature != 1.0:
+            logits = [x / how.temperature for x in logits]
         chosen = [logits[expert] for expert in own]
-        if statistic != "logit":
-            if score_func in _HOST_SCORES:
-                chosen = _HOST_SCORES[score_func](chosen, logits)
+        if how.statistic != "logit":
+            if how.score_func in _HOST_SCORES:
+                chosen = _HOST_SCORES[how.score_func](chosen, logits)
             else:
-                scores = base_statistic(logits_1E, statistic, score_func, temperature).tolist()[0]
+                scores = base_statistic(logits_1E, how.statistic, how.score_func, how.temperature).tolist()[0]
                 chosen = [scores[expert] for expert in own]
         offset = row.offset
         found = [x + offset[expert] for x, expert in zip(chosen, own, strict=True)]
@@ -72,21 +63,21 @@ def decide_one_token(
             if found[slot] >= threshold:
                 raw = rank
                 within = rank if rank <= top else within
-            elif rule == "step_down":
+            elif how.rule == "step_down":
                 break
         count = min(max(within if clamp == "inside" else raw, min_k), top)
         for slot in order[count:]:
             drop[slot] = True
     dropped_1K = _fresh(tuple(drop))
     return RoutingDecision(
-        weights_TK=apply_weight_rule(own_weights_1K, dropped_1K, weights),
-        experts_TK=own_experts_1K.masked_fill(dropped_1K, empty),
+        weights_TK=apply_weight_rule(own_weights_1K, dropped_1K, how.weights),
+        experts_TK=own_experts_1K.masked_fill(dropped_1K, how.empty),
         counts_T=_fresh(count),
         raw_counts_T=_fresh(raw),
         dropped_TK=dropped_1K,
         own_weights_TK=own_weights_1K,
         own_experts_TK=own_experts_1K,
-        empty=empty,
+        empty=how.empty,
         fallback_T=_fresh(lost),
     )
 

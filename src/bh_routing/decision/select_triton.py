@@ -11,6 +11,7 @@ interpreter (``TRITON_INTERPRET=1`` before Triton is imported).
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import torch
 import triton
@@ -18,8 +19,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ..errors import InvalidInputError
-from ..stats.procedures import Rule
-from .types import Clamp, PlainRule, RoutingDecision
+from .types import RoutingDecision, TableSettings
+from .weights import apply_weight_rule
 
 MOST_EXPERTS = 512
 SCORE_FUNCS = ("softmax", "sigmoid")
@@ -28,7 +29,7 @@ Results = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 @triton.jit
-def _decide(
+def _decide(  # type: ignore[no-untyped-def]  # Triton reads no annotations but constexpr
     logits_ptr,
     own_weights_ptr,
     own_experts_ptr,
@@ -198,44 +199,24 @@ def _results(own_weights_TK: Tensor, own_experts_TK: Tensor) -> Results:
 
 
 @_operation.register_fake
-def _(logits_TE, own_weights_TK, own_experts_TK, *settings):
+def _(logits_TE: Tensor, own_weights_TK: Tensor, own_experts_TK: Tensor, *settings: Any) -> Results:
     return _results(own_weights_TK, own_experts_TK)
 
 
-def _save(ctx, inputs, output):
-    own_weights_TK, weights = inputs[1], inputs[-1]
-    ctx.save_for_backward(own_weights_TK, output[4])
-    ctx.weights = weights
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Results) -> None:
+    ctx.save_for_backward(inputs[1], output[4])
+    ctx.weights, ctx.inputs = inputs[-1], len(inputs)
     ctx.mark_non_differentiable(*output[1:])
 
 
-def _backward(ctx, grad_TK, *others):
-    """Gradient with respect to the router's own weights; the sets are constants.
-
-    With the kept weights a_i, i in S, and f = target / sum_S a: out_i = a_i f, so that
-    d(sum_i g_i out_i) / d a_j = [j in S] (g_j f - f' c) + [preserve] c / sum_S a, where c = sum_S g a and
-    f' = f / sum_S a.
-    """
+def _backward(ctx: Any, grad_TK: Tensor, *others: Tensor) -> tuple[Tensor | None, ...]:
+    """The reference's own gradient with respect to the router's own weights; the sets are constants."""
     own_weights_TK, dropped_TK = ctx.saved_tensors
-    kept_grad_TK = grad_TK.masked_fill(dropped_TK, 0.0)
-    if ctx.weights != "own":
-        weights_TK = own_weights_TK.to(torch.promote_types(own_weights_TK.dtype, torch.float32))
-        kept_TK = weights_TK.masked_fill(dropped_TK, 0.0)
-        total_T1 = kept_TK.sum(-1, keepdim=True)
-        usable_T1 = total_T1 > 0
-        safe_T1 = torch.where(usable_T1, total_T1, 1.0)
-        preserve = ctx.weights == "preserve"
-        target_T1 = weights_TK.sum(-1, keepdim=True) if preserve else torch.ones_like(total_T1)
-        factor_T1 = torch.where(usable_T1, target_T1 / safe_T1, 1.0)
-        pull_T1 = torch.where(usable_T1, (kept_grad_TK * kept_TK).sum(-1, keepdim=True) / safe_T1, 0.0)
-        scaled_TK = (kept_grad_TK - pull_T1) * factor_T1
-        scaled_TK = scaled_TK.masked_fill(dropped_TK, 0.0)
-        if preserve:
-            scaled_TK = scaled_TK + pull_T1
-            whole_T1 = ~dropped_TK.any(-1, keepdim=True)
-            scaled_TK = torch.where(whole_T1, kept_grad_TK.to(scaled_TK.dtype), scaled_TK)
-        kept_grad_TK = scaled_TK.to(own_weights_TK.dtype)
-    return (None, kept_grad_TK, *([None] * 11))
+    with torch.enable_grad():
+        own_TK = own_weights_TK.detach().requires_grad_()
+        weights_TK = apply_weight_rule(own_TK, dropped_TK, ctx.weights)
+        (own_grad_TK,) = torch.autograd.grad(weights_TK, own_TK, grad_TK)
+    return (None, own_grad_TK, *([None] * (ctx.inputs - 2)))
 
 
 _operation.register_autograd(_backward, setup_context=_save)
@@ -257,16 +238,7 @@ def decide_by_table(
     own_experts_TK: Tensor,
     thresholds_E: Tensor,
     offset_E: Tensor,
-    *,
-    empty: int,
-    statistic: str = "logprob",
-    score_func: str = "softmax",
-    temperature: float = 1.0,
-    rule: Rule = "step_up",
-    min_k: int = 1,
-    max_k: int | None = None,
-    clamp: Clamp = "after",
-    weights: PlainRule = "own",
+    how: TableSettings,
 ) -> RoutingDecision:
     """`bh_routing.decision.select.decide_by_table`, fused.
 
@@ -276,11 +248,11 @@ def decide_by_table(
         For what the kernel does not compute (see `supports`), or logits in float64.
     """
     num_experts, slots = logits_TE.shape[1], own_experts_TK.shape[1]
-    if not supports(num_experts, statistic, score_func) or logits_TE.dtype == torch.float64:
+    if not supports(num_experts, how.statistic, how.score_func) or logits_TE.dtype == torch.float64:
         raise InvalidInputError(
             f"the fused decision serves at most {MOST_EXPERTS} experts, the statistic 'logit' or the scores "
-            f"{' and '.join(SCORE_FUNCS)}, and logits of at most 32 bits; got {num_experts} experts, {statistic!r} of "
-            f"{score_func!r} and {logits_TE.dtype}. Use backend='torch'."
+            f"{' and '.join(SCORE_FUNCS)}, and logits of at most 32 bits; got {num_experts} experts, {how.statistic!r} of "
+            f"{how.score_func!r} and {logits_TE.dtype}. Use backend='torch'."
         )
     weights_TK, experts_TK, counts_T, raw_counts_T, dropped_TK, lost_T = _operation(
         logits_TE,
@@ -288,14 +260,14 @@ def decide_by_table(
         own_experts_TK,
         thresholds_E,
         offset_E,
-        empty,
-        "logit" if statistic == "logit" else score_func,
-        float(temperature),
-        rule,
-        min_k,
-        slots if max_k is None else min(max_k, slots),
-        clamp,
-        weights,
+        how.empty,
+        "logit" if how.statistic == "logit" else how.score_func,
+        float(how.temperature),
+        how.rule,
+        how.limits.min_k,
+        how.limits.top(slots),
+        how.limits.clamp,
+        how.weights,
     )
     return RoutingDecision(
         weights_TK=weights_TK,
@@ -305,7 +277,7 @@ def decide_by_table(
         dropped_TK=dropped_TK,
         own_weights_TK=own_weights_TK,
         own_experts_TK=own_experts_TK,
-        empty=empty,
+        empty=how.empty,
         fallback_T=lost_T,
     )
 

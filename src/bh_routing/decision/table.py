@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._words import Statistic, check_word
 from ..errors import (
     CalibrationMismatchError,
     InvalidInputError,
@@ -19,7 +20,6 @@ from ..errors import (
 )
 from ..stats.nulls import Null
 from ..stats.procedures import Rule
-from ..stats.statistic import check_statistic
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -35,7 +35,7 @@ class DecisionTable:
         float32 [L, E].
     rule : "step_up" or "step_down"
     statistic : str
-        One of `STATISTICS`.
+        "logit", "logprob" or "contribution".
     offset_LE : Tensor
         float32 [L, E]: the statistic is its base + offset.
     paths : tuple of str
@@ -58,9 +58,8 @@ class DecisionTable:
     label: str = "table"
 
     def __post_init__(self) -> None:
-        check_statistic(self.statistic)
-        if self.rule not in ("step_up", "step_down"):
-            raise InvalidParameterError(f"rule must be 'step_up' or 'step_down', got {self.rule!r}.")
+        check_word("statistic", self.statistic, Statistic)
+        check_word("rule", self.rule, Rule)
         shape = tuple(self.thresholds_LE.shape)
         for name in ("thresholds_LE", "offset_LE"):
             tensor = getattr(self, name)

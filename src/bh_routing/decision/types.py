@@ -6,14 +6,13 @@ Shape legend: T tokens, E experts, K slots of the router's own choice.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from torch import Tensor
 
-from .._words import Clamp as Clamp
-from .._words import WeightRule as WeightRule
-from .._words import check_word
+from .._words import Clamp
 from ..errors import InvalidParameterError, InvalidTypeError
+from ..stats.procedures import Rule
 
 RouteNorm = Literal["none", "renormalised", "unknown"]
 
@@ -22,6 +21,55 @@ PlainRule = Literal["own", "preserve", "sum"]
 
 
 PAD = -1  # marks an unused slot in the public functions' results; it never reaches a model
+
+
+class Limits(NamedTuple):
+    """What a count is clamped to.
+
+    Attributes
+    ----------
+    min_k, max_k : int
+        ``max_k=None`` means all candidates.
+    clamp : "after" or "inside"
+        ``after``: the procedure's count, clamped. ``inside``: the largest rank within max_k that passes (the same for
+        a step-down rule), then at least min_k.
+    """
+
+    min_k: int = 1
+    max_k: int | None = None
+    clamp: Clamp = "after"
+
+    def top(self, num: int) -> int:
+        """The most that is kept of ``num`` candidates."""
+        return num if self.max_k is None else min(self.max_k, num)
+
+
+DEFAULT_LIMITS = Limits()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TableSettings:
+    """All that a decision from a table depends on, but for the tensors.
+
+    Attributes
+    ----------
+    empty : int
+        The index that dropped slots get.
+    statistic, score_func, temperature
+        As in `bh_routing.stats.statistic.base_statistic`.
+    rule : "step_up" or "step_down"
+    limits : Limits
+    weights : "own", "preserve" or "sum"
+        As in `bh_routing.decision.weights.apply_weight_rule`.
+    """
+
+    empty: int
+    statistic: str = "logprob"
+    score_func: str = "softmax"
+    temperature: float = 1.0
+    rule: Rule = "step_up"
+    limits: Limits = DEFAULT_LIMITS
+    weights: PlainRule = "own"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,8 +142,3 @@ def check_temperature(temperature: float) -> float:
             f"temperature must be a finite number above 0, got {temperature!r}; 1.0 leaves the logits alone."
         )
     return float(temperature)
-
-
-def check_clamp(clamp: str) -> None:
-    """Raise `InvalidParameterError` for anything but "after" and "inside"."""
-    check_word("clamp", clamp, Clamp)

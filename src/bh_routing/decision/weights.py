@@ -8,8 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .._words import WeightRule
 from ..stats.pvalues import at_least_float32
-from .types import PlainRule, RouteNorm, WeightRule
+from .types import PlainRule, RouteNorm
 
 _MODEL_RULES: dict[RouteNorm, PlainRule] = {"none": "own", "renormalised": "preserve", "unknown": "sum"}
 

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from .._words import WeightRule
 from ..decision.select import Kept
-from ..decision.types import RoutingDecision, WeightRule
+from ..decision.types import RoutingDecision
 from ..errors import InvalidInputError
 from ..policies import RoutingContext, RoutingPolicy
 from ..stats.pvalues import at_least_float32

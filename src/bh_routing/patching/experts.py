@@ -132,4 +132,5 @@ def _stock_forward(self: Any, hidden_TH: Tensor, experts_TK: Tensor, weights_TK:
     name = getattr(self, STOCK, None)
     own = type(self).forward.__wrapped__
     function = _registry().get_interface(name, own) if name else own
-    return function(self, hidden_TH, experts_TK, weights_TK)
+    out_TH: Tensor = function(self, hidden_TH, experts_TK, weights_TK)
+    return out_TH

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from .._words import WeightRule
 from ..decision.compensation import compensated_norm
-from ..decision.types import RouteNorm, WeightRule
+from ..decision.types import RouteNorm
 from ..errors import UnsupportedModelError
 from ..policies import RoutingContext
 from .adapters import ExpertIds, RouterCall, expert_ids, router_call, with_logits_again

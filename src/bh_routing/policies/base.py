@@ -13,9 +13,9 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from .._words import check_word
+from .._words import Clamp, WeightRule, check_word
 from ..decision.select import Kept, Ranking, keep_own, not_finite, rank_top
-from ..decision.types import Clamp, RouteNorm, RoutingDecision, WeightRule, check_clamp, check_k
+from ..decision.types import Limits, RouteNorm, RoutingDecision, check_k
 from ..decision.weights import apply_weight_rule, plain_rule
 from ..errors import InvalidInputError, InvalidParameterError, InvalidTypeError
 from ..stats.pvalues import at_least_float32
@@ -250,7 +250,7 @@ class CountPolicy(RoutingPolicy):
     ) -> None:
         super().__init__(weights=weights)
         check_k(min_k, max_k)
-        check_clamp(clamp)
+        check_word("clamp", clamp, Clamp)
         self.min_k, self.max_k, self.clamp = min_k, max_k, clamp
 
     def bind(self, contexts: Iterable[RoutingContext]) -> None:
@@ -275,11 +275,12 @@ class CountPolicy(RoutingPolicy):
         return self.max_k is not None and self.max_k > context.top_k
 
     def describe(self) -> dict[str, Any]:
-        return super().describe() | self._limits
+        return super().describe() | self.limits._asdict()
 
     @property
-    def _limits(self) -> dict[str, Any]:
-        return {"min_k": self.min_k, "max_k": self.max_k, "clamp": self.clamp}
+    def limits(self) -> Limits:
+        """min_k, max_k and clamp."""
+        return Limits(self.min_k, self.max_k, self.clamp)
 
     def _widened(
         self,

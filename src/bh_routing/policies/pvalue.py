@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._words import Clamp, WeightRule
 from ..decision.select import rank_by_p_values
-from ..decision.types import Clamp, RoutingDecision, WeightRule, check_temperature
+from ..decision.types import RoutingDecision, check_temperature
 from ..stats.procedures import Procedure, check_alpha, get_procedure
 from ..stats.pvalues import P_VALUES, at_least_float32, check_p_values, method_of
 from .base import CountPolicy, RoutingContext
@@ -100,7 +101,7 @@ class PValuePolicy(CountPolicy):
             context.num_experts,
             ties_TK=logits_TE if widens else None,
             critical_E=self._critical.get(context.path),
-            **self._limits,
+            limits=self.limits,
         )
         if widens:
             return self._widened(ranking, logits_TE, own_weights_TK, own_experts_TK, context)

@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._words import Backend, check_word
+from .._words import Backend, Clamp, WeightRule, check_word
 from ..decision.backend import decision_function
 from ..decision.select import decide_by_table, rank_by_table
 from ..decision.select_one_token import HostRow, decide_one_token
 from ..decision.table import DecisionTable
-from ..decision.types import Clamp, RoutingDecision, WeightRule
+from ..decision.types import RoutingDecision, TableSettings
 from ..decision.weights import plain_rule
 from ..errors import InvalidParameterError
 from ..stats.statistic import full_statistic
@@ -55,7 +55,7 @@ class TablePolicy(CountPolicy):
         self.backend = backend
         self._rows: dict[str, tuple[Tensor, Tensor]] = {}
         self._functions: dict[str, Callable[..., RoutingDecision]] = {}
-        self._settings: dict[str, dict[str, Any]] = {}
+        self._settings: dict[str, TableSettings] = {}
         self._host: dict[str, Callable[..., RoutingDecision]] = {}
 
     def bind(self, contexts: Iterable[RoutingContext]) -> None:
@@ -76,21 +76,22 @@ class TablePolicy(CountPolicy):
         self._settings = {c.path: self._settings_for(c) for c in contexts}
         self._read_rows()
 
-    def _settings_for(self, context: RoutingContext) -> dict[str, Any]:
-        return {
-            "empty": context.empty,
-            "statistic": self.table.statistic,
-            "score_func": context.score_func,
-            "temperature": self.table.temperature,
-            "rule": self.table.rule,
-            "weights": plain_rule(self.weights, context.route_norm),
-        } | self._limits
+    def _settings_for(self, context: RoutingContext) -> TableSettings:
+        return TableSettings(
+            empty=context.empty,
+            statistic=self.table.statistic,
+            score_func=context.score_func,
+            temperature=self.table.temperature,
+            rule=self.table.rule,
+            limits=self.limits,
+            weights=plain_rule(self.weights, context.route_norm),
+        )
 
     def _read_rows(self) -> None:
         """What decides a single token on the host, where rows and router live there: all but the token bound."""
         self._host = {
             path: partial(
-                decide_one_token, row=HostRow(*(buffer.tolist() for buffer in row)), **self._settings[path]
+                decide_one_token, row=HostRow(*(buffer.tolist() for buffer in row)), how=self._settings[path]
             )
             for path, row in self._rows.items()
             if self._functions[path] is decide_by_table and row[0].device.type == "cpu"
@@ -148,7 +149,7 @@ class TablePolicy(CountPolicy):
         if logits_TE.shape[0] == 1 and path in self._host and not torch.compiler.is_compiling():
             return self._host[path](logits_TE, own_weights_TK, own_experts_TK)
         function = self._functions[path]
-        return function(logits_TE, own_weights_TK, own_experts_TK, *self._rows[path], **self._settings[path])
+        return function(logits_TE, own_weights_TK, own_experts_TK, *self._rows[path], self._settings[path])
 
     def _decide_widened(
         self, logits_TE: Tensor, own_weights_TK: Tensor, own_experts_TK: Tensor, context: RoutingContext
@@ -157,7 +158,7 @@ class TablePolicy(CountPolicy):
             self.statistic(logits_TE, context),
             self.thresholds_of(context),
             rule=self.table.rule,
-            **self._limits,
+            limits=self.limits,
         )
         return self._widened(ranking, logits_TE, own_weights_TK, own_experts_TK, context)
 

@@ -11,20 +11,16 @@ say exactly what the p-values say.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import CalibrationError, InvalidParameterError
+from .._words import Estimator, check_word
+from ..errors import CalibrationError
 from .histogram import PooledCounts
 from .kde import smoothed_counts
-
-Estimator = Literal["empirical", "kde", "normal"]
-
-
-ESTIMATORS = ("empirical", "kde", "normal")
 
 
 class Null(Protocol):
@@ -133,8 +129,8 @@ def kde_null(
     Parameters
     ----------
     kernel : {"gaussian", "epanechnikov", "tophat", "triangular"}
-    bandwidth : {"silverman", "isj"} or float
-        The kernel's standard deviation, or a rule for it (`bh_routing.stats.kde`).
+    bandwidth : "silverman" or float
+        The kernel's standard deviation, or the rule for it (`bh_routing.stats.kde`).
 
     Raises
     ------
@@ -168,17 +164,15 @@ def fit_null(
 ) -> GridNull | NormalNull:
     """A null of the named estimator; ``extended`` gives it an exponential tail (the normal null has its own).
 
-    Raises `InvalidParameterError` for an unknown estimator.
+    Raises `InvalidParameterError` for an unknown one.
     """
+    check_word("estimator", estimator, Estimator)
     if pooled.num < 1:
         raise CalibrationError("there are no null samples to estimate a distribution from.")
     if estimator == "normal":
         return normal_null(pooled)
-    if estimator in ("empirical", "kde"):
-        null = (
-            empirical_null(pooled)
-            if estimator == "empirical"
-            else kde_null(pooled, kernel=kernel, bandwidth=bandwidth)
-        )
-        return with_exponential_tail(null, pooled) if extended else null
-    raise InvalidParameterError(f"unknown estimator {estimator!r}; expected one of {', '.join(ESTIMATORS)}.")
+    if estimator == "kde":
+        null = kde_null(pooled, kernel=kernel, bandwidth=bandwidth)
+    else:
+        null = empirical_null(pooled)
+    return with_exponential_tail(null, pooled) if extended else null

@@ -20,6 +20,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from .._words import check_word
 from ..errors import InvalidParameterError
 
 Rule = Literal["step_up", "step_down"]
@@ -85,8 +86,7 @@ class Procedure:
                 f"procedure {name!r} must be given exactly one of critical_values and count, got "
                 f"{'neither' if count is None else 'both'}."
             )
-        if rule not in ("step_up", "step_down"):
-            raise InvalidParameterError(f"rule must be 'step_up' or 'step_down', got {rule!r}.")
+        check_word("rule", rule, Rule)
         self.name, self.guarantee, self.source = name, guarantee, source
         self.rule: Rule | None = rule if count is None else None
         self._critical, self._count = critical_values, count

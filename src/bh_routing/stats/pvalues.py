@@ -40,7 +40,7 @@ def robust_z(logits_TE: Tensor) -> Tensor:
 def _median(x_TE: Tensor) -> Tensor:
     """Median with the two middle values averaged, [T, 1] (torch.median returns the lower one)."""
     num = x_TE.shape[-1]
-    middle_T2 = x_TE.sort(-1).values[..., (num - 1) // 2 : num // 2 + 1]
+    middle_T2: Tensor = x_TE.sort(-1).values[..., (num - 1) // 2 : num // 2 + 1]
     return middle_T2.mean(-1, keepdim=True)
 
 

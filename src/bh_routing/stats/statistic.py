@@ -16,11 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import log_softmax, logsigmoid, softplus
 
-from ..errors import InvalidParameterError
 from .pvalues import at_least_float32
-
-STATISTICS = ("logit", "logprob", "contribution")
-
 
 # How a family turns router logits into the score that weighs an expert's output; log-scores, [T, E] -> [T, E].
 LOG_SCORES: dict[str, Callable[[Tensor], Tensor]] = {
@@ -29,14 +25,6 @@ LOG_SCORES: dict[str, Callable[[Tensor], Tensor]] = {
     "sqrtsoftplus": lambda x: 0.5 * softplus(x).log(),
     "probability": lambda x: x.clamp_min(torch.finfo(x.dtype).tiny).log(),  # what is recorded is a score
 }
-
-
-def check_statistic(statistic: str) -> None:
-    """Raise `InvalidParameterError` for an unknown statistic."""
-    if statistic not in STATISTICS:
-        raise InvalidParameterError(
-            f"unknown statistic {statistic!r}; expected one of {', '.join(STATISTICS)}."
-        )
 
 
 def base_statistic(logits_TE: Tensor, statistic: str, score_func: str, temperature: float = 1.0) -> Tensor:

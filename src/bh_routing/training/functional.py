@@ -14,8 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .._words import Scope, check_word
-from ..decision.types import Clamp, check_clamp, check_k, check_temperature
+from .._words import Clamp, Scope, check_word
+from ..decision.types import check_k, check_temperature
 from ..errors import InvalidInputError
 from ..stats.procedures import Rule
 from ..stats.pvalues import at_least_float32
@@ -231,7 +231,7 @@ def expected_experts(
     """
     check_temperature(temperature)
     check_k(min_k, max_k)
-    check_clamp(clamp)
+    check_word("clamp", clamp, Clamp)
     num = statistic_TK.shape[-1]
     top = num if max_k is None else min(max_k, num)
     sorted_TK = statistic_TK.sort(dim=-1, descending=True, stable=True).values

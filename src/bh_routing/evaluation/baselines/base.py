@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+from ..._words import WeightRule
 from ...calibration.budget import solve_parameter
 from ...decision.select import Kept
-from ...decision.types import RoutingDecision, WeightRule
+from ...decision.types import RoutingDecision
 from ...errors import BudgetError, InvalidParameterError
 from ...policies import RoutingContext, RoutingPolicy
 from ...stats.pvalues import at_least_float32

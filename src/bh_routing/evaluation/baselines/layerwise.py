@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...decision.types import WeightRule, check_k
+from ..._words import WeightRule
+from ...decision.types import check_k
 from ...errors import BudgetError, InvalidInputError, InvalidParameterError
 from ...policies import RoutingContext
 from .base import Baseline, Ordered, first

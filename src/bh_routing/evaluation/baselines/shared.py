@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from ...decision.types import WeightRule
+from ..._words import WeightRule
 from ...errors import InvalidParameterError
 from ...policies import RoutingContext
 from .base import MeanK, Ordered

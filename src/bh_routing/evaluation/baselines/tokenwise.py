@@ -13,7 +13,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ...decision.types import RoutingDecision, WeightRule, check_k
+from ..._words import WeightRule
+from ...decision.types import RoutingDecision, check_k
 from ...errors import InvalidParameterError
 from ...policies import RoutingContext, TopKPolicy
 from ...stats.pvalues import at_least_float32
