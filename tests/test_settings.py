@@ -75,7 +75,7 @@ def test_frozen_and_keyword_only():
             "size must be 'sensitivity', 'deviation' or 'output', got",
         ),
         ({"kernel": "round"}, InvalidParameterError, "kernel must be 'gaussian', "),
-        ({"bandwidth": "wide"}, InvalidParameterError, "bandwidth must be 'silverman' or 'isj', got 'wide'."),
+        ({"bandwidth": "wide"}, InvalidParameterError, "bandwidth must be 'silverman', got 'wide'."),
         (
             {"compensation": 2},
             InvalidParameterError,

@@ -49,7 +49,8 @@ def robust_p_values(logits_TE: Tensor) -> Tensor:
 
     Scale and shift of the logits do not matter, so that a temperature cannot change a decision.
     """
-    return torch.special.ndtr(-robust_z(logits_TE))
+    p_TE: Tensor = torch.special.ndtr(-robust_z(logits_TE))
+    return p_TE
 
 
 def softmax_p_values(logits_TE: Tensor) -> Tensor:

@@ -158,29 +158,25 @@ class Telemetry:
         """Paths of the routers that saw no call."""
         return [path for path, layer in self._layers.items() if not layer.waiting and not int(layer.calls)]
 
-    def total(self) -> dict[str, Any]:
-        """The figures over all layers; the keys are in the class docstring. What is not defined is NaN here."""
-        return total_figures(self._read())
-
     @property
     def mean_experts_per_token(self) -> float:
         """Experts per token, over all tokens of all layers; NaN before the first."""
-        return float(self.total()["mean_experts"])
+        return float(self._total()["mean_experts"])
 
     @property
     def std_experts_per_token(self) -> float:
         """Population standard deviation of the same; NaN before the first."""
-        return float(self.total()["std_experts"])
+        return float(self._total()["std_experts"])
 
     @property
     def total_forward_passes(self) -> int:
         """Router calls, added over layers."""
-        return int(self.total()["router_calls"])
+        return int(self._total()["router_calls"])
 
     @property
     def num_tokens(self) -> int:
         """Tokens without padding that went through the layer that saw most."""
-        return int(self.total()["tokens"])
+        return int(self._total()["tokens"])
 
     def to_dict(self) -> dict[str, Any]:
         """All figures as plain Python values; the keys are in the class docstring."""
@@ -227,6 +223,9 @@ class Telemetry:
 
     def _read(self) -> list[LayerSums]:
         return [layer.read() for layer in self._layers.values()]
+
+    def _total(self) -> dict[str, Any]:
+        return total_figures(self._read())
 
 
 __all__ = ["Telemetry"]

@@ -83,20 +83,8 @@ def _cpu_experts(
         layer.pairs += pairs
 
 
-def _cpu_experts_fake(
-    output: Tensor,
-    hidden_states: Tensor,
-    w13: Tensor,
-    w2: Tensor,
-    w13_bias: Tensor | None,
-    w2_bias: Tensor | None,
-    topk_weights: Tensor,
-    topk_ids: Tensor,
-    activation: str,
-    isa: str,
-    layer_name: LayerNameType,
-) -> None:
-    return None
+def _cpu_experts_fake(*arguments: Any) -> None:
+    """It writes to its first argument."""
 
 
 direct_register_custom_op("vllm_route", _route, fake_impl=_route_fake, target_lib=library)
