@@ -30,11 +30,11 @@ from torch import Tensor
 from bh_routing.calibration.calibration import Calibration
 from bh_routing.calibration.compensation_scale import divergence
 from bh_routing.calibration.passes import calibrate
-from bh_routing.cli.loading import load_model
 from bh_routing.decision.compensation import Compensation
 from bh_routing.errors import BHRoutingError, CalibrationWarning
 from bh_routing.evaluation.baselines import MinPPolicy, ThresholdPolicy, TopPPolicy
 from bh_routing.integration import RoutingIntegration
+from bh_routing.models.loading import load_model
 from bh_routing.patching import make_plan, watch
 from bh_routing.policies import RoutingPolicy, TopKPolicy
 from bh_routing.stats.histogram import Histogram

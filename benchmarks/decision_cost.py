@@ -156,8 +156,8 @@ def cold(s: Setting) -> str:
 
 def repeats(s: Setting) -> str:
     """How often a decision repeats: logits of a layer are never the same for two tokens of a text."""
-    from bh_routing.cli.loading import load_model
     from bh_routing.data import sample_text
+    from bh_routing.models.loading import load_model
     from bh_routing.patching import make_plan, watch
 
     model, tokenizer = load_model("olmoe-nano", device="cpu", dtype="bfloat16")

@@ -21,12 +21,12 @@ from pages import arguments, markdown_table, publish
 
 from bh_routing import Calibration
 from bh_routing.cli.common import make_progress
-from bh_routing.cli.loading import default_calibration, load_model
 from bh_routing.evaluation import RoutingExperimentRunner, summarise
 from bh_routing.evaluation.report import make_report
 from bh_routing.evaluation.report_plots import plots, svg_text
 from bh_routing.evaluation.results import ResultsFolder
 from bh_routing.evaluation.scoring import score_text
+from bh_routing.models.loading import default_calibration, load_model
 from bh_routing.text import TextFile, spans
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))

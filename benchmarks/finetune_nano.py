@@ -23,11 +23,11 @@ from machine import describe_machine
 from pages import arguments, markdown_table, publish
 
 from bh_routing import BHRoutingIntegration, Calibration, calibrate
-from bh_routing.cli.loading import load_model
 from bh_routing.evaluation import perplexity_change
 from bh_routing.evaluation.paired import block_sums, perplexity_interval
 from bh_routing.evaluation.scoring import score_text
 from bh_routing.models import bundled_calibration
+from bh_routing.models.loading import load_model
 from bh_routing.text import TextFile, spans
 from bh_routing.training.loop import finetune, text_windows
 from bh_routing.training.settings import FinetuneSettings

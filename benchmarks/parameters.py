@@ -18,9 +18,9 @@ from pages import WINDOW, arguments, markdown_table, publish, text_name, text_wi
 from torch import Tensor
 
 from bh_routing import BHRoutingIntegration, Calibration, RoutingIntegration, calibrate
-from bh_routing.cli.loading import default_calibration, load_model
 from bh_routing.data import sample_text
 from bh_routing.evaluation import Measured, compare
+from bh_routing.models.loading import default_calibration, load_model
 from bh_routing.text import TextFile
 
 Rows = dict[str, RoutingIntegration | None]

@@ -22,9 +22,9 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 from bh_routing import BHRoutingIntegration, Calibration, RoutingIntegration, TopKPolicy
-from bh_routing.cli.loading import default_calibration, load_model
 from bh_routing.data import sample_sections
 from bh_routing.evaluation import compare
+from bh_routing.models.loading import default_calibration, load_model
 
 BUDGET = 4.0
 BUDGETS = (7.0, 6.0, 5.0, 4.0, 3.0, 2.0, 1.5)

@@ -16,9 +16,9 @@ from bh_routing import Calibration, calibrate
 from bh_routing.calibration.passes import default_window
 from bh_routing.cli.common import make_progress
 from bh_routing.cli.evaluate import show
-from bh_routing.cli.loading import load_model
 from bh_routing.evaluation import RoutingExperimentRunner
 from bh_routing.evaluation.figures import to_frame
+from bh_routing.models.loading import load_model
 from bh_routing.text import TextFile
 
 # Each at every budget of experts per token.

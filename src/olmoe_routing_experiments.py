@@ -2,10 +2,10 @@
 
 from typing import Any, NoReturn
 
-from bh_routing.cli.loading import load_model
 from bh_routing.errors import DatasetError
 from bh_routing.evaluation.runner import RoutingExperimentRunner
 from bh_routing.evaluation.strategy import RoutingStrategy
+from bh_routing.models.loading import load_model
 
 
 def load_dataset(name: str, **settings: Any) -> NoReturn:

@@ -17,7 +17,7 @@ from bh_routing.patching.instance import find_patch
 @pytest.fixture
 def loaded(monkeypatch, nano_model, nano_tokenizer):
     """The embedded model, loaded once for all tests."""
-    monkeypatch.setattr("bh_routing.cli.loading.load_model", lambda *_, **__: (nano_model, nano_tokenizer))
+    monkeypatch.setattr("bh_routing.models.loading.load_model", lambda *_, **__: (nano_model, nano_tokenizer))
     return nano_model
 
 

@@ -29,7 +29,7 @@ def _no_terminal(monkeypatch):
 def loaded(monkeypatch, nano_model, nano_tokenizer):
     """The commands get the model of this test session instead of loading their own."""
     monkeypatch.setattr(
-        "bh_routing.cli.loading.load_model", lambda *_args, **_options: (nano_model, nano_tokenizer)
+        "bh_routing.models.loading.load_model", lambda *_args, **_options: (nano_model, nano_tokenizer)
     )
     return nano_model
 
@@ -41,7 +41,7 @@ def no_load(monkeypatch):
     def refuse(*_args, **_options):
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr("bh_routing.cli.loading.load_model", refuse)
+    monkeypatch.setattr("bh_routing.models.loading.load_model", refuse)
 
 
 @pytest.fixture
@@ -259,9 +259,9 @@ def test_interrupt_of_a_process(tmp_path):
     (tmp_path / "text.txt").write_text("The old man walked to the door.\n")
     code = (
         "import sys, time\n"
-        "import bh_routing.calibration.passes, bh_routing.cli.loading\n"
+        "import bh_routing.calibration.passes, bh_routing.models.loading\n"
         "from bh_routing.cli import main\n"
-        "bh_routing.cli.loading.load_model = lambda *_args, **_options: (None, None)\n"
+        "bh_routing.models.loading.load_model = lambda *_args, **_options: (None, None)\n"
         "def endless(*_args, **_options):\n"
         "    print('calibrating', flush=True)\n"
         "    time.sleep(200)\n"
@@ -583,7 +583,7 @@ def test_demo_with_budgets(run, loaded, calibrated):
 
 def test_calibration_of_another_model(run, monkeypatch, calibrated, tiny_olmoe, nano_tokenizer):
     monkeypatch.setattr(
-        "bh_routing.cli.loading.load_model", lambda *_args, **_options: (tiny_olmoe(), nano_tokenizer)
+        "bh_routing.models.loading.load_model", lambda *_args, **_options: (tiny_olmoe(), nano_tokenizer)
     )
     result = run("generate", "tiny", "-p", "x", "--calibration", calibrated.path)
     assert result.code == 2

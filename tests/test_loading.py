@@ -10,9 +10,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from bh_routing.cli.loading import default_calibration, load_model, resolve
 from bh_routing.errors import InvalidParameterError, MissingDependencyError, ModelLoadError
 from bh_routing.models import bundled_calibration, bundled_path
+from bh_routing.models.loading import default_calibration, load_model, resolve
 
 
 @pytest.fixture

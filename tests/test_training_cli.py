@@ -49,7 +49,7 @@ def loaded(monkeypatch, tiny_olmoe, nano_tokenizer):
         made.append(tiny_olmoe(vocab_size=4096))
         return made[-1], nano_tokenizer
 
-    monkeypatch.setattr("bh_routing.cli.loading.load_model", load)
+    monkeypatch.setattr("bh_routing.models.loading.load_model", load)
     return made
 
 
@@ -158,7 +158,7 @@ def test_what_is_wrong_is_said_before_a_model_is_loaded(run, text, tmp_path, mon
     def refuse(*_args, **_options):
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr("bh_routing.cli.loading.load_model", refuse)
+    monkeypatch.setattr("bh_routing.models.loading.load_model", refuse)
     given = ["--text", text, "--experts", 3, "--steps", 1, "-o", tmp_path / "out"]
     done = run("olmoe-nano", *given, *options)
     assert done.code == 2

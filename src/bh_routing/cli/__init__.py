@@ -145,7 +145,7 @@ def _terminable() -> Iterator[None]:
 
 def _check_model_arguments(args: argparse.Namespace) -> None:
     """Say what is wrong with --device and --dtype before anything else is done."""
-    from .loading import check_device, check_dtype
+    from ..models.loading import check_device, check_dtype
 
     for name, check in (("device", check_device), ("dtype", check_dtype)):
         if hasattr(args, name):

@@ -53,9 +53,9 @@ def run(args: argparse.Namespace) -> None:
     from ..data import sample_text
     from ..evaluation import bench
     from ..integration import BHRoutingIntegration, RoutingIntegration
+    from ..models.loading import load_model
     from ..patching import make_plan
     from ..text import TextFile
-    from .loading import load_model
 
     model, tokenizer = load_model(args.model, device=args.device, dtype=args.dtype)
     tokens = sorted(set(args.tokens or (1, 8, 64, 512)))

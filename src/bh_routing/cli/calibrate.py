@@ -80,7 +80,7 @@ def run(args: argparse.Namespace) -> None:
 
     from ..calibration.forwards import distributed
     from ..calibration.passes import calibrate
-    from .loading import load_model
+    from ..models.loading import load_model
 
     model, tokenizer = load_model(args.model, device=args.device, dtype=args.dtype)
     rank, world = distributed()

@@ -145,7 +145,7 @@ def load_calibration(choice: str | None, model: str, budgets: Sequence[float]) -
 
     Raises where budgets are asked for and there is none to solve them on.
     """
-    from .loading import default_calibration
+    from ..models.loading import default_calibration
 
     for budget in budgets:
         if not budget > 0:

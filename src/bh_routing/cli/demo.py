@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> None:
 
         from ..data import prompts
         from ..evaluation import compare, cut_windows
-        from .loading import load_model
+        from ..models.loading import load_model
 
         model, tokenizer = load_model(args.model, device=args.device, dtype=args.dtype)
         torch.manual_seed(args.seed)

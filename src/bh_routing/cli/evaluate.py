@@ -61,7 +61,7 @@ def run(args: argparse.Namespace) -> None:
         if not getattr(args, name):
             raise InvalidParameterError(f"evaluate needs {option}.")
     from ..evaluation.specs import parse_policy
-    from .loading import load_model
+    from ..models.loading import load_model
 
     specs = [parse_policy(text) for text in args.policy]
     calibration = common.load_calibration(args.calibration, args.model, [])

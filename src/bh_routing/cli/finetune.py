@@ -86,8 +86,8 @@ def _finetune(
 ) -> None:
     from ..calibration.passes import calibrate
     from ..integration import BHRoutingIntegration
+    from ..models.loading import load_model
     from ..training.loop import finetune, text_windows
-    from .loading import load_model
 
     texts = _texts(files, settings.seed)
     dtype = "float32" if args.dtype == "auto" else args.dtype

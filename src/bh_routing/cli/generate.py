@@ -37,7 +37,7 @@ def run(args: argparse.Namespace) -> None:
     import torch
 
     from ..integration import BHRoutingIntegration
-    from .loading import load_model
+    from ..models.loading import load_model
 
     model, tokenizer = load_model(args.model, device=args.device, dtype=args.dtype)
     inputs = tokenizer(args.prompt, return_tensors="pt").to(model.device)

@@ -24,8 +24,8 @@ def run(args: argparse.Namespace) -> None:
         raise common.InvalidParameterError(
             f"--plot draws a calibration: expected a FILE.safetensors, got {args.what!r}."
         )
+    from ..models.loading import load_model
     from ..patching import make_plan
-    from .loading import load_model
 
     model, _ = load_model(args.what, device=args.device, dtype=args.dtype)
     plan = make_plan(model)

@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     from ..evaluation.specs import parse_policy
-    from .loading import default_calibration, load_model
+    from ..models.loading import default_calibration, load_model
 
     policies = [parse_policy(text).text for text in args.policy or ["full"]]
     tasks = [task.strip() for task in args.tasks.split(",") if task.strip()]

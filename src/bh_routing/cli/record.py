@@ -34,8 +34,8 @@ def run(args: argparse.Namespace) -> None:
         raise InvalidParameterError(
             f"output must be a file name that ends in .safetensors, got {args.output!r}."
         )
+    from ..models.loading import load_model
     from ..text import TextFile
-    from .loading import load_model
 
     text = TextFile(args.text).read()
 

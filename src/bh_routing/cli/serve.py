@@ -63,7 +63,7 @@ def make_plan(args: argparse.Namespace) -> Any:
     """What the arguments ask for; raises for what is wrong before anything is started."""
     from ..engines.vllm.serving import ServerPlan
     from ..engines.vllm.settings import Settings
-    from .loading import default_calibration, resolve
+    from ..models.loading import default_calibration, resolve
 
     _, model = resolve(args.model)
     common.load_calibration(args.calibration, args.model, [] if args.experts is None else [args.experts])

@@ -21,7 +21,7 @@ NAME = "bh-routing"
 def register() -> type:
     """Make the name ``bh-routing`` known to lm-evaluation-harness; returns its model class.
 
-    ``model_args``: ``pretrained`` (what `bh_routing.cli.loading.load_model` takes, or a loaded model with its
+    ``model_args``: ``pretrained`` (what `bh_routing.models.loading.load_model` takes, or a loaded model with its
     ``tokenizer``), ``policy``, ``calibration`` (a file; default: the one that comes with a bundled model, ``none``
     for none), ``device``, ``dtype``, and those of lm-evaluation-harness' own ``hf``. The model stays patched until
     ``unpatch`` is called on the object.
@@ -55,7 +55,7 @@ def register() -> type:
             **settings: Any,
         ) -> None:
             from ..calibration.calibration import Calibration
-            from ..cli.loading import default_calibration, load_model
+            from ..models.loading import default_calibration, load_model
             from .specs import make_routing, parse_policy
             from .workbench import Workbench
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InvalidParameterError, MissingDependencyError, ModelLoadError
-from ..models import BUNDLED, bundled_calibration, bundled_path
+from . import BUNDLED, bundled_calibration, bundled_path
 
 __all__ = ["check_device", "check_dtype", "default_calibration", "load_model", "resolve"]
 
