@@ -161,5 +161,6 @@ def _gate(model: torch.nn.Module, layer: LayerRouting, device: torch.device) -> 
         weight_EH = (logits[0] if isinstance(logits, tuple) else logits).T
         if weight_EH.shape != shape:
             return None
-    held.weight = torch.nn.Parameter(weight_EH, requires_grad=False)
+    # detach: where oneDNN cannot pack them, they are still a parameter class of vLLM's, which no parameter is made of
+    held.weight = torch.nn.Parameter(weight_EH.detach(), requires_grad=False)
     return held
