@@ -28,6 +28,7 @@ from bh_routing.policies import (
     TopKPolicy,
 )
 from bh_routing.stats.procedures import PROCEDURES, Procedure
+from bh_routing.stats.pvalues import robust_p_values
 
 E, K, T = 16, 6, 200
 
@@ -192,7 +193,7 @@ def test_weight_rules():
     assert torch.equal(apply_weight_rule(own, ~nothing, "sum"), torch.zeros(1, 3))
 
 
-@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @pytest.mark.parametrize("max_k", [None, 10])
 def test_non_finite_logits_keep_the_own_choice(bad, max_k):
     logits = torch.randn(4, E) * 2
@@ -208,6 +209,29 @@ def test_non_finite_logits_keep_the_own_choice(bad, max_k):
         assert torch.equal(decision.experts_TK[2, :K], experts[2])
         assert torch.equal(decision.weights_TK[2, :K], weights[2])
         assert decision.counts_T[2] == K
+        assert bool(torch.isfinite(decision.weights_TK).all())
+
+
+@pytest.mark.parametrize("max_k", [None, 10])
+def test_masked_experts_have_p_one_and_the_others_are_routed_as_without_them(max_k):
+    """A logit of -inf is an expert that is not there: same p-values, same choice as over the other E - 2."""
+    logits = torch.randn(64, E) * 2
+    logits[:, [3, 9]] = float("-inf")
+    weights, experts = own_choice(logits)
+    there = [e for e in range(E) if e not in (3, 9)]
+    assert torch.equal(robust_p_values(logits)[:, there], robust_p_values(logits[:, there]))
+    assert bool((robust_p_values(logits)[:, [3, 9]] == 1).all())
+    for policy in (
+        PValuePolicy("robust", alpha=0.1, max_k=max_k),
+        PValuePolicy(lambda x, _context: torch.zeros_like(x), alpha=0.1, max_k=max_k),
+        TablePolicy(DecisionTable.threshold(0.2, 1, E), max_k=max_k),
+    ):
+        policy.bind([context()])
+        decision = policy.decide(logits, weights, experts, context())
+        assert not bool(decision.fallback_T.any())
+        kept = decision.experts_TK[decision.experts_TK < E]
+        assert not bool(((kept == 3) | (kept == 9)).any())
+        assert float(decision.counts_T.double().mean()) > 1
         assert bool(torch.isfinite(decision.weights_TK).all())
 
 

@@ -306,7 +306,7 @@ X = torch.zeros(2, 16)
         (
             lambda: benjamini_hochberg_routing(torch.full((2, 16), float("nan"))),
             InvalidInputError,
-            "router_logits must be finite, got NaN or infinity in 2 token(s); find where they come from "
+            "router_logits must be finite (or -inf, a masked expert), got NaN or infinity in 2 token(s); find where they come from "
             "(validate=False skips this check).",
         ),
         (

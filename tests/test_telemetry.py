@@ -281,7 +281,8 @@ def test_non_finite_logits_are_found_where_the_decision_does_not_tell(generator)
     decision = random_decision(generator, 3, fallback=False)
     logits = torch.randn(3, E, generator=generator)
     logits[1, 2] = float("nan")
-    logits[2, 0] = float("-inf")
+    logits[2, 0] = float("inf")
+    logits[0, 1] = float("-inf")  # a masked expert
     telemetry = Telemetry([context()], [K])
     telemetry.update(context(), decision, logits)
     assert telemetry.to_dict()["layers"][0]["fallback_tokens"] == 2

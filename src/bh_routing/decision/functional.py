@@ -14,7 +14,7 @@ from .._words import Clamp, check_word
 from ..errors import InvalidInputError, InvalidParameterError, InvalidTypeError
 from ..stats.procedures import Procedure, check_alpha, get_procedure
 from ..stats.pvalues import PValues, at_least_float32, resolve_p_values
-from .select import Ranking, rank_by_p_values, rank_top
+from .select import Ranking, not_finite, rank_by_p_values, rank_top
 from .types import PAD, Limits, check_k, check_temperature
 
 
@@ -38,11 +38,10 @@ def _check_logits(router_logits: Tensor, validate: bool | None) -> Tensor:
             "router_logits must have shape [tokens, experts] or [batch, sequence, experts] with at least one "
             f"expert, got {tuple(router_logits.shape)}."
         )
-    if _looks(validate, router_logits) and not bool(torch.isfinite(router_logits).all()):
-        bad = int((~torch.isfinite(router_logits)).any(-1).sum())
+    if _looks(validate, router_logits) and bool((bad := not_finite(router_logits)).any()):
         raise InvalidInputError(
-            f"router_logits must be finite, got NaN or infinity in {bad} token(s); find where they come from "
-            "(validate=False skips this check)."
+            f"router_logits must be finite (or -inf, a masked expert), got NaN or infinity in {int(bad.sum())} token(s); "
+            "find where they come from (validate=False skips this check)."
         )
     return at_least_float32(router_logits).reshape(-1, router_logits.shape[-1])
 
@@ -123,7 +122,7 @@ def benjamini_hochberg_routing(
     return_stats : bool
         Also return a dictionary (below).
     validate : bool, optional
-        Raise on NaN or infinite logits, and on p-values of yours outside [0, 1]. Default: on CPU yes, elsewhere no (it would synchronise the device).
+        Raise on NaN or +inf among the logits (-inf: a masked expert, p = 1), and on p-values of yours outside [0, 1]. Default: on CPU yes, elsewhere no (it would synchronise the device).
     procedure : str or Procedure
         A key of `bh_routing.PROCEDURES`, or your own.
 
@@ -170,16 +169,18 @@ def benjamini_hochberg_routing(
     (tensor([[0.5000, 0.0000, 0.5000, 0.0000]]), tensor([[ 0,  2, -1, -1]]), tensor([2]))
     """
     alpha = check_alpha(alpha)
-    temperature = check_temperature(temperature)
+    temperature = check_temperature(temperature, coldest=0.0)
     check_word("clamp", clamp, Clamp)
     rule = get_procedure(procedure)
-    x_TE = _check_logits(router_logits, validate) / temperature
+    raw_TE = _check_logits(router_logits, validate)
+    x_TE = _tempered(raw_TE, temperature)
     num_experts = x_TE.shape[-1]
     check_k(min_k, max_k, num_experts)
 
-    p_TE = resolve_p_values(pvalues, x_TE, values=_looks(validate, router_logits))
+    without_scale = isinstance(pvalues, str) and pvalues != "softmax"
+    p_TE = resolve_p_values(pvalues, raw_TE if without_scale else x_TE, values=_looks(validate, router_logits))
     ranking = rank_by_p_values(
-        p_TE, rule, alpha, num_experts, ties_TK=x_TE, limits=Limits(min_k, max_k, clamp)
+        p_TE, rule, alpha, num_experts, ties_TK=raw_TE, limits=Limits(min_k, max_k, clamp)
     )
     weights_TE, experts_TK = _fill(x_TE, ranking, max_k, router_logits.dtype)
 
@@ -197,6 +198,15 @@ def benjamini_hochberg_routing(
         "raw_counts": ranking.raw_counts_T.reshape(lead),
     }
     return (*result, stats)
+
+
+def _tempered(x_TE: Tensor, temperature: float) -> Tensor:
+    """Logits / temperature; where that would be no numbers, what their softmax tends to."""
+    if temperature >= 1e-30:
+        return x_TE / temperature
+    behind_TE = (x_TE - x_TE.amax(-1, keepdim=True)).double() / temperature
+    least = torch.finfo(x_TE.dtype).min / 4
+    return behind_TE.clamp_min(least).to(x_TE.dtype).masked_fill(x_TE == float("-inf"), float("-inf"))
 
 
 def _fill(x_TE: Tensor, ranking: Ranking, slots: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -240,7 +250,7 @@ def topk_routing(
     >>> topk_routing(torch.tensor([[0.0, 1.0, 0.0, 1.0]]), k=2)
     (tensor([[0.0000, 0.5000, 0.0000, 0.5000]]), tensor([[1, 3]]), tensor([2]))
     """
-    x_TE = _check_logits(router_logits, validate) / check_temperature(temperature)
+    x_TE = _tempered(_check_logits(router_logits, validate), check_temperature(temperature, coldest=0.0))
     num_experts = x_TE.shape[-1]
     if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= num_experts:
         raise InvalidParameterError(

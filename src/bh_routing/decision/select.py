@@ -18,16 +18,15 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ..stats.procedures import Procedure, Rule, count_passing
-from ..stats.pvalues import at_least_float32
 from ..stats.statistic import full_statistic
 from .types import DEFAULT_LIMITS, Limits, PlainRule, RoutingDecision, TableSettings
 from .weights import apply_weight_rule
 
 
 def not_finite(logits_TE: Tensor) -> Tensor:
-    """bool [T, 1]: tokens with a logit that is NaN or infinite (or whose sum is)."""
-    total_T1 = at_least_float32(logits_TE).sum(-1, keepdim=True)
-    return (total_T1 - total_T1) != 0
+    """bool [T, 1]: tokens with a logit that is NaN or +infinite, or without one above -infinity (a masked expert)."""
+    highest_T1 = logits_TE.amax(-1, keepdim=True)  # NaN where any is
+    return (highest_T1 - highest_T1) != 0
 
 
 class Kept(NamedTuple):
@@ -183,7 +182,8 @@ def decide_by_table(
     Parameters
     ----------
     logits_TE, own_weights_TK, own_experts_TK : Tensor
-        What the router returned. Tokens with non-finite logits keep the router's own choice.
+        What the router returned. A logit of -inf is a masked expert: its p-value is 1. Tokens with NaN or +inf keep the
+        router's own choice.
     thresholds_E, offset_E : Tensor
         float32 [E], one row of a `bh_routing.DecisionTable`.
     """

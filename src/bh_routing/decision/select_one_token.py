@@ -42,7 +42,8 @@ def decide_one_token(
     min_k, max_k, clamp = how.limits
     top = num if max_k is None else min(max_k, num)
     raw, drop = 0, [False] * num
-    lost = not isfinite(sum(logits))
+    # The sum first: it is finite nearly always. A logit of -inf is a masked expert.
+    lost = not isfinite(sum(logits)) and (any(x != x for x in logits) or not isfinite(max(logits)))
     if lost:
         count = num
     else:

@@ -66,7 +66,8 @@ def _decide(  # type: ignore[no-untyped-def]  # Triton reads no annotations but 
     mask_TK = row_T1 & slot_1K
 
     x_TE = tl.load(logits_ptr + t_T[:, None] * EXPERTS + e_E[None, :], mask=mask_TE, other=0.0).to(tl.float32)
-    lost_T = ~(tl.abs(tl.sum(x_TE, 1)) < float("inf"))
+    highest_T = tl.max(tl.where(mask_TE, x_TE, float("-inf")), 1)
+    lost_T = (tl.abs(highest_T) == float("inf")) | (tl.max((x_TE != x_TE).to(tl.int32), 1) > 0)
 
     at_TK = t_T[:, None] * SLOTS + k_K[None, :]
     own_TK = tl.load(own_experts_ptr + at_TK, mask=mask_TK, other=0)

@@ -133,12 +133,20 @@ def check_k(min_k: int, max_k: int | None, num_experts: int | None = None) -> No
         )
 
 
-def check_temperature(temperature: float) -> float:
-    """Return the temperature as a float, or raise unless it is a finite number above 0."""
+def check_temperature(temperature: float, *, coldest: float = 1e-30) -> float:
+    """Return the temperature as a float, or raise unless it is a finite number above 0, and at least ``coldest``.
+
+    A logit divided by less than that is no float32 number any more.
+    """
     if isinstance(temperature, bool) or not isinstance(temperature, (int, float)):
         raise InvalidTypeError(f"temperature must be a number, got {temperature!r}.")
     if not 0.0 < float(temperature) < float("inf"):
         raise InvalidParameterError(
             f"temperature must be a finite number above 0, got {temperature!r}; 1.0 leaves the logits alone."
+        )
+    if coldest and not coldest <= temperature <= 1 / coldest:
+        raise InvalidParameterError(
+            f"temperature must be at least {coldest:g} and at most {1 / coldest:g}, got {temperature!r}: logits divided by "
+            "it are no numbers any more; 1.0 leaves them alone."
         )
     return float(temperature)

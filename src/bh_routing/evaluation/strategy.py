@@ -9,12 +9,11 @@ from abc import abstractmethod
 from dataclasses import replace
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
 from .._words import WeightRule
-from ..decision.select import Kept
+from ..decision.select import Kept, not_finite
 from ..decision.types import RoutingDecision
 from ..errors import InvalidInputError
 from ..policies import RoutingContext, RoutingPolicy
@@ -71,7 +70,7 @@ class RoutingStrategy(RoutingPolicy):
             own_weights_TK,
             own_experts_TK,
             replace(context, route_norm="none"),  # the rule's weights are used as they are
-            torch.isfinite(logits_TE.sum(-1)),
+            ~not_finite(logits_TE).squeeze(-1),
         )
 
     def describe(self) -> dict[str, Any]:

@@ -131,7 +131,7 @@ class RoutingPolicy(ABC):
     ) -> RoutingDecision:
         """Make the decision that keeps these of the router's own slots, in the router's own order.
 
-        Tokens with non-finite logits keep the router's own choice.
+        Tokens with NaN or +inf among their logits keep the router's own choice.
         """
         return keep_own(
             kept,
@@ -154,7 +154,7 @@ class RoutingPolicy(ABC):
     ) -> RoutingDecision:
         """Make the decision over C candidates that are not the router's own slots (C >= K).
 
-        Tokens with non-finite logits keep the router's own choice.
+        Tokens with NaN or +inf among their logits keep the router's own choice.
         """
         pad = scores_TC.shape[-1] - own_weights_TK.shape[-1]
         weights_TC = apply_weight_rule(

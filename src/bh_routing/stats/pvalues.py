@@ -14,6 +14,8 @@ from torch import Tensor
 
 from ..errors import InvalidInputError, InvalidParameterError, InvalidTypeError
 
+SMALLER = 2.0**-16  # differences and sums of the largest floats stay finite; a power of two changes no other digit
+
 PValues = str | Tensor | Callable[[Tensor], Tensor]
 
 
@@ -27,20 +29,24 @@ def robust_z(logits_TE: Tensor) -> Tensor:
 
     Where MAD = 0 (more than half of the logits tie), the mean absolute deviation times sqrt(pi/2) takes its
     place (Iglewicz & Hoaglin 1993); where that is 0 too (all logits equal) z is -inf, so that p = 1.
+    Experts whose logit is -inf are masked: they are no part of the null, and have z = -inf.
     """
-    x_TE = at_least_float32(logits_TE)
-    deviation_TE = x_TE - _median(x_TE)
-    mad_T1 = _median(deviation_TE.abs()) * 1.4826
-    mean_T1 = deviation_TE.abs().mean(-1, keepdim=True) * math.sqrt(math.pi / 2)
+    x_TE = at_least_float32(logits_TE) * SMALLER
+    masked_TE = x_TE == float("-inf")
+    num_T1 = (~masked_TE).sum(-1, keepdim=True)
+    deviation_TE = x_TE - _median(x_TE.masked_fill(masked_TE, float("inf")), num_T1)
+    size_TE = deviation_TE.abs()
+    mad_T1 = _median(size_TE.masked_fill(masked_TE, float("inf")), num_T1) * 1.4826
+    mean_T1 = size_TE.masked_fill(masked_TE, 0.0).sum(-1, keepdim=True) / num_T1 * math.sqrt(math.pi / 2)
     spread_T1 = torch.where(mad_T1 > 0, mad_T1, mean_T1)
     safe_T1 = torch.where(spread_T1 > 0, spread_T1, torch.ones_like(spread_T1))
     return torch.where(spread_T1 > 0, deviation_TE / safe_T1, float("-inf"))
 
 
-def _median(x_TE: Tensor) -> Tensor:
-    """Median with the two middle values averaged, [T, 1] (torch.median returns the lower one)."""
-    num = x_TE.shape[-1]
-    middle_T2: Tensor = x_TE.sort(-1).values[..., (num - 1) // 2 : num // 2 + 1]
+def _median(x_TE: Tensor, num_T1: Tensor) -> Tensor:
+    """Median of the ``num_T1`` smallest with the two middle values averaged, [T, 1] (torch.median gives the lower one)."""
+    place_T2 = torch.cat(((num_T1 - 1).clamp_min(0) // 2, (num_T1 // 2).clamp_max(x_TE.shape[-1] - 1)), -1)
+    middle_T2: Tensor = x_TE.sort(-1).values.gather(-1, place_T2)
     return middle_T2.mean(-1, keepdim=True)
 
 
@@ -73,7 +79,8 @@ def batch_p_values(logits_TE: Tensor) -> Tensor:
     ascending_ET = x_ET.sort(-1).values
     below_ET = torch.searchsorted(ascending_ET, x_ET)  # left side: values strictly smaller
     num = max(1, x_ET.shape[-1])
-    return ((num - below_ET) / num).to(x_ET.dtype).transpose(0, 1)
+    p_ET = ((num - below_ET) / num).to(x_ET.dtype)
+    return p_ET.masked_fill(x_ET == float("-inf"), 1.0).transpose(0, 1)
 
 
 P_VALUES: dict[str, Callable[[Tensor], Tensor]] = {
@@ -110,7 +117,7 @@ def resolve_p_values(pvalues: PValues, logits_TE: Tensor, *, values: bool = Fals
 
 
 def check_p_values(p_TE: object, logits_TE: Tensor, *, values: bool) -> Tensor:
-    """p-values from outside as [T, E] on the logits' device, float32 at least.
+    """p-values from outside as [T, E] on the logits' device, float32 at least; 1 for masked experts (logits of -inf).
 
     Parameters
     ----------
@@ -120,7 +127,8 @@ def check_p_values(p_TE: object, logits_TE: Tensor, *, values: bool) -> Tensor:
     Raises
     ------
     InvalidTypeError, InvalidInputError
-        If they are not floating point, not of the logits' shape, or not in [0, 1] (NaN is allowed: it counts as 1).
+        If they are not floating point, not of the logits' shape, or not in [0, 1] (NaN is allowed beside others: it
+        counts as 1).
     """
     if not isinstance(p_TE, Tensor) or not p_TE.is_floating_point():
         got = p_TE.dtype if isinstance(p_TE, Tensor) else type(p_TE).__name__
@@ -135,4 +143,7 @@ def check_p_values(p_TE: object, logits_TE: Tensor, *, values: bool) -> Tensor:
             f"p-values must lie between 0 and 1, got values from {float(p_TE.min()):g} to {float(p_TE.max()):g}; a "
             "statistic is no p-value (small ones must be the surprising ones)."
         )
-    return at_least_float32(p_TE.reshape(logits_TE.shape).to(logits_TE.device))
+    if values and p_TE.numel() and bool(p_TE.isnan().all()):
+        raise InvalidInputError("p-values must lie between 0 and 1, got nothing but NaN; find where they come from.")
+    p_TE = at_least_float32(p_TE.reshape(logits_TE.shape).to(logits_TE.device))
+    return p_TE.masked_fill(logits_TE == float("-inf"), 1.0)
