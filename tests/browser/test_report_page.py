@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import json
 import re
 import shutil
 import struct
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from bh_routing.evaluation.report import make_report
+from bh_routing.evaluation.results import ResultsFolder
 from report_cases import EVIL, make_results, make_run
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -36,6 +38,14 @@ const before = tokens().map(t => t.style.background).join();
 select.selectedIndex = 1; select.dispatchEvent(new Event("change"));
 seen.push("changed " + (before !== tokens().map(t => t.style.background).join()));
 seen.push("injected " + (window.injected === undefined ? "nothing" : "something"));
+seen.push("headings " + document.querySelectorAll("h1").length);
+seen.push("dark " + matchMedia("(prefers-color-scheme: dark)").matches);
+const light = colour => {
+  const parts = colour.match(/[\\d.]+/g).slice(0, 3).map(x => x / 255).map(x => x <= 0.03928 ? x / 12.92 : ((x + 0.055) / 1.055) ** 2.4);
+  return 0.2126 * parts[0] + 0.7152 * parts[1] + 0.0722 * parts[2] + 0.05;
+};
+const style = getComputedStyle(document.body), ink = light(style.color), ground = light(style.backgroundColor);
+seen.push("contrast " + Math.floor(Math.max(ink / ground, ground / ink)));
 seen.push("plots " + document.querySelectorAll("svg").length);
 seen.push("wider " + (document.documentElement.scrollWidth > document.documentElement.clientWidth));
 const out = document.createElement("output"); out.id = "probe"; out.textContent = seen.join(" | ");
@@ -89,6 +99,62 @@ def test_the_page_works(tmp_path: Path, page: Path) -> None:
     assert EVIL not in done.stdout.split("<script")[0]
     complaints = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
     assert complaints == []
+
+
+def hostile_page(tmp_path: Path) -> Path:
+    """The report of a folder that somebody else made: markup, templates, blanks and quotes in every text."""
+    evil = [
+        EVIL,
+        "<img src=x onerror=window.injected=1>",
+        "{{body}}",
+        "my  label",
+        "' onmouseover='window.injected=1",
+        "</script>" + EVIL,
+    ]
+    folder = ResultsFolder(tmp_path / "elsewhere")
+    folder.path.mkdir()
+    results = make_results()
+    for i, result in enumerate(results):
+        for name in ("model", "device", "dtype", "threads", "seed", "window", "stride"):
+            result[name] = evil[1]
+        result["versions"] = {evil[1]: evil[5]}
+        if i > 1:
+            result["policy"] = evil[i] + " " * i + "x" * 150
+        result["key"] = str(i)
+        folder.append(result)
+    folder.run_path.write_text(json.dumps(make_run() | {"model": "{{body}}" + evil[1]}))
+    return probed(tmp_path / "hostile.html", make_report(folder.results(), folder.run()))
+
+
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+@pytest.mark.parametrize("width", [500, 1200])
+def test_a_hostile_folder(tmp_path: Path, width: int, dark: bool) -> None:
+    """Nothing of it runs, the token view works, and the page is no wider than its window."""
+    page = hostile_page(tmp_path)
+    flags = (f"--window-size={width},2000", *(["--blink-settings=preferredColorScheme=0"] if dark else []))
+    done = browse(tmp_path, page, "--dump-dom", *flags)
+    found = re.search(r'<output id="probe">(.*?)</output>', done.stdout)
+    assert found, done.stderr[-2000:]
+    probe = dict(part.split(" ", 1) for part in found.group(1).split(" | "))
+    assert probe["injected"] == "nothing"
+    assert probe["changed"] == "true"
+    assert probe["wider"] == "false"
+    assert probe["dark"] == str(dark).lower()
+    assert int(probe["headings"]) == 1
+    assert int(probe["contrast"]) >= 7
+    complaints = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+    assert complaints == []
+
+
+def test_the_policy_stops_a_script_that_is_not_the_page_s_own(tmp_path: Path) -> None:
+    """The second wall: even markup that got into the page unescaped would not run."""
+    page = tmp_path / "page.html"
+    html = make_report(make_results(), make_run())
+    held = "<script>document.title = 'injected'</script><img src=x onerror=\"document.title='injected'\">"
+    page.write_text(html.replace("</body>", held + "</body>"), encoding="utf-8")
+    done = browse(tmp_path, page, "--dump-dom")
+    assert "<title>injected" not in done.stdout
+    assert done.stderr.count("violates the following Content Security Policy directive") >= 2
 
 
 def test_the_page_is_drawn(tmp_path: Path, page: Path) -> None:
