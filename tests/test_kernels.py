@@ -47,6 +47,7 @@ class Case:
     thresholds_E: Tensor
     offset_E: Tensor
     settings: dict[str, Any] = field(default_factory=dict)
+    follows: tuple[Tensor, ...] = ()  # slopes and center, where sizes follow the token
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
@@ -59,7 +60,7 @@ class Case:
         )
 
     def run(self, function: Any = decide_by_table) -> RoutingDecision:
-        return function(*self.tensors, self.how)
+        return function(*self.tensors, self.how, *self.follows)
 
     @property
     def how(self) -> TableSettings:
@@ -70,7 +71,10 @@ class Case:
     def statistic_TE(self) -> Tensor:
         """What is compared with the thresholds."""
         names = ("statistic", "score_func", "temperature")
-        return full_statistic(self.logits_TE, self.offset_E, *(self.settings[name] for name in names))
+        slopes = dict(zip(("slope_DE", "center_D"), self.follows, strict=False))
+        return full_statistic(
+            self.logits_TE, self.offset_E, *(self.settings[name] for name in names), **slopes
+        )
 
     def margins_TK(self) -> Tensor:
         """Distance of every candidate from every threshold and every other candidate, in units in the last place."""
@@ -85,7 +89,13 @@ class Case:
 
 
 def random_case(
-    tokens: int, experts: int, slots: int, dtype: torch.dtype = torch.float32, **settings: Any
+    tokens: int,
+    experts: int,
+    slots: int,
+    dtype: torch.dtype = torch.float32,
+    *,
+    follows: bool = False,
+    **settings: Any,
 ) -> Case:
     """A case whose thresholds keep about half of the slots."""
     settings = {
@@ -109,6 +119,7 @@ def random_case(
         torch.zeros(experts),
         offset_E,
         settings,
+        (torch.randn(experts, experts) * 0.5 * experts**-0.5, torch.randn(experts)) if follows else (),
     )
     s_TK = case.statistic_TE().gather(-1, own_experts_TK)
     if tokens:  # at each rank half of the tokens pass; just below the median, so that none of them is on it
@@ -187,7 +198,7 @@ def test_by_hand(request, thresholds, rule, clamp, min_k, max_k, kept, raw, back
 
 def one_by_one(case: Case) -> list[RoutingDecision]:
     """Every token of a case decided alone, on the host."""
-    row = HostRow(*(x.tolist() for x in case.tensors[3:]))
+    row = HostRow.of(*case.tensors[3:], *case.follows)
     return [
         decide_one_token(*(x[t : t + 1] for x in case.tensors[:3]), row, case.how)
         for t in range(len(case.logits_TE))
@@ -209,6 +220,7 @@ def test_one_token_on_the_host_on_integers(min_k, max_k, rule, clamp, weights):
             assert torch.equal(one, among)
 
 
+@pytest.mark.parametrize("follows", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.parametrize(
@@ -220,8 +232,9 @@ def test_one_token_on_the_host_on_integers(min_k, max_k, rule, clamp, weights):
         ("logprob", "sqrtsoftplus"),
     ],
 )
-def test_one_token_on_the_host_on_random_logits(statistic, score_func, temperature, dtype):
-    case = random_case(200, 32, 6, dtype, statistic=statistic, score_func=score_func, temperature=temperature)
+def test_one_token_on_the_host_on_random_logits(statistic, score_func, temperature, dtype, follows):
+    names = {"statistic": statistic, "score_func": score_func, "temperature": temperature}
+    case = random_case(200, 32, 6, dtype, follows=follows, **names)
     clear_T = (case.margins_TK() > 8).all(-1)
     assert clear_T.float().mean() > 0.5
     together, alone = case.run(), one_by_one(case)
@@ -313,13 +326,16 @@ def test_fused_on_integers(fused, tokens, experts, slots, rule, clamp, weights):
     [("contribution", "softmax"), ("logprob", "sigmoid"), ("logit", "softmax"), ("contribution", "sigmoid")],
 )
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-@pytest.mark.parametrize("weights", ["own", "preserve", "sum"])
-def test_fused_on_random_logits(fused, weights, temperature, statistic, score_func, dtype):
+@pytest.mark.parametrize(
+    ("weights", "follows"), [("own", False), ("preserve", False), ("sum", False), ("own", True)]
+)
+def test_fused_on_random_logits(fused, weights, follows, temperature, statistic, score_func, dtype):
     case = random_case(
         300,
         48,
         7,
         dtype,
+        follows=follows,
         statistic=statistic,
         score_func=score_func,
         temperature=temperature,
@@ -351,11 +367,60 @@ def test_fused_log_sigmoid_is_accurate_where_it_is_tiny(fused):
             assert case.run(fused.decide_by_table).raw_counts_T.tolist() == [raw]
 
 
+@pytest.mark.parametrize(("experts", "slots"), [(5, 5), (100, 6), (512, 8), (33, 12)])
+def test_fused_sizes_that_follow_the_token(fused, experts, slots):
+    case = random_case(6, experts, slots, follows=True)
+    assert (case.margins_TK() > 8).all()
+    assert_same(case.run(fused.decide_by_table), case.run())
+    case.follows = tuple(part * 100 for part in case.follows)  # everything is clamped
+    assert_same(case.run(fused.decide_by_table), case.run())
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton", "host"])
+def test_a_size_that_follows_the_token_by_hand(request, backend):
+    """Two experts of weight 1/2: the second logit's sign says which of them is large, by up to e^2."""
+    function = request.getfixturevalue("fused").decide_by_table if backend == "triton" else decide_by_table
+    case = Case(
+        torch.tensor([[0.0, 0.0, 3.0], [0.0, 0.0, -3.0], [0.0, 0.0, 0.0]]),
+        torch.full((3, 2), 0.5),
+        torch.tensor([[0, 1]] * 3),
+        torch.tensor([1.5, 1.5, INF]),
+        torch.zeros(3),
+        {"empty": 3, "statistic": "logit", "min_k": 0},
+        (torch.tensor([[0.0, 0.0, 0.0], [0.0, 0.0, 0.0], [1.0, -1.0, 9.0]]), torch.zeros(3)),
+    )
+    if backend == "host":
+        decisions = one_by_one(case)
+        dropped = torch.cat([one.dropped_TK for one in decisions])
+        counts = torch.cat([one.counts_T for one in decisions])
+    else:
+        decision = case.run(function)
+        dropped, counts = decision.dropped_TK, decision.counts_T
+    assert dropped.tolist() == [[False, True], [True, False], [True, True]]
+    assert counts.tolist() == [1, 1, 0]
+    case.thresholds_E[:2] = 2.0  # the clamp: 3 counts as 2, which still reaches it
+    again = (
+        torch.cat([one.dropped_TK for one in one_by_one(case)])
+        if backend == "host"
+        else case.run(function).dropped_TK
+    )
+    assert again.tolist() == dropped.tolist()
+    case.thresholds_E[:2] = 2.5
+    again = (
+        torch.cat([one.dropped_TK for one in one_by_one(case)])
+        if backend == "host"
+        else case.run(function).dropped_TK
+    )
+    assert again.all()
+
+
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # numpy, in the interpreter
-@pytest.mark.parametrize("statistic", ["logit", "contribution"])
+@pytest.mark.parametrize(
+    ("statistic", "follows"), [("logit", False), ("contribution", False), ("contribution", True)]
+)
 @pytest.mark.parametrize("weights", ["own", "preserve"])
-def test_fused_on_logits_that_are_not_finite(fused, weights, statistic):
-    case = random_case(9, 24, 4, statistic=statistic, weights=weights)
+def test_fused_on_logits_that_are_not_finite(fused, weights, statistic, follows):
+    case = random_case(9, 24, 4, statistic=statistic, weights=weights, follows=follows)
     for t, value in enumerate((float("nan"), INF, -INF)):
         case.logits_TE[t, 11] = value
         case.logits_TE[t + 3, case.own_experts_TK[t + 3, 1]] = value
@@ -379,7 +444,9 @@ def test_fused_gradients(fused, weights):
 
 
 @pytest.mark.parametrize("weights", ["own", "preserve", "sum"])
-def test_fused_is_a_well_formed_operation(fused, weights):
+@pytest.mark.parametrize("sizes", ["constant", "token"])
+def test_fused_is_a_well_formed_operation(fused, weights, sizes):
+    follows = () if sizes == "constant" else (torch.randn(16, 16), torch.randn(16))
     case = random_case(7, 16, 5)
     own = case.own_weights_TK.requires_grad_()
     arguments = (
@@ -394,6 +461,7 @@ def test_fused_is_a_well_formed_operation(fused, weights):
         5,
         "after",
         weights,
+        *follows,
     )
     torch.library.opcheck(torch.ops.bh_routing.decide_by_table.default, arguments)
 

@@ -397,3 +397,48 @@ def test_a_procedure_of_ones_own():
         benjamini_hochberg_routing(logits, procedure=falling)
     with pytest.raises(InvalidParameterError, match="exactly one of critical_values and count, got neither"):
         Procedure(name="none")
+
+
+def test_a_table_whose_sizes_follow_the_token():
+    """The policy's statistic, its widened choice and its buffers; None and slopes do not mix."""
+    generator = torch.Generator().manual_seed(2)
+    logits_TE = torch.randn(50, 6, generator=generator)
+    own_weights_TK, own_experts_TK = torch.softmax(logits_TE, -1).topk(3, -1)
+    slopes_LDE = torch.randn(1, 6, 6, generator=generator)
+    center_LD = torch.randn(1, 6, generator=generator)
+    table = DecisionTable(
+        thresholds_LE=torch.full((1, 6), -1.5),
+        offset_LE=torch.zeros(1, 6),
+        slopes_LDE=slopes_LDE,
+        center_LD=center_LD,
+    )
+    context = RoutingContext(
+        path="gate", index=0, num_experts=6, empty=6, top_k=3, route_norm="none", can_widen=True
+    )
+    told_TE = ((logits_TE - center_LD[0]) @ slopes_LDE[0]).clamp(-2, 2)
+    expected_TE = torch.log_softmax(logits_TE, -1) + told_TE
+    for max_k in (None, 5):
+        policy = TablePolicy(table, max_k=max_k)
+        policy.bind([context])
+        torch.testing.assert_close(policy.statistic(logits_TE, context), expected_TE, atol=2e-6, rtol=0)
+        counts_T = policy.decide(logits_TE, own_weights_TK, own_experts_TK, context).counts_T
+        judged_TE = expected_TE if max_k else expected_TE.gather(-1, own_experts_TK)
+        assert torch.equal(counts_T, (judged_TE >= -1.5).sum(-1).clamp(1, max_k or 3))
+    buffers = [b.data_ptr() for b in policy._rows["gate"]]
+    policy.set_table(replace(table, slopes_LDE=-slopes_LDE, center_LD=center_LD + 1))
+    assert [b.data_ptr() for b in policy._rows["gate"]] == buffers
+    assert torch.equal(policy._rows["gate"][2], -slopes_LDE[0])
+    with pytest.raises(
+        InvalidParameterError, match="the new table has follows_token=False, the one in use True"
+    ):
+        policy.set_table(replace(table, slopes_LDE=None, center_LD=None))
+
+
+def test_a_tables_slopes_are_checked():
+    parts = {"thresholds_LE": torch.zeros(2, 4), "offset_LE": torch.zeros(2, 4)}
+    with pytest.raises(InvalidInputError, match="slopes_LDE and center_LD belong together"):
+        DecisionTable(**parts, slopes_LDE=torch.zeros(2, 4, 4))
+    with pytest.raises(InvalidInputError, match=r"slopes_LDE must be float32 of shape \(2, 4, 4\)"):
+        DecisionTable(**parts, slopes_LDE=torch.zeros(2, 4, 3), center_LD=torch.zeros(2, 4))
+    with pytest.raises(InvalidInputError, match="center_LD must be finite"):
+        DecisionTable(**parts, slopes_LDE=torch.zeros(2, 4, 4), center_LD=torch.full((2, 4), float("nan")))

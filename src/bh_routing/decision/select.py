@@ -176,6 +176,8 @@ def decide_by_table(
     thresholds_E: Tensor,
     offset_E: Tensor,
     how: TableSettings,
+    slope_DE: Tensor | None = None,
+    center_D: Tensor | None = None,
 ) -> RoutingDecision:
     """From logits and the router's own choice to the decision that keeps some of its slots, in its own order.
 
@@ -184,10 +186,18 @@ def decide_by_table(
     logits_TE, own_weights_TK, own_experts_TK : Tensor
         What the router returned. A logit of -inf is a masked expert: its p-value is 1. Tokens with NaN or +inf keep the
         router's own choice.
-    thresholds_E, offset_E : Tensor
-        float32 [E], one row of a `bh_routing.DecisionTable`.
+    thresholds_E, offset_E, slope_DE, center_D : Tensor
+        One row of a `bh_routing.DecisionTable`, float32.
     """
-    statistic_TE = full_statistic(logits_TE, offset_E, how.statistic, how.score_func, how.temperature)
+    statistic_TE = full_statistic(
+        logits_TE,
+        offset_E,
+        how.statistic,
+        how.score_func,
+        how.temperature,
+        slope_DE=slope_DE,
+        center_D=center_D,
+    )
     own_TK = statistic_TE.gather(-1, own_experts_TK)
     kept = rank_by_table(own_TK, thresholds_E, rule=how.rule, limits=how.limits).kept()
     return keep_own(

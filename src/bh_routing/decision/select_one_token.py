@@ -11,16 +11,32 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..stats.statistic import base_statistic
+from ..stats.statistic import TOKEN_BOUND, base_statistic
 from .types import RoutingDecision, TableSettings
 from .weights import apply_weight_rule
 
 
 class HostRow(NamedTuple):
-    """One row of a decision table as Python floats: thresholds and offsets, E each."""
+    """One row of a decision table for the host: Python floats, the slopes [D, E] in float64."""
 
     thresholds: list[float]
     offset: list[float]
+    slope_DE: Tensor | None = None
+    center: list[float] | None = None
+
+    @classmethod
+    def of(
+        cls,
+        thresholds_E: Tensor,
+        offset_E: Tensor,
+        slope_DE: Tensor | None = None,
+        center_D: Tensor | None = None,
+    ) -> HostRow:
+        """From the row's tensors."""
+        row = cls(thresholds_E.tolist(), offset_E.tolist())
+        if slope_DE is None or center_D is None:
+            return row
+        return row._replace(slope_DE=slope_DE.double(), center=center_D.tolist())
 
 
 def decide_one_token(
@@ -47,6 +63,7 @@ def decide_one_token(
     if lost:
         count = num
     else:
+        told = [] if row.slope_DE is None else _token_size(logits, row)
         if how.temperature != 1.0:
             logits = [x / how.temperature for x in logits]
         chosen = [logits[expert] for expert in own]
@@ -58,6 +75,8 @@ def decide_one_token(
                 chosen = [scores[expert] for expert in own]
         offset = row.offset
         found = [x + offset[expert] for x, expert in zip(chosen, own, strict=True)]
+        if told:
+            found = [x + told[expert] for x, expert in zip(found, own, strict=True)]
         order = sorted(range(num), key=found.__getitem__, reverse=True)  # stable: ties keep their order
         within = 0  # the largest passing rank up to the clamp
         for rank, (slot, threshold) in enumerate(zip(order, row.thresholds, strict=False), 1):
@@ -81,6 +100,15 @@ def decide_one_token(
         empty=how.empty,
         fallback_T=_fresh(lost),
     )
+
+
+def _token_size(logits: list[float], row: HostRow) -> list[float]:
+    """`bh_routing.stats.statistic.token_size` of one token."""
+    assert row.slope_DE is not None
+    assert row.center is not None
+    z = [x - c if isfinite(x) else 0.0 for x, c in zip(logits, row.center, strict=True)]
+    told: list[float] = torch.mv(row.slope_DE.t(), torch.tensor(z, dtype=torch.float64)).tolist()
+    return [min(max(x, -TOKEN_BOUND), TOKEN_BOUND) for x in told]
 
 
 def _log_softmax(chosen: list[float], logits: list[float]) -> list[float]:

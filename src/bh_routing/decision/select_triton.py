@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..errors import InvalidInputError
+from ..stats.statistic import TOKEN_BOUND
 from .types import RoutingDecision, TableSettings
 from .weights import apply_weight_rule
 
@@ -35,6 +36,10 @@ def _decide(  # type: ignore[no-untyped-def]  # Triton reads no annotations but 
     own_experts_ptr,
     thresholds_ptr,
     offset_ptr,
+    slope_ptr,
+    center_ptr,
+    slope_by_logit,  # strides
+    slope_by_expert,
     weights_ptr,
     experts_ptr,
     counts_ptr,
@@ -56,6 +61,8 @@ def _decide(  # type: ignore[no-untyped-def]  # Triton reads no annotations but 
     TOP: tl.constexpr,
     INSIDE: tl.constexpr,
     WEIGHTS: tl.constexpr,
+    FOLLOWS: tl.constexpr,  # whether sizes follow the token
+    BOUND: tl.constexpr,
 ):
     t_T = (tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)
     e_E = tl.arange(0, BLOCK_E)
@@ -72,6 +79,15 @@ def _decide(  # type: ignore[no-untyped-def]  # Triton reads no annotations but 
     at_TK = t_T[:, None] * SLOTS + k_K[None, :]
     own_TK = tl.load(own_experts_ptr + at_TK, mask=mask_TK, other=0)
     x_TK = tl.load(logits_ptr + t_T[:, None] * EXPERTS + own_TK, mask=mask_TK, other=0.0).to(tl.float32)
+    if FOLLOWS:  # in float64, as in the reference
+        center_E = tl.load(center_ptr + e_E, mask=e_E < EXPERTS, other=0.0).to(tl.float64)
+        z_TE = tl.where((tl.abs(x_TE) < float("inf")) & mask_TE, x_TE.to(tl.float64) - center_E[None, :], 0.0)
+        slope_at_TKE = own_TK[:, :, None] * slope_by_expert + e_E[None, None, :] * slope_by_logit
+        slope_TKE = tl.load(
+            slope_ptr + slope_at_TKE, mask=mask_TK[:, :, None] & mask_TE[:, None, :], other=0.0
+        )
+        told_TK = tl.sum(z_TE[:, None, :] * slope_TKE.to(tl.float64), 2)
+        told_TK = tl.minimum(tl.maximum(told_TK, -BOUND), BOUND).to(tl.float32)
     if TEMPERED:
         x_TE = tl.div_rn(x_TE, temperature)
         x_TK = tl.div_rn(x_TK, temperature)
@@ -90,7 +106,10 @@ def _decide(  # type: ignore[no-untyped-def]  # Triton reads no annotations but 
         )
         x_TK = tl.minimum(x_TK, 0.0) - log_TK
     offset_TK = tl.load(offset_ptr + own_TK, mask=mask_TK, other=0.0)
-    s_TK = tl.where(slot_1K, x_TK + offset_TK, float("-inf"))
+    s_TK = x_TK + offset_TK
+    if FOLLOWS:
+        s_TK = s_TK + told_TK
+    s_TK = tl.where(slot_1K, s_TK, float("-inf"))
 
     # Rank by comparing all pairs: ties keep the order of the slots.
     before_KK = (k_K[None, :] < k_K[:, None])[None, :, :]
@@ -149,6 +168,8 @@ def _operation(
     max_k: int,
     clamp: str,
     weights: str,
+    slope_DE: Tensor | None = None,
+    center_D: Tensor | None = None,
 ) -> Results:
     tokens, num_experts = logits_TE.shape
     slots = own_experts_TK.shape[1]
@@ -156,13 +177,18 @@ def _operation(
     if tokens == 0:
         return results
     block_e, block_k = triton.next_power_of_2(num_experts), triton.next_power_of_2(slots)
-    block_t = max(1, min(512 // block_e, 1024 // block_k**2))
+    follows = slope_DE is not None and center_D is not None
+    # A size that follows the token takes a product for each pair, over all logits.
+    block_t = max(1, min(512 // block_e, 1024 // block_k**2, 2048 // (block_e * block_k) if follows else 512))
     _decide[(triton.cdiv(tokens, block_t),)](
         logits_TE.contiguous(),
         own_weights_TK.contiguous(),
         own_experts_TK.contiguous(),
         thresholds_E,
         offset_E,
+        slope_DE if follows else offset_E,
+        center_D if follows else offset_E,
+        *(slope_DE.stride() if slope_DE is not None else (0, 0)),
         *results,
         tokens,
         temperature,
@@ -179,6 +205,8 @@ def _operation(
         TOP=max_k,
         INSIDE=clamp == "inside",
         WEIGHTS=weights,
+        FOLLOWS=follows,
+        BOUND=TOKEN_BOUND,
         num_warps=1,
         enable_fp_fusion=False,  # every step is rounded, as in the reference
     )
@@ -206,7 +234,7 @@ def _(logits_TE: Tensor, own_weights_TK: Tensor, own_experts_TK: Tensor, *settin
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Results) -> None:
     ctx.save_for_backward(inputs[1], output[4])
-    ctx.weights, ctx.inputs = inputs[-1], len(inputs)
+    ctx.weights, ctx.inputs = inputs[12], len(inputs)
     ctx.mark_non_differentiable(*output[1:])
 
 
@@ -240,6 +268,8 @@ def decide_by_table(
     thresholds_E: Tensor,
     offset_E: Tensor,
     how: TableSettings,
+    slope_DE: Tensor | None = None,
+    center_D: Tensor | None = None,
 ) -> RoutingDecision:
     """`bh_routing.decision.select.decide_by_table`, fused.
 
@@ -269,6 +299,8 @@ def decide_by_table(
         how.limits.top(slots),
         how.limits.clamp,
         how.weights,
+        slope_DE,
+        center_D,
     )
     return RoutingDecision(
         weights_TK=weights_TK,

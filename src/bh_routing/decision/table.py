@@ -1,6 +1,6 @@
 """The decision table: level, null and procedure collapsed into one threshold on the statistic per rank.
 
-Shape legend: L routed layers, E experts.
+Shape legend: L routed layers, E experts, D raw router logits of a token (= E).
 """
 
 from __future__ import annotations
@@ -38,6 +38,9 @@ class DecisionTable:
         "logit", "logprob" or "contribution".
     offset_LE : Tensor
         float32 [L, E]: the statistic is its base + offset.
+    slopes_LDE, center_LD : Tensor or None
+        float32 [L, D, E] and [L, D], D = E, both or neither: what is added where a size follows the token
+        (`bh_routing.stats.statistic.token_size`).
     paths : tuple of str
         The router's module path of each layer; empty for a table that fits any layer in order.
     temperature : float
@@ -52,6 +55,8 @@ class DecisionTable:
     rule: Rule = "step_up"
     statistic: str = "logprob"
     offset_LE: Tensor
+    slopes_LDE: Tensor | None = None
+    center_LD: Tensor | None = None
     paths: tuple[str, ...] = ()
     temperature: float = 1.0
     alpha: float | None = None
@@ -61,13 +66,30 @@ class DecisionTable:
         check_word("statistic", self.statistic, Statistic)
         check_word("rule", self.rule, Rule)
         shape = tuple(self.thresholds_LE.shape)
-        for name in ("thresholds_LE", "offset_LE"):
+        if len(shape) != 2:
+            raise InvalidInputError(f"thresholds_LE must be of shape [layers, experts], got {shape}.")
+        if (self.slopes_LDE is None) != (self.center_LD is None):
+            raise InvalidInputError(
+                "slopes_LDE and center_LD belong together, got one of them; give both or neither."
+            )
+        for name, expected in (
+            ("thresholds_LE", shape),
+            ("offset_LE", shape),
+            ("slopes_LDE", (*shape, shape[1])),
+            ("center_LD", shape),
+        ):
             tensor = getattr(self, name)
-            if tensor.dtype != torch.float32 or tensor.dim() != 2 or tuple(tensor.shape) != shape:
+            if tensor is not None and (tensor.dtype != torch.float32 or tuple(tensor.shape) != expected):
                 raise InvalidInputError(
-                    f"{name} must be float32 of shape [layers, experts] = {shape}, got {tensor.dtype} "
-                    f"{tuple(tensor.shape)}."
+                    f"{name} must be float32 of shape {expected}, got {tensor.dtype} {tuple(tensor.shape)}; the "
+                    f"table has {shape[0]} layers of {shape[1]} experts."
                 )
+            if (
+                tensor is not None
+                and name in ("slopes_LDE", "center_LD")
+                and not bool(tensor.isfinite().all())
+            ):
+                raise InvalidInputError(f"{name} must be finite.")
         if self.paths and len(self.paths) != shape[0]:
             raise InvalidInputError(f"the table has {shape[0]} layers but {len(self.paths)} module paths.")
         if bool(torch.isnan(self.thresholds_LE).any()):
@@ -82,6 +104,16 @@ class DecisionTable:
     def num_experts(self) -> int:
         """Experts, E."""
         return self.thresholds_LE.shape[1]
+
+    @property
+    def follows_token(self) -> bool:
+        """Whether its sizes follow the token."""
+        return self.slopes_LDE is not None
+
+    def tensors(self, row: int) -> tuple[Tensor, ...]:
+        """A layer's thresholds and offsets, and its slopes and center where sizes follow the token."""
+        held = (self.thresholds_LE, self.offset_LE, self.slopes_LDE, self.center_LD)
+        return tuple(tensor[row] for tensor in held if tensor is not None)
 
     def row(self, path: str, index: int) -> int:
         """The table's row for a router: by module path where the table has paths, else by its order.

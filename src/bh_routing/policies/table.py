@@ -53,7 +53,7 @@ class TablePolicy(CountPolicy):
         check_word("backend", backend, Backend)
         self.table = table
         self.backend = backend
-        self._rows: dict[str, tuple[Tensor, Tensor]] = {}
+        self._rows: dict[str, tuple[Tensor, ...]] = {}  # thresholds, offsets (slopes, center)
         self._functions: dict[str, Callable[..., RoutingDecision]] = {}
         self._settings: dict[str, TableSettings] = {}
         self._host: dict[str, Callable[..., RoutingDecision]] = {}
@@ -90,24 +90,19 @@ class TablePolicy(CountPolicy):
     def _read_rows(self) -> None:
         """What decides a single token on the host, where rows and router live there: all but the token bound."""
         self._host = {
-            path: partial(
-                decide_one_token, row=HostRow(*(buffer.tolist() for buffer in row)), how=self._settings[path]
-            )
+            path: partial(decide_one_token, row=HostRow.of(*row), how=self._settings[path])
             for path, row in self._rows.items()
             if self._functions[path] is decide_by_table and row[0].device.type == "cpu"
         }
 
-    def _row(self, table: DecisionTable, context: RoutingContext) -> tuple[Tensor, Tensor]:
+    def _row(self, table: DecisionTable, context: RoutingContext) -> tuple[Tensor, ...]:
         row = table.row(context.path, context.index)
         if table.num_experts != context.num_experts:
             raise InvalidParameterError(
                 f"the table has {table.num_experts} experts, router {context.path} has {context.num_experts}; "
                 "calibrate this model itself."
             )
-        return (
-            table.thresholds_LE[row].clone().to(context.device),
-            table.offset_LE[row].clone().to(context.device),
-        )
+        return tuple(tensor.clone().to(context.device) for tensor in table.tensors(row))
 
     def thresholds_of(self, context: RoutingContext) -> Tensor:
         """A router's thresholds by rank, float32 [E]: the buffer in use, on its device."""
@@ -115,9 +110,11 @@ class TablePolicy(CountPolicy):
 
     def statistic(self, logits_TE: Tensor, context: RoutingContext) -> Tensor:
         """What is compared with the thresholds, [T, E], float32 at least; differentiable."""
-        _, offset_E = self._rows[context.path]
-        table = self.table
-        return full_statistic(logits_TE, offset_E, table.statistic, context.score_func, table.temperature)
+        table, (_, offset_E, *follows) = self.table, self._rows[context.path]
+        slopes = dict(zip(("slope_DE", "center_D"), follows, strict=False))
+        return full_statistic(
+            logits_TE, offset_E, table.statistic, context.score_func, table.temperature, **slopes
+        )
 
     def set_table(self, table: DecisionTable) -> None:
         """Write another table's thresholds into the same buffers: no re-patching, no recompiling.
@@ -127,16 +124,23 @@ class TablePolicy(CountPolicy):
         InvalidParameterError
             If the new table has another rule, statistic, temperature or shape: that needs a new policy.
         """
-        for name in ("rule", "statistic", "temperature", "num_layers", "num_experts", "paths"):
+        for name in (
+            "rule",
+            "statistic",
+            "follows_token",
+            "temperature",
+            "num_layers",
+            "num_experts",
+            "paths",
+        ):
             old, new = getattr(self.table, name), getattr(table, name)
             if old != new:
                 raise InvalidParameterError(
                     f"the new table has {name}={new!r}, the one in use {old!r}; unpatch and patch anew for that."
                 )
-        for index, (path, (thresholds_E, offset_E)) in enumerate(self._rows.items()):
-            row = table.row(path, index)
-            thresholds_E.copy_(table.thresholds_LE[row])
-            offset_E.copy_(table.offset_LE[row])
+        for index, (path, buffers) in enumerate(self._rows.items()):
+            for buffer, new in zip(buffers, table.tensors(table.row(path, index)), strict=True):
+                buffer.copy_(new)
         self.table = table
         self._read_rows()
 
@@ -148,8 +152,10 @@ class TablePolicy(CountPolicy):
             return self._decide_widened(logits_TE, own_weights_TK, own_experts_TK, context)
         if logits_TE.shape[0] == 1 and path in self._host and not torch.compiler.is_compiling():
             return self._host[path](logits_TE, own_weights_TK, own_experts_TK)
-        function = self._functions[path]
-        return function(logits_TE, own_weights_TK, own_experts_TK, *self._rows[path], self._settings[path])
+        thresholds_E, offset_E, *follows = self._rows[path]
+        return self._functions[path](
+            logits_TE, own_weights_TK, own_experts_TK, thresholds_E, offset_E, self._settings[path], *follows
+        )
 
     def _decide_widened(
         self, logits_TE: Tensor, own_weights_TK: Tensor, own_experts_TK: Tensor, context: RoutingContext
