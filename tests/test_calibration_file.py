@@ -255,3 +255,88 @@ def test_other_score(calibrated):
         CalibrationMismatchError, match="score_func was 'sigmoid' when it was made, the model has 'softmax'"
     ):
         replace(calibration, layers=layers).check(make_plan(model))
+
+
+# -- weights that are elsewhere --------------------------------------------------------------------------------
+
+
+def test_offloaded_weights_are_brought_back(calibrated, tiny_olmoe):
+    """As accelerate offloads: on the meta device but while their module runs; nothing of it is changed."""
+    from accelerate import cpu_offload
+
+    model, calibration = calibrated
+    away = copy.deepcopy(model)
+    cpu_offload(away, execution_device="cpu")
+    calibration.check(make_plan(away))
+    assert all(parameter.is_meta for parameter in away.model.layers[0].mlp.gate.parameters())
+    ids = torch.randint(3, 250, (400,), generator=torch.Generator().manual_seed(1)).tolist()
+    again = calibrate(away, None, [ids], outputs=False, window=32)
+    assert torch.equal(again.fingerprint_LD, calibration.fingerprint_LD)
+    assert torch.equal(again.table(0.3).thresholds_LE, calibration.table(0.3).thresholds_LE)
+    other = tiny_olmoe(seed=5)
+    cpu_offload(other, execution_device="cpu")
+    with pytest.raises(CalibrationMismatchError, match="router weights of layer"):
+        calibration.check(make_plan(other))
+
+
+@pytest.fixture
+def process_group():
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def test_sharded_weights_are_gathered(calibrated, process_group):
+    """FSDP2: the fingerprint is that of the whole weight, and what the first forward makes serves later ones."""
+    from torch.distributed.fsdp import fully_shard
+
+    model, calibration = calibrated
+    sharded = copy.deepcopy(model)
+    for layer in sharded.model.layers:
+        fully_shard(layer)
+    fully_shard(sharded)
+    calibration.check(make_plan(sharded))
+    ids = torch.randint(3, 250, (400,), generator=torch.Generator().manual_seed(1)).tolist()
+    again = calibrate(sharded, None, [ids], outputs=False, window=32)
+    assert torch.equal(again.fingerprint_LD, calibration.fingerprint_LD)
+    assert torch.equal(again.table(0.3).thresholds_LE, calibration.table(0.3).thresholds_LE)
+    loss = sharded(input_ids=torch.tensor([ids[:32]]), labels=torch.tensor([ids[:32]])).loss
+    loss.backward()
+
+
+def test_what_cannot_be_compared_is_said(calibrated):
+    """A quantised router: integers and scales of somebody's own, from which no weights can be read."""
+    model, calibration = calibrated
+    plan = make_plan(copy.deepcopy(model))
+    gate = plan.layers[1].router
+    gate.weight = torch.nn.Parameter((gate.weight * 1000).to(torch.int8), requires_grad=False)
+    with pytest.raises(
+        CalibrationMismatchError, match=r"cannot be compared with a calibration's: .* got torch\.int8; pass"
+    ):
+        calibration.check(plan)
+    with pytest.warns(CalibrationWarning, match="cannot be compared with a calibration's"):
+        calibration.check(plan, strict=False)
+
+
+def test_an_integration_made_in_inference_mode_works_outside(synthetic_calibration, tiny_olmoe):
+    from bh_routing import BHRoutingIntegration
+
+    model = tiny_olmoe()
+    ids = torch.randint(3, 250, (1, 400), generator=torch.Generator().manual_seed(1))
+    calibration = calibrate(model, None, [ids[0].tolist()], window=32)
+    with torch.inference_mode():
+        integrator = BHRoutingIntegration(model, calibration=calibration, experts_per_token=3.0)
+    with integrator, torch.no_grad():
+        model(input_ids=ids)
+        integrator.set_level(experts_per_token=2.0)
+        held = integrator.alpha, integrator.budget
+        before = [tuple(b.clone() for b in row) for row in integrator.policy._rows.values()]
+        with pytest.raises(ValueError, match="experts"):
+            integrator.set_level(experts_per_token=400.0)
+        assert (integrator.alpha, integrator.budget) == held
+        for row, kept in zip(integrator.policy._rows.values(), before, strict=True):
+            assert all(torch.equal(a, b) for a, b in zip(row, kept, strict=True))
+        integrator.reset_stats()
+        model(input_ids=ids)
+        assert integrator.telemetry.mean_experts_per_token == pytest.approx(2.0, abs=0.15)

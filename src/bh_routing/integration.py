@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, TypeVar
 
+import torch
 from torch import nn
 
 from ._words import Mode, Skip, check_word
@@ -88,7 +89,8 @@ class RoutingIntegration:
         self.plan = _plan_of(model) if plan is None else plan
         if self.compensations:
             self.plan = self.plan.compensated(policy.weights)
-        policy.bind(self.plan.contexts)
+        with torch.inference_mode(False):  # buffers made in it could not be rewritten outside
+            policy.bind(self.plan.contexts)
         slots = [policy.slots(context) for context in self.plan.contexts]
         self._telemetry = Telemetry(self.plan.contexts, slots) if collect_stats else None
         self._patch = RoutingPatch(

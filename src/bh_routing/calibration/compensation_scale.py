@@ -87,7 +87,7 @@ def measure_scale(
     patch = RoutingPatch(plan.compensated("model"), policy, compensations=full)
     sums = [0.0] * len(SCALES)
     for batch in batches:
-        with torch.inference_mode():
+        with torch.no_grad():
             own_BSV = forward(model, plan, batch, head=True)
             if own_BSV is None:
                 sums = [math.nan] * len(SCALES)  # no early return: every process must reach the sum

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
@@ -27,14 +28,18 @@ def fingerprint(router: nn.Module) -> Tensor:
     """Sixteen projections of a router's floating-point parameters onto fixed random signs, float64 [D].
 
     The sign of weight i in projection d is bit d of a hash of i, so that it depends on nothing but the order
-    of the weights: copies of a model in float32 and bfloat16 agree within rounding.
+    of the weights: copies of a model in float32 and bfloat16 agree within rounding. Weights that are sharded over
+    processes are gathered (every process must ask for them), offloaded ones brought back.
+
+    Raises
+    ------
+    CalibrationMismatchError
+        If the weights cannot be read: they are quantised, or nowhere.
     """
     total = np.zeros(PROJECTIONS)
     first = 0
-    for _, parameter in sorted(router.named_parameters()):
-        if not parameter.is_floating_point():
-            continue
-        weights = parameter.detach().to("cpu", torch.float64).flatten().numpy()
+    for tensor in whole_weights(router):
+        weights = tensor.to("cpu", torch.float64).flatten().numpy()
         for begin in range(0, len(weights), 1 << 16):
             part = weights[begin : begin + (1 << 16)]
             index = np.arange(first + begin, first + begin + len(part), dtype=np.uint64)
@@ -42,6 +47,34 @@ def fingerprint(router: nn.Module) -> Tensor:
             total += part @ (2.0 * bits - 1.0)
         first += len(weights)
     return torch.from_numpy(total)
+
+
+def whole_weights(module: nn.Module) -> Iterator[Tensor]:
+    """A module's parameters in the order of their names: whole, and where there are numbers to read.
+
+    Raises
+    ------
+    CalibrationMismatchError
+        For weights that cannot be read as numbers.
+    """
+    with ExitStack() as back:
+        for part in module.modules():
+            hook = getattr(part, "_hf_hook", None)
+            if hook is not None and any(
+                p.is_meta for p in part.parameters(recurse=False)
+            ):  # offloaded by accelerate
+                hook.pre_forward(part)
+                back.callback(hook.post_forward, part, None)
+        for name, parameter in sorted(module.named_parameters()):
+            held = parameter.detach()
+            held = held.full_tensor() if hasattr(held, "full_tensor") else held  # of a DTensor
+            if held.is_meta or not held.is_floating_point():
+                raise CalibrationMismatchError(
+                    f"the weights {name} of {type(module).__name__} cannot be compared with a calibration's: expected "
+                    f"floating-point numbers, got {'none in memory' if held.is_meta else held.dtype}; pass strict=False, or "
+                    "load the routers unquantised."
+                )
+            yield held
 
 
 def compare(found_D: Tensor, expected_D: Tensor) -> float:
@@ -113,7 +146,12 @@ def check_model(data: CalibrationData, plan: PatchPlan, *, strict: bool = True) 
             name: getattr(site.context, name) for name in ("num_experts", "top_k", "score_func", "route_norm")
         }
         check_layer(data, index, site.path, found | {"experts_path": site.experts_path})
-        wrong = weights_differ(data, index, fingerprint(site.router), site.path, "pass strict=False")
+        try:
+            found_D = fingerprint(site.router)
+        except CalibrationMismatchError as error:
+            wrong: str | None = str(error)
+        else:
+            wrong = weights_differ(data, index, found_D, site.path, "pass strict=False")
         if wrong is not None and strict:
             raise CalibrationMismatchError(wrong)
         if wrong is not None:

@@ -48,7 +48,8 @@ class FirstPass:
         self.seen.clear()
         self.batch = batch
         around = self._around if self.moments else None
-        with torch.inference_mode(), watch(self.plan, self._on_choice, around):
+        # Not in inference mode: what a model makes for itself at its first forward must serve other forwards too.
+        with torch.no_grad(), watch(self.plan, self._on_choice, around):
             forward(self.model, self.plan, batch)
             self._count(batch)
 

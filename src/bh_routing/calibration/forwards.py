@@ -10,12 +10,14 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..patching import PatchPlan
+from ..patching.instance import execution_device
 from ..text import Batch
 
 PAIR_ELEMENTS = 1 << 25  # outputs of (token, expert) pairs that are held at once, P * H
@@ -42,13 +44,13 @@ def forward(model: nn.Module, plan: PatchPlan, batch: Batch, *, head: bool = Fal
     Returns the logits [B, S, V] with it, None from a model that has no head; without it the hidden states.
     """
     runner: Any = model
-    if not head:
+    if not head and not _together.get():  # a sharded model gathers its weights where it is called itself
         base = getattr(model, "base_model", None)
         if isinstance(base, nn.Module):
             inside = {id(module) for module in base.modules()}
             if all(id(layer.router) in inside for layer in plan.layers):
                 runner = base
-    device = next(model.parameters()).device
+    device = execution_device(model)
     mask = None if batch.mask.all() else batch.mask.long().to(device)
     output = runner(input_ids=batch.input_ids.to(device), attention_mask=mask, use_cache=False)
     return getattr(output, "logits", None) if head else output[0]
@@ -107,9 +109,24 @@ def progress_bar(what: str, show: bool | None) -> Iterator[Callable[[int], None]
         yield advance
 
 
+# Whether every process does all of the work, in step with the others: the forwards of a sharded model need all of them.
+_together: ContextVar[bool] = ContextVar("together", default=False)
+
+
+@contextmanager
+def in_step(model: nn.Module) -> Iterator[None]:
+    """In here every process reads all of the text, if the model's weights are sharded over the processes."""
+    sharded = any(hasattr(p, "full_tensor") for p in model.parameters())
+    token = _together.set(sharded or _together.get())
+    try:
+        yield
+    finally:
+        _together.reset(token)
+
+
 def distributed() -> tuple[int, int]:
     """(rank, number of processes); joins the group that ``torchrun`` describes, with gloo, if none is joined."""
-    if not torch.distributed.is_available():
+    if _together.get() or not torch.distributed.is_available():
         return 0, 1
     if not torch.distributed.is_initialized():
         if int(os.environ.get("WORLD_SIZE", "1")) <= 1 or "RANK" not in os.environ:

@@ -25,7 +25,7 @@ from .compensation_scale import SpreadWindows, measure_scale
 from .data import LayerRecord
 from .fingerprint import fingerprint
 from .first_pass import FirstPass
-from .forwards import distributed, evaluating, frozen, gather, progress_bar
+from .forwards import distributed, evaluating, frozen, gather, in_step, progress_bar
 from .second_pass import SecondPass
 
 
@@ -53,7 +53,8 @@ def calibrate(
 
     The model routes as always; nothing of it is changed, and its flags are restored also after an exception.
     Memory does not grow with the text. Under ``torchrun`` the batches are split over the processes and the
-    results merged, so that every process returns what a single one would.
+    results merged, so that every process returns what a single one would; where the model's weights are sharded over
+    the processes (FSDP2), every process runs every batch, in step with the others.
 
     Parameters
     ----------
@@ -159,19 +160,18 @@ def calibrate(
         window=stream.window,
         left_out=left_out,
     )
-    rank, world = distributed()
-    show = progress if rank == 0 else False
+    show = progress if distributed()[0] == 0 else False
 
     def read(what: str, limit: int | None, *takers: Callable[[Batch], None]) -> None:
         """One pass over this process's share of the text."""
-        stream.start(limit, rank, world)
+        stream.start(limit, *distributed())
         with progress_bar(what, show) as advance:
             for batch in stream:
                 for take in takers:
                     take(batch)
                 advance(batch.num_tokens)
 
-    with evaluating(model):
+    with evaluating(model), in_step(model):
         first, spread = FirstPass(model, plan, blank, outputs), SpreadWindows(stream.window)
         read("calibrating", max_tokens, first.add, spread.add)
         found: Calibration = functools.reduce(operator.add, gather(first.result(blank)))

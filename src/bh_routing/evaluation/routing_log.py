@@ -21,6 +21,7 @@ from .._tensor_files import FLOATS, INTEGERS, Expected, read_tensors, write_tens
 from ..decision.types import RouteNorm
 from ..errors import CalibrationError, InvalidInputError, RoutingLogError
 from ..patching import make_plan, watch
+from ..patching.instance import execution_device
 from ..policies import RoutingContext
 from ..stats.pvalues import at_least_float32
 from ..stats.statistic import LOG_SCORES
@@ -263,13 +264,13 @@ def log_routing(
         )
 
     offset = 0
-    device = next(model.parameters()).device
+    device = execution_device(model)
     for window in windows:
         num = window.numel()
         picked = torch.arange((-offset) % stride, num, stride)
         offset += num
         if len(picked):
-            with torch.inference_mode(), watch(plan, on_choice):
+            with torch.no_grad(), watch(plan, on_choice):
                 model(input_ids=window.to(device), use_cache=False)
             if missing := [c.path for c in plan.contexts if c.path not in seen]:
                 raise InvalidInputError(

@@ -458,8 +458,8 @@ def reached_by_text(model: nn.Module, plan: PatchPlan) -> set[str]:
     }
     tokens = [i for i in range(len(special) + 2) if i not in special][:2]
     seen: set[str] = set()
-    device = next(model.parameters()).device
-    with torch.inference_mode(), watch(plan, lambda layer, *_: seen.add(layer.path)):
+    device = execution_device(model)
+    with torch.no_grad(), watch(plan, lambda layer, *_: seen.add(layer.path)):
         model(input_ids=torch.tensor([tokens], device=device), use_cache=False)
     return seen
 
