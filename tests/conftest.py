@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,19 @@ from bh_routing.calibration.accumulate import LayerCounts, LayerMoments, Reservo
 from bh_routing.calibration.calibration import Calibration
 from bh_routing.calibration.data import LayerRecord, join_layers
 from calibration_cases import random_logits
+
+
+@pytest.fixture(scope="session")
+def sha256_of() -> Callable[..., str]:
+    """The first 16 digits of the SHA-256 of tensors' bytes."""
+
+    def digest(*tensors: torch.Tensor) -> str:
+        found = hashlib.sha256()
+        for tensor in tensors:
+            found.update(tensor.contiguous().numpy().tobytes())
+        return found.hexdigest()[:16]
+
+    return digest
 
 
 @pytest.fixture(scope="session")

@@ -485,7 +485,7 @@ def test_layer_without_null_samples(synthetic_calibration):
         (
             {"size": "large"},
             InvalidParameterError,
-            "size must be 'sensitivity', 'deviation' or 'output', got 'large'",
+            "size must be 'token', 'sensitivity', 'deviation' or 'output', got 'large'",
         ),
         (
             {"statistic": "logit", "size": "output"},

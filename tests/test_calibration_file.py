@@ -155,9 +155,9 @@ def test_edited_header(saved):
 
 def test_newer_format(saved):
     _, path = saved
-    rewrite(path, format_version="2")
+    rewrite(path, format_version="3")
     with pytest.raises(
-        CalibrationFileError, match="has calibration format version 2, this library reads version 1"
+        CalibrationFileError, match="has calibration format version 3, this library reads version 1 and 2"
     ):
         Calibration.load(path)
 

@@ -232,17 +232,32 @@ class Batch:
         int64, one per token that is no padding, in order.
     index : int
         Which of the text's batches this is, over all processes.
+    documents : ndarray
+        int64, a hash of the document that each token that is no padding comes from.
     """
 
     input_ids: Tensor
     mask: Tensor
     hashes: Ids
+    documents: Ids
     index: int = 0
 
     @property
     def num_tokens(self) -> int:
         """Tokens that are no padding."""
         return len(self.hashes)
+
+    def windows(self, rows: Sequence[int], input_ids: Tensor | None = None) -> Batch:
+        """Some of its windows, without padding that is left over; with other ids [B, S] in place of its own."""
+        mask = self.mask[rows]
+        longest = int(mask.sum(1).max())
+        ids = self.input_ids if input_ids is None else input_ids
+        chosen = np.zeros(len(self.mask), dtype=bool)
+        chosen[list(rows)] = True
+        tokens = chosen.repeat(self.mask.sum(1).numpy())
+        return Batch(
+            ids[rows][:, :longest], mask[:, :longest], self.hashes[tokens], self.documents[tokens], self.index
+        )
 
     def mask_on(self, device: torch.device) -> Tensor | None:
         """The mask, bool [T], or None if nothing is padded."""
@@ -302,7 +317,9 @@ class TextStream:
             input_ids[row, : len(ids)] = torch.from_numpy(ids)
             mask[row, : len(ids)] = True
         hashes = [token_hashes(key, first, len(ids)) for ids, key, first in windows]
-        return Batch(input_ids, mask, np.concatenate(hashes), index)
+        keys = np.array([key >> 1 for _, key, _ in windows], dtype=np.int64)
+        documents = keys.repeat([len(ids) for ids, _, _ in windows])
+        return Batch(input_ids, mask, np.concatenate(hashes), documents, index)
 
     def _grouped(self) -> Iterator[list[tuple[Ids, int, int]]]:
         """Consecutive windows, as many as fit batch_tokens with their padding."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import operator
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -88,6 +89,18 @@ class LayerCounts:
         self.start[kind], self.counts_ECB[kind] = begin, grown
         return grown
 
+    def state(self) -> dict[str, Any]:
+        """What was counted."""
+        return {
+            "start": dict(self.start),
+            "counts": {k: None if x is None else x.cpu() for k, x in self.counts_ECB.items()},
+        }
+
+    def load_state(self, state: dict[str, Any], device: torch.device) -> None:
+        """Go on from `state`."""
+        self.start = dict(state["start"])
+        self.counts_ECB = {k: None if x is None else x.to(device) for k, x in state["counts"].items()}
+
     def histograms(self) -> dict[str, dict[str, Histogram]]:
         """``[statistic][set]`` -> counts of this layer, [1, E, B], on the CPU."""
         result: dict[str, dict[str, Histogram]] = {}
@@ -163,6 +176,14 @@ class LayerMoments:
         batch_EH = torch.zeros_like(self.sum_EH, dtype=torch.float32).index_add_(0, experts_P, values_PH)
         self.sum_EH += batch_EH
 
+    def state(self) -> list[Tensor]:
+        """What was summed."""
+        return [self.tokens_E.cpu(), self.square_E.cpu(), self.sum_EH.cpu()]
+
+    def load_state(self, state: Sequence[Tensor], device: torch.device) -> None:
+        """Go on from `state`."""
+        self.tokens_E, self.square_E, self.sum_EH = (part.to(device) for part in state)
+
 
 def join_moments(layers: Sequence[LayerMoments]) -> Moments:
     """Moments over all layers, on the CPU; a layer of which nothing was seen has means of 0."""
@@ -218,6 +239,13 @@ class LayerSensitivity:
         """What adds up over processes, on the CPU: tokens, squares, gram, cross."""
         return self.tokens_E.cpu(), self.square_E.cpu(), self.gram_JJ.cpu(), self.cross_JH.cpu()
 
+    def load(self, sums: Sequence[Tensor]) -> None:
+        """Go on from `sums`."""
+        device = self.mean_EH.device
+        self.tokens_E, self.square_E, self.gram_JJ, self.cross_JH = (
+            part.to(device, copy=True) for part in sums
+        )
+
 
 class ReservoirSampler:
     """Keeps the tokens with the smallest hashes: the same tokens in any order and on any number of processes."""
@@ -228,6 +256,7 @@ class ReservoirSampler:
             hash_N=torch.zeros(0, dtype=torch.int64),
             logits_NLE=torch.zeros(0, num_layers, num_experts, dtype=torch.float16),
             experts_NLK=torch.zeros(0, num_layers, num_slots, dtype=torch.int16),
+            document_N=torch.zeros(0, dtype=torch.int64),
         )
         self.parts = [nothing]
 
@@ -236,12 +265,17 @@ class ReservoirSampler:
         rows = np.flatnonzero(hash_T < self.limit) if self.size else np.empty(0, dtype=np.int64)
         return torch.from_numpy(rows)
 
-    def add(self, hash_N: Tensor, logits_NLE: Tensor, experts_NLK: Tensor) -> None:
+    def add(
+        self, hash_N: Tensor, logits_NLE: Tensor, experts_NLK: Tensor, document_N: Tensor | None = None
+    ) -> None:
         """Add admitted tokens; beyond twice the size the largest hashes are dropped."""
         if self.size == 0:
             return
         part = Reservoir(
-            hash_N=hash_N, logits_NLE=logits_NLE.to(torch.float16), experts_NLK=experts_NLK.to(torch.int16)
+            hash_N=hash_N,
+            logits_NLE=logits_NLE.to(torch.float16),
+            experts_NLK=experts_NLK.to(torch.int16),
+            document_N=document_N,
         )
         self.parts.append(part)
         self.held += part.num
@@ -253,6 +287,16 @@ class ReservoirSampler:
         self.parts, self.held = [kept], kept.num
         if kept.num == self.size:
             self.limit = int(kept.hash_N[-1])
+
+    def state(self) -> dict[str, Tensor | None]:
+        """What is kept."""
+        return vars(self.result())
+
+    def load_state(self, state: dict[str, Tensor | None]) -> None:
+        """Go on from `state`."""
+        kept = Reservoir(**state)  # type: ignore[arg-type]
+        self.parts, self.held = [kept], kept.num
+        self.limit = int(kept.hash_N[-1]) if self.size and kept.num == self.size else np.iinfo(np.int64).max
 
     def result(self) -> Reservoir:
         """What is kept, sorted by hash."""

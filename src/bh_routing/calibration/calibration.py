@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._words import Clamp, WeightRule, check_word
+from .._words import Clamp, CompensationForm, WeightRule, check_word
 from ..decision.compensation import Compensation
 from ..decision.table import DecisionTable
 from ..decision.types import Limits, check_k
@@ -42,25 +42,69 @@ class Calibration(CalibrationData):
 
     # -- what it holds -----------------------------------------------------------------------------------
 
-    def compensations(self, scale: float | None = None) -> dict[str, Compensation]:
-        """What stands in for dropped experts, float32 by router path; empty if it was not kept, or at scale 0.
+    @property
+    def forms(self) -> tuple[str, ...]:
+        """The forms of compensation that it holds, the best one last."""
+        held = ["none"]
+        held += ["mean"] if self.moments is not None and self.moments.mean_LEH is not None else []
+        held += ["linear"] if self.linear is not None else []
+        return tuple(held)
+
+    def compensation(self, form: str | None = None, strength: float | None = None) -> dict[str, Compensation]:
+        """What stands in for dropped experts, by router path; empty where nothing does.
 
         Parameters
         ----------
-        scale : float, optional
-            0 to 1. Default: ``compensation_scale``.
+        form : {"none", "mean", "linear"}, optional
+            ``mean``: fixed vectors, float32. ``linear``: linear in the router logits; a layer where that did not pay has
+            the fixed vectors at their own strength. Default: the last of `forms`.
+        strength : float, optional
+            0 to 1. Default: the one that was measured for the form (``compensation_scale``, ``linear_scale``).
+
+        Raises
+        ------
+        CalibrationMismatchError
+            For a form that it does not hold.
+        InvalidParameterError
+            For an unknown one.
         """
-        scale = self.compensation_scale if scale is None else scale
-        layers = None if self.moments is None else self.moments.compensation()
-        if layers is None or scale == 0.0:
+        form = self.forms[-1] if form is None else form
+        check_word("compensation", form, CompensationForm)
+        if form not in self.forms:
+            raise CalibrationMismatchError(
+                f"compensation={form!r} needs a calibration that holds it, this one holds {', '.join(self.forms)}; "
+                "calibrate again, with --sensitivity for the linear one and without --no-means for either."
+            )
+        if form == "none" or strength == 0.0:
+            return {}
+        if form == "linear":
+            assert self.linear is not None
+            own = self.linear_scale if strength is None else strength
+            ranks = self.linear.rank_L.tolist()
+            found = self.compensation("mean", strength) if 0 in ranks else {}
+            return found | {
+                path: self.linear.compensation(index, own)
+                for index, (path, rank) in enumerate(zip(self.paths, ranks, strict=True))
+                if rank and own
+            }
+        assert self.moments is not None
+        layers = self.moments.compensation()
+        assert layers is not None
+        scale = self.compensation_scale if strength is None else strength
+        if scale == 0.0:
             return {}
         return {p: c.scaled(scale).to(dtype=torch.float32) for p, c in zip(self.paths, layers, strict=True)}
+
+    def compensations(self, scale: float | None = None) -> dict[str, Compensation]:
+        """`compensation` by fixed vectors, at this strength; empty where it holds none."""
+        return self.compensation("mean", scale) if "mean" in self.forms else {}
 
     def without_means(self) -> Calibration:
         """The same calibration without the mean outputs (no compensation, a smaller file)."""
         if self.moments is None:
             return self
-        return replace(self, moments=replace(self.moments, mean_LEH=None, gram_LJJ=None, cross_LJH=None))
+        moments = replace(self.moments, mean_LEH=None, gram_LJJ=None, cross_LJH=None)
+        return replace(self, moments=moments, linear=None, token_sizes=None)
 
     # -- nulls -------------------------------------------------------------------------------------------
 

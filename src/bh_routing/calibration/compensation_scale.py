@@ -11,8 +11,10 @@ Shape legend: B windows of a batch, S tokens of a window, V vocabulary.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -20,8 +22,8 @@ from ..patching import PatchPlan, RoutingPatch
 from ..stats.divergence import kl_divergence
 from ..text import Batch
 from .calibration import Calibration
+from .dropping import dropping_policy
 from .forwards import forward, gather
-from .second_pass import dropping_policy
 
 SCALES = (0.0, 0.5, 1.0)
 TOKENS = 8192  # how many are measured on, about, and at most
@@ -31,11 +33,11 @@ SHARE = 8  # and at most one in so many of the text's
 class SpreadWindows:
     """Some windows of a text that is read once, evenly over it: the first of every n-th batch, n a power of two.
 
-    Memory stays that of twice ``TOKENS`` tokens, and all processes together keep what a single one would.
+    Memory stays that of twice as many ``tokens``, and all processes together keep what a single one would.
     """
 
-    def __init__(self, window: int) -> None:
-        self.window, self.limit = window, max(1, TOKENS // window)
+    def __init__(self, window: int, tokens: int | None = None) -> None:
+        self.window, self.limit = window, max(1, (TOKENS if tokens is None else tokens) // window)
         self.every, self.batches = 1, 0
         self.held: list[Batch] = []
 
@@ -46,15 +48,29 @@ class SpreadWindows:
             self.every *= 2
             self.held = [held for held in self.held if held.index % self.every == 0]
         if batch.index % self.every == 0:
-            num = int(batch.mask[0].sum())
-            self.held.append(
-                Batch(batch.input_ids[:1, :num], batch.mask[:1, :num], batch.hashes[:num], batch.index)
-            )
+            self.held.append(batch.windows([0]))
 
-    def result(self, tokens: int) -> list[Batch]:
-        """This process's share, given how many tokens the whole text had."""
+    def state(self) -> dict[str, Any]:
+        """What is kept, as tensors and numbers."""
+        held = [
+            {name: torch.from_numpy(x) if isinstance(x, np.ndarray) else x for name, x in vars(batch).items()}
+            for batch in self.held
+        ]
+        return {"every": self.every, "batches": self.batches, "held": held}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Go on from `state`."""
+        self.every, self.batches = state["every"], state["batches"]
+        self.held = [
+            Batch(**one | {name: one[name].numpy() for name in ("hashes", "documents")})
+            for one in state["held"]
+        ]
+
+    def result(self, tokens: int, most: int | None = None) -> list[Batch]:
+        """This process's share, given how many tokens the whole text had; of all shares at most so many tokens."""
         batches = max(gather(self.batches))
         limit = min(self.limit, max(1, tokens // SHARE // self.window))
+        limit = limit if most is None else min(limit, max(1, most // self.window))
         every = max(gather(self.every))
         while math.ceil(batches / every) > limit:
             every *= 2
@@ -67,6 +83,7 @@ def measure_scale(
     calibration: Calibration,
     batches: Sequence[Batch],
     advance: Callable[[int], None],
+    routed: Callable[[Batch], Iterator[Tensor]] | None = None,
 ) -> float:
     """The scale from 0 to 1, a multiple of 0.01, with the least divergence; 1 for a model without logits.
 
@@ -80,11 +97,10 @@ def measure_scale(
         This process's share of the text; the divergences of all processes are added up.
     advance : callable
         Called with the number of tokens after each batch.
+    routed : callable, optional
+        The routed model's logits of a batch at each of `SCALES`. Default: with the compensation by fixed vectors.
     """
-    policy = dropping_policy(calibration, size=None)
-    policy.bind(plan.contexts)
-    full = calibration.compensations(1.0)
-    patch = RoutingPatch(plan.compensated("model"), policy, compensations=full)
+    routed = _by_fixed_vectors(model, plan, calibration) if routed is None else routed
     sums = [0.0] * len(SCALES)
     for batch in batches:
         with torch.no_grad():
@@ -92,18 +108,33 @@ def measure_scale(
             if own_BSV is None:
                 sums = [math.nan] * len(SCALES)  # no early return: every process must reach the sum
                 break
-            try:
-                patch.apply()
-                for i, scale in enumerate(SCALES):
-                    patch.set_compensations({path: one.scaled(scale) for path, one in full.items()})
-                    routed_BSV = forward(model, plan, batch, head=True)
-                    assert routed_BSV is not None
-                    sums[i] += divergence(own_BSV, routed_BSV, batch.mask)
-            finally:
-                patch.remove()
+            for i, routed_BSV in enumerate(routed(batch)):
+                sums[i] += divergence(own_BSV, routed_BSV, batch.mask)
         advance(batch.num_tokens)
     totals = [math.fsum(column) for column in zip(*gather(sums), strict=True)]
     return vertex(*totals)
+
+
+def _by_fixed_vectors(
+    model: nn.Module, plan: PatchPlan, calibration: Calibration
+) -> Callable[[Batch], Iterator[Tensor]]:
+    policy = dropping_policy(calibration, size=None)
+    policy.bind(plan.contexts)
+    full = calibration.compensation("mean", 1.0)
+    patch = RoutingPatch(plan.compensated("model"), policy, compensations=full)
+
+    def routed(batch: Batch) -> Iterator[Tensor]:
+        try:
+            patch.apply()
+            for scale in SCALES:
+                patch.set_compensations({path: one.scaled(scale) for path, one in full.items()})
+                routed_BSV = forward(model, plan, batch, head=True)
+                assert routed_BSV is not None
+                yield routed_BSV
+        finally:
+            patch.remove()
+
+    return routed
 
 
 def divergence(own_BSV: Tensor, routed_BSV: Tensor, mask_BS: Tensor) -> float:

@@ -16,7 +16,9 @@ from torch import Tensor
 from ..errors import CalibrationMismatchError
 from ..stats.histogram import Histogram
 from ..stats.nulls import Null
+from .linear_maps import LinearMaps
 from .moments import Moments
+from .token_sizes import TokenSizes
 
 MUST_AGREE = (
     "model_id",
@@ -54,11 +56,14 @@ class Reservoir:
     experts_NLK : Tensor
         int16, the model's own choice (kept, because a choice made from float16 logits could differ); -1 where
         a layer has fewer slots than the widest.
+    document_N : Tensor or None
+        int64, a hash of the document that each token comes from; None in files of format 1.
     """
 
     hash_N: Tensor
     logits_NLE: Tensor
     experts_NLK: Tensor
+    document_N: Tensor | None = None
 
     @property
     def num(self) -> int:
@@ -68,18 +73,13 @@ class Reservoir:
     def smallest(self, num: int) -> Reservoir:
         """The tokens with the ``num`` smallest hashes, in their order."""
         order_N = self.hash_N.argsort(stable=True)[:num]
-        return Reservoir(
-            hash_N=self.hash_N[order_N],
-            logits_NLE=self.logits_NLE[order_N],
-            experts_NLK=self.experts_NLK[order_N],
-        )
+        held: dict[str, Tensor] = {name: x[order_N] for name, x in vars(self).items() if x is not None}
+        return Reservoir(**held)
 
     def __add__(self, other: Reservoir) -> Reservoir:
-        return Reservoir(
-            hash_N=torch.cat((self.hash_N, other.hash_N)),
-            logits_NLE=torch.cat((self.logits_NLE, other.logits_NLE)),
-            experts_NLK=torch.cat((self.experts_NLK, other.experts_NLK)),
-        )
+        known = self.document_N is not None and other.document_N is not None
+        names = ("hash_N", "logits_NLE", "experts_NLK", *(("document_N",) if known else ()))
+        return Reservoir(**{name: torch.cat((getattr(self, name), getattr(other, name))) for name in names})
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -143,6 +143,12 @@ class CalibrationData:
         Seed of the reservoir's hash; the longest run of tokens in one forward.
     compensation_scale : float
         What the compensation is multiplied by, 0 to 1: measured (`bh_routing.calibration.compensation_scale`), 1 where it was not.
+    linear : LinearMaps or None
+        The linear compensation. Neither it nor the sizes add up: calibrations that are merged lose both.
+    linear_scale : float
+        What that one is multiplied by.
+    token_sizes : TokenSizes or None
+        Sizes that follow the token.
     left_out : tuple of str
         Paths of routers that no token of a text reaches (of a vision tower, for example): they are not
         calibrated, and an integration leaves them as they are.
@@ -166,6 +172,9 @@ class CalibrationData:
     seed: int = 0
     window: int = 0
     compensation_scale: float = 1.0
+    linear: LinearMaps | None = None
+    linear_scale: float = 1.0
+    token_sizes: TokenSizes | None = None
     left_out: tuple[str, ...] = ()
     library_version: str = ""
     given: GivenNulls | None = None
@@ -189,7 +198,7 @@ class CalibrationData:
 
     def __add__(self: Data, other: CalibrationData) -> Data:
         """Counts add up exactly, moments in float64, the compensation's scale is averaged by tokens; the reservoir
-        keeps the tokens with the smallest hashes.
+        keeps the tokens with the smallest hashes. The linear compensation and the sizes from the token are lost.
 
         Raises
         ------
@@ -228,6 +237,9 @@ class CalibrationData:
             documents=self.documents + other.documents,
             text_digest=f"{digest:032x}",
             compensation_scale=weighed / max(1, tokens),
+            linear=None,
+            linear_scale=1.0,
+            token_sizes=None,
         )
 
 

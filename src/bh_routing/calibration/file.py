@@ -2,7 +2,7 @@
 
 A calibration file is a file of tensors (`bh_routing._tensor_files`); its header holds model, layers, settings, text.
 Tensors: ``hist.<statistic>.<set>.<layer>`` integer counts [E, B] in the narrowest type that holds them; ``moments.*``;
-``reservoir.*``; ``fingerprint``. What a file may hold is said here, once: `HEADER`, `LAYER` and `_expect`.
+``reservoir.*``; ``linear.*`` (A in bfloat16); ``token_sizes.*``; ``fingerprint``. What a file may hold is said here, once: `HEADER`, `LAYER` and `_expect`.
 
 Shape legend: L routed layers, E experts, B bins, D projections, H hidden size, J = 2E, N tokens kept, K slots.
 """
@@ -25,13 +25,24 @@ from ..errors import CalibrationError, CalibrationFileError
 from ..stats.histogram import FIRST_BIN, LAST_BIN, Histogram
 from ..stats.statistic import LOG_SCORES
 from .data import CalibrationData, Data, LayerRecord, Reservoir, stack_layers
+from .linear_maps import LinearMaps
 from .moments import Moments
+from .token_sizes import TokenSizes
 
-FORMAT, FORMAT_VERSION = "bh-routing calibration", 1
+FORMAT, FORMAT_VERSION = (
+    "bh-routing calibration",
+    2,
+)  # 1: without linear.*, token_sizes.* and reservoir.document
+READABLE = (1, FORMAT_VERSION)
 
 IN_FLOAT32 = ("mean_LEH", "gram_LJJ", "cross_LJH")  # of the moments, which are float64 in memory
 RENAMED = {"compensation_strength": "compensation_scale"}  # of older files
-PARTS: dict[str, type[Moments | Reservoir]] = {"moments": Moments, "reservoir": Reservoir}
+PARTS: dict[str, type[Any]] = {
+    "moments": Moments,
+    "reservoir": Reservoir,
+    "linear": LinearMaps,
+    "token_sizes": TokenSizes,
+}
 MOST_COUNTS = (
     1 << 27
 )  # of one set in memory, 1 GiB; a model of 58 layers and 256 experts needs a quarter at most
@@ -50,12 +61,30 @@ TENSORS = {  # key -> what it must be; of moments and reservoir, each part as a 
     "reservoir.hash": Expected("N", (torch.int64,), -(2.0**63), 2.0**63),
     "reservoir.logits": Expected("NLE", (torch.float16,), float("-inf"), 65504.0),  # -inf: a masked expert
     "reservoir.experts": Expected("NLK", (torch.int16,), -1.0),
+    "reservoir.document": Expected("N", (torch.int64,), 0.0, 2.0**63),
+    "linear.center": Expected("LE", (torch.float32,)),
+    "linear.low": Expected("LE", (torch.float32,)),
+    "linear.high": Expected("LE", (torch.float32,)),
+    "linear.whiten": Expected("LER", (torch.float32,)),
+    "linear.mean": Expected("LEH", (torch.float32,)),
+    "linear.slope": Expected("LERH", (torch.bfloat16,)),
+    "linear.rank": Expected("L", (torch.int64,), *_COUNT),
+    "linear.r2": Expected("L", (torch.float64,), -1e30, 1.0),
+    "linear.mean_r2": Expected("L", (torch.float64,), -1e30, 1.0),
+    "linear.expert_numbers": Expected("L", (torch.int64,), *_COUNT),
+    "linear.pairs": Expected("LE", (torch.int64,), *_COUNT),
+    "token_sizes.offset": Expected("LE", (torch.float32,)),
+    "token_sizes.slope": Expected("LEE", (torch.float32,)),
+    "token_sizes.center": Expected("LE", (torch.float32,)),
+    "token_sizes.r2": Expected("L", (torch.float64,), -1e30, 1.0),
+    "token_sizes.tokens": Expected("LE", (torch.int64,), *_COUNT),
 }
 TOGETHER = (  # keys that stand in a file together or not at all
     ("moments.tokens", "moments.square", "moments.mean_square"),
     ("moments.sensitivity_tokens", "moments.sensitivity"),
     ("moments.gram", "moments.cross"),
     ("reservoir.hash", "reservoir.logits", "reservoir.experts"),
+    *(tuple(key for key in TENSORS if key.startswith(part)) for part in ("linear.", "token_sizes.")),
 )
 KINDS, SETS = ("logit", "logprob"), ("unselected", "selected", "trimmed")
 
@@ -85,7 +114,11 @@ HEADER = record(
         "reservoir_size": whole(),
         "library_version": text(),
     },
-    {"compensation_scale": number(0.0, 1.0), "left_out": listed(_NAME, 0, 1 << 12)},
+    {
+        "compensation_scale": number(0.0, 1.0),
+        "linear_scale": number(0.0, 1.0),
+        "left_out": listed(_NAME, 0, 1 << 12),
+    },
 )
 
 
@@ -148,7 +181,7 @@ def load(path: str | os.PathLike[str], kind: type[Data]) -> Data:
     """
     advice = "make one with `bh-routing calibrate MODEL --text FILE -o FILE.safetensors`"
     _, header, tensors = read_tensors(
-        path, FORMAT, (FORMAT_VERSION,), _expect, CalibrationFileError, what="calibration", advice=advice
+        path, FORMAT, READABLE, _expect, CalibrationFileError, what="calibration", advice=advice
     )
     try:
         return kind(**_fields(header, tensors))
@@ -225,6 +258,8 @@ def _fields(header: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, Any
     _check_counts(histograms, layers, header["num_experts"])
     if "moments" in found:
         _check_moments(found["moments"], histograms["logit"]["selected"])
+    if "linear" in found and int(found["linear"].rank_L.max()) > found["linear"].whiten_LDR.shape[-1]:
+        raise ValueError("linear.rank must be at most the width of linear.whiten")
     if "reservoir" in found:
         _check_reservoir(found["reservoir"], layers, header)
     return found | {

@@ -109,9 +109,28 @@ class FirstPass:
                 torch.from_numpy(batch.hashes)[admitted],
                 torch.stack(kept_logits, 1),
                 torch.stack(kept_experts, 1),
+                torch.from_numpy(batch.documents)[admitted],
             )
         self.tokens += batch.num_tokens
         self.seen.clear()
+
+    def state(self) -> dict[str, Any]:
+        """What this process has seen, as tensors and numbers."""
+        return {
+            "counts": {path: counts.state() for path, counts in self.counts.items()},
+            "moments": {path: moments.state() for path, moments in self.moments.items()},
+            "reservoir": self.sampler.state(),
+            "tokens": self.tokens,
+        }
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Go on from `state`."""
+        for layer in self.plan.layers:
+            self.counts[layer.path].load_state(state["counts"][layer.path], layer.context.device)
+            if self.moments:
+                self.moments[layer.path].load_state(state["moments"][layer.path], layer.context.device)
+        self.sampler.load_state(state["reservoir"])
+        self.tokens = state["tokens"]
 
     def result(self, blank: Data) -> Data:
         """The calibration with what was seen."""

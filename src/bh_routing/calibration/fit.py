@@ -17,12 +17,13 @@ from torch import Tensor
 from .._words import Estimator, NullSet, Scope, Size, Statistic, check_word
 from ..decision.table import DecisionTable, smallest_passing
 from ..errors import CalibrationError, CalibrationMismatchError, CalibrationWarning, InvalidParameterError
-from ..stats.histogram import Histogram, pool_counts
+from ..stats.histogram import Histogram, bin_index, pool_counts
 from ..stats.kde import BANDWIDTHS, KERNELS
 from ..stats.nulls import Null, fit_null
 from ..stats.procedures import Procedure
 from ..stats.statistic import full_statistic
-from .data import CalibrationData, GivenNulls, some_of
+from .accumulate import trimmed_range
+from .data import CalibrationData, GivenNulls, some_of, stack_layers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,8 +33,9 @@ class NullSettings:
     Attributes
     ----------
     statistic : {"contribution", "logprob", "logit"}
-    size : {"output", "deviation", "sensitivity"} or None
-        What ``contribution`` scales the score by.
+    size : {"output", "deviation", "sensitivity", "token"} or None
+        What ``contribution`` scales the score by: a constant per expert, or (``token``) what the router logits predict
+        for it (`bh_routing.calibration.token_sizes`).
     null : {"unselected", "all", "trimmed"}
     scope : {"model", "layer"}
     estimator : {"empirical", "kde", "normal", "given"}
@@ -72,10 +74,22 @@ class NullSettings:
 
 
 class Fitted(NamedTuple):
-    """Nulls per layer (one object, L times, for scope ``model``) and what the base statistic is shifted by, [L, E]."""
+    """Nulls per layer (one object, L times, for scope ``model``), what the base statistic is shifted by, [L, E], and with
+    ``size="token"`` its slopes [L, D, E] about logits [L, D]."""
 
     nulls: tuple[Null, ...]
     offset_LE: Tensor
+    slopes_LDE: Tensor | None = None
+    center_LD: Tensor | None = None
+
+    def sized(self, index: int, device: torch.device) -> dict[str, Tensor]:
+        """What `full_statistic` is told beyond the offset; nothing where sizes are constants."""
+        if self.slopes_LDE is None or self.center_LD is None:
+            return {}
+        return {
+            "slope_DE": self.slopes_LDE[index].to(device),
+            "center_D": self.center_LD[index].to(device),
+        }
 
 
 def resolve(
@@ -89,7 +103,7 @@ def resolve(
     kernel: str = "gaussian",
     bandwidth: str | float = "silverman",
     extended: bool = False,
-    compensated: bool | None = None,
+    compensated: bool | str | None = None,
 ) -> NullSettings:
     """Resolve defaults to the recommended configuration, as far as this calibration supports it.
 
@@ -98,15 +112,17 @@ def resolve(
     statistic : str, optional
         Default: ``contribution`` where the experts' outputs were collected, else ``logprob``.
     size : str, optional
-        Default: ``sensitivity`` where it was collected; else ``deviation`` with compensation, ``output``
-        without.
+        Default: ``token`` with a linear compensation, ``sensitivity`` where it was collected; else ``deviation`` with compensation,
+        ``output`` without.
     null, estimator, kernel, bandwidth, extended
         As in `NullSettings`.
     scope : str, optional
         Default: ``model`` for ``contribution`` and ``logprob``, whose units compare across layers;
         ``layer`` for ``logit``.
-    compensated : bool, optional
-        Whether dropped experts' mean outputs will be added back; default: where they are known.
+    compensated : bool or str, optional
+        What will stand in for dropped experts: a form of compensation, none (False), or the best that is held (True).
+        Default: where one is held. Sizes that follow the token are those of what the linear one leaves over; with the
+        others sensitivities did better.
     """
     if data.given is not None:
         asked = {"statistic": statistic, "size": size, "null": null, "scope": scope, "estimator": estimator}
@@ -123,14 +139,21 @@ def resolve(
         if size is None:
             if compensated is None:
                 compensated = moments.mean_LEH is not None
-            if moments.sensitivity_LE is not None:
+            if data.token_sizes is not None and compensated in (True, "linear"):
+                size = "token"
+            elif moments.sensitivity_LE is not None:
                 size = "sensitivity"
             else:
-                size = "deviation" if compensated else "output"
+                size = "output" if compensated in (False, "none") else "deviation"
         if size == "sensitivity" and moments.sensitivity_LE is None:
             raise CalibrationMismatchError(
                 "size='sensitivity' needs the loss sensitivities, which this calibration was made "
                 "without; calibrate with --sensitivity, or use size='deviation'."
+            )
+        if size == "token" and data.token_sizes is None:
+            raise CalibrationMismatchError(
+                "size='token' needs the sizes that follow the token, which this calibration was made without; calibrate "
+                "with --sensitivity on more text, or use size='sensitivity'."
             )
     elif size is not None:
         raise InvalidParameterError(
@@ -166,13 +189,42 @@ def offsets(data: CalibrationData, settings: NullSettings) -> Tensor:
     """What is added to the base statistic per (layer, expert), float32 [L, E]: log sizes, or 0."""
     if settings.statistic != "contribution":
         return torch.zeros(data.num_layers, data.num_experts)
-    assert data.moments is not None
     assert settings.size is not None
+    if settings.size == "token":
+        assert data.token_sizes is not None
+        return data.token_sizes.offset_LE
+    assert data.moments is not None
     return data.moments.size(settings.size).log().float()
 
 
+def counted(
+    data: CalibrationData, settings: NullSettings, which: str | None = None
+) -> tuple[Histogram, Tensor]:
+    """Counts of a statistic over a set of experts, and what each expert's are shifted by to be counts of *the* statistic.
+
+    Parameters
+    ----------
+    which : {"unselected", "all", "trimmed", "selected"}, optional
+        Default: the null set of the settings.
+
+    Returns
+    -------
+    Histogram, Tensor
+        Of the base statistic, over the whole text, and its offsets [L, E]. With ``size="token"`` of the statistic itself,
+        on the reservoir, and zeros: counts of the base statistic do not tell which size each token had.
+    """
+    which = which or settings.null
+    if settings.size == "token":
+        return _reservoir_counts(data, settings, which), torch.zeros(data.num_layers, data.num_experts)
+    return _base_counts(data, settings, which), offsets(data, settings)
+
+
 def null_counts(data: CalibrationData, settings: NullSettings) -> Histogram:
-    """Binned counts of the base statistic over the null set."""
+    """Binned counts over the null set: those of `counted`."""
+    return counted(data, settings)[0]
+
+
+def _base_counts(data: CalibrationData, settings: NullSettings, which: str) -> Histogram:
     kind = "logit" if settings.statistic == "logit" else "logprob"
     held = data.histograms.get(kind)
     if held is None:
@@ -180,9 +232,67 @@ def null_counts(data: CalibrationData, settings: NullSettings) -> Histogram:
             f"this calibration holds no counts of {kind!r}, which statistic={settings.statistic!r} needs; "
             f"it holds {', '.join(map(repr, data.histograms)) or 'none'}."
         )
-    if settings.null == "all":
+    if which == "all":
         return held["unselected"] + held["selected"]
-    return held[settings.null]
+    return held[which]
+
+
+def _reservoir_counts(data: CalibrationData, settings: NullSettings, which: str) -> Histogram:
+    """Counts of the statistic with the size from the token, on the reservoir's tokens.
+
+    The experts that the router passed over were never run there: their sizes are what the slopes, fitted where they were
+    chosen, extrapolate to. With N tokens and E experts of which K are chosen a layer's null has N (E - K) samples (whose
+    tokens, not whose pairs, are exchangeable), so that its p-values go down to 1 / (N (E - K) + 1).
+    """
+    if data.reservoir is None or data.reservoir.num == 0 or data.token_sizes is None:
+        raise CalibrationError(
+            "size='token' takes its null from the calibration's tokens, and this calibration holds none; calibrate "
+            "with a reservoir, or use size='sensitivity'."
+        )
+    layers = []
+    for index, layer in enumerate(data.layers):
+        logits_NE = data.reservoir.logits_NLE[:, index]
+        statistic_NE = _statistic(data, logits_NE, index, settings, _sized(data, settings, ()))
+        inside_NE = torch.ones_like(statistic_NE, dtype=torch.bool)
+        if which == "trimmed":
+            x_NE = logits_NE.float()
+            low_N1, high_N1 = trimmed_range(x_NE, data.trim)
+            inside_NE = (x_NE >= low_N1) & (x_NE <= high_N1)
+        elif which != "all":
+            inside_NE = torch.full_like(inside_NE, which == "unselected")
+            own_NK = data.reservoir.experts_NLK[:, index, : layer.top_k].long()
+            inside_NE.scatter_(1, own_NK, which == "selected")
+        bins_NE = bin_index(statistic_NE)
+        start = int(bins_NE.min())
+        counts_EB = torch.zeros(data.num_experts, int(bins_NE.max()) - start + 1, dtype=torch.int64)
+        flat_EB = counts_EB.view(-1)
+        place_NE = (bins_NE - start).long() + torch.arange(data.num_experts) * counts_EB.shape[1]
+        flat_EB += place_NE[inside_NE].bincount(minlength=flat_EB.numel())
+        layers.append(Histogram(start, counts_EB.unsqueeze(0)))
+    return stack_layers(layers)
+
+
+def _sized(data: CalibrationData, settings: NullSettings, nulls: tuple[Null, ...]) -> Fitted:
+    offset_LE = offsets(data, settings)
+    if settings.size != "token":
+        return Fitted(nulls, offset_LE)
+    assert data.token_sizes is not None
+    return Fitted(nulls, offset_LE, data.token_sizes.slope_LDE, data.token_sizes.center_LD)
+
+
+def _statistic(
+    data: CalibrationData, logits_TE: Tensor, index: int, settings: NullSettings, fitted: Fitted
+) -> Tensor:
+    """The statistic of every expert of one layer, float32 [T, E]."""
+    offset_E, score_func = fitted.offset_LE[index].to(logits_TE.device), data.layers[index].score_func
+    return full_statistic(
+        logits_TE,
+        offset_E,
+        settings.statistic,
+        score_func,
+        data.temperature,
+        **fitted.sized(index, logits_TE.device),
+    )
 
 
 def fit(data: CalibrationData, settings: NullSettings) -> Fitted:
@@ -194,16 +304,15 @@ def fit(data: CalibrationData, settings: NullSettings) -> Fitted:
         If a layer (with scope ``model``: the model) has no null samples.
     """
     if settings not in data.memo:
-        offset_LE = offsets(data, settings)
         if data.given is not None:
             nulls = data.given.nulls
         else:
-            counts = null_counts(data, settings)
+            counts, offset_LE = counted(data, settings)
             if settings.scope == "model":
                 nulls = (_null(data, counts, offset_LE, None, settings),) * data.num_layers
             else:
                 nulls = tuple(_null(data, counts, offset_LE, i, settings) for i in range(data.num_layers))
-        data.memo[settings] = Fitted(nulls, offset_LE)
+        data.memo[settings] = _sized(data, settings, nulls)
     found: Fitted = data.memo[settings]
     return found
 
@@ -231,9 +340,7 @@ def _null(
 def p_values(data: CalibrationData, logits_TE: Tensor, index: int, settings: NullSettings) -> Tensor:
     """Calibrated p-values of every expert of the layer with this index, float64 [T, E]."""
     fitted = fit(data, settings)
-    offset_E, score_func = fitted.offset_LE[index].to(logits_TE.device), data.layers[index].score_func
-    statistic_TE = full_statistic(logits_TE, offset_E, settings.statistic, score_func, data.temperature)
-    return fitted.nulls[index].p_values(statistic_TE)
+    return fitted.nulls[index].p_values(_statistic(data, logits_TE, index, settings, fitted))
 
 
 def layer_index(data: CalibrationData, layer: str | int) -> int:
@@ -293,6 +400,11 @@ def table_at(
         rule=procedure.rule or "step_up",
         statistic=settings.statistic,
         offset_LE=fitted.offset_LE,
+        **(
+            {}
+            if fitted.slopes_LDE is None
+            else {"slopes_LDE": fitted.slopes_LDE, "center_LD": fitted.center_LD}
+        ),
         paths=data.paths,
         temperature=data.temperature,
         alpha=alphas[0] if len(set(alphas)) == 1 else None,
@@ -316,11 +428,15 @@ def _check_reach(
         return  # how many there are behind a null from outside may not be known
     rank = tops[row] if dead else 1
     critical = float(procedure.critical_values(alpha, data.num_experts)[rank - 1])
-    needed = math.ceil(1.0 / critical / samples * max(1, data.tokens))
+    token = settings.size == "token" and data.reservoir is not None
+    seen = data.reservoir.num if token and data.reservoir is not None else data.tokens
+    needed = math.ceil(1.0 / critical / samples * max(1, seen))
+    what = f"with a reservoir of about {needed}" if token else f"on about {needed}"
+    has = "holds" if token else "saw"
     text = (
         f"{procedure.name} at alpha={alpha:g} asks for p-values down to {critical:.2g} in layer "
-        f"{data.layers[row].path}, but {samples} null samples reach only {1 / (samples + 1):.2g}: calibrate on "
-        f"about {needed} tokens or more (this calibration saw {data.tokens}), or raise alpha."
+        f"{data.layers[row].path}, but {samples} null samples reach only {1 / (samples + 1):.2g}: calibrate "
+        f"{what} tokens or more (this calibration {has} {seen}), or raise alpha."
     )
     if dead:
         raise CalibrationError(f"no threshold is finite: {text}")

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -123,6 +124,16 @@ class LinearSums:
                 self.gram_EJJ[expert] += phi_NJ.T @ phi_NJ
                 self.cross_EJH[expert] += phi_NJ.T @ out_NH
                 start += count
+
+    def take(self, pairs: Any) -> None:
+        """`update` with what a forward with dropped experts hands over (`bh_routing.calibration.dropping.Pairs`)."""
+        self.update(pairs.logits_TD, pairs.outputs_TKH, pairs.experts_TK, pairs.weights_TK, pairs.dropped_TK)
+
+    def load(self, parts: Sequence[Tensor]) -> None:
+        """Go on from `parts`."""
+        device = self.origin_D.device
+        held = (part.to(device, copy=True) for part in parts)
+        self.pairs_E, self.gram_EJJ, self.cross_EJH, self.square, self.low_D, self.high_D = held
 
     def parts(self) -> tuple[Tensor, ...]:
         """What is kept and sent: on the CPU, in the order that `added` takes."""

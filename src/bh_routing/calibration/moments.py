@@ -14,6 +14,7 @@ from torch import Tensor
 from ..decision.compensation import Compensation
 from ..errors import CalibrationError
 
+ENOUGH = 32  # tokens of an expert below which its layer's median counts as the missing ones
 RIDGE = 0.02  # of the compensation's fit, relative to the mean square of a dropped weight
 
 
@@ -53,7 +54,12 @@ class Moments:
         """Typical size c_e per expert, float64 [L, E].
 
         ``output``: RMS of f(x). ``deviation``: RMS of f(x) - mean. ``sensitivity``: RMS of
-        g . (f(x) - mean). An expert that no token was routed to gets the median of its layer.
+        g . (f(x) - mean).
+
+        An expert that fewer than `ENOUGH` tokens were routed to is shrunk towards its layer's median: so many squared
+        deviations as are missing count as the median's square. (The deviation of n outputs from their own mean has
+        n - 1 degrees of freedom: one output alone says nothing.) With none it is the median. An expert whose outputs
+        are all 0 gets it too.
         """
         if kind == "sensitivity":
             assert self.sensitivity_LE is not None
@@ -63,11 +69,36 @@ class Moments:
             square_LE, tokens_LE = self.square_LE, self.tokens_LE
             if kind == "deviation":
                 square_LE = (square_LE - self.mean_square_LE).clamp_min(0.0)
-        known_LE = (tokens_LE > 0) & (square_LE > 0)
+        own = 0 if kind == "output" else 1  # degrees of freedom that the mean takes
+        known_LE = (tokens_LE > own) & (square_LE > 0)
         size_LE = square_LE.sqrt()
-        for size_E, known_E in zip(size_LE, known_LE, strict=True):
-            size_E[~known_E] = size_E[known_E].median() if bool(known_E.any()) else 1.0
+        for size_E, square_E, tokens_E, known_E in zip(size_LE, square_LE, tokens_LE, known_LE, strict=True):
+            enough_E = known_E & (tokens_E >= ENOUGH)
+            if bool(enough_E.any()):
+                usual = float(size_E[enough_E].median())
+            elif bool(known_E.any()):  # no expert is known well: all of them together
+                pairs_E = tokens_E[known_E]
+                usual = float((square_E[known_E] * pairs_E).sum() / (pairs_E - own).sum()) ** 0.5
+            else:
+                usual = 1.0
+            few_E = (tokens_E < ENOUGH) & (tokens_E > 0)
+            missing_E = ENOUGH - own - (tokens_E - own).clamp_min(0)
+            mixed_E = (square_E * tokens_E + usual**2 * missing_E) / (ENOUGH - own)
+            size_E[few_E] = mixed_E[few_E].sqrt()
+            size_E[(square_E == 0) | (tokens_E == 0)] = usual
         return size_LE
+
+    def shrunk_means(self) -> Tensor:
+        """Mean outputs, float64 [L, E, H]; with fewer tokens than `ENOUGH` shrunk towards the layer's mean, in proportion."""
+        assert self.mean_LEH is not None
+        tokens_LE1 = self.tokens_LE.unsqueeze(-1).double()
+        layer_L1H = (self.mean_LEH * tokens_LE1).sum(1, keepdim=True) / tokens_LE1.sum(
+            1, keepdim=True
+        ).clamp_min(1.0)
+        share_LE1 = (tokens_LE1 / ENOUGH).clamp(max=1.0)
+        return torch.where(
+            share_LE1 < 1.0, share_LE1 * self.mean_LEH + (1.0 - share_LE1) * layer_L1H, self.mean_LEH
+        )
 
     def compensation(self) -> list[Compensation] | None:
         """What stands in for dropped experts, per layer, float64; None without means.
@@ -79,9 +110,11 @@ class Moments:
         if self.mean_LEH is None:
             return None
         if self.gram_LJJ is None or self.cross_LJH is None:
-            return [Compensation.mean(mean_EH) for mean_EH in self.mean_LEH]
+            return [Compensation.mean(mean_EH) for mean_EH in self.shrunk_means()]
         fitted = []
-        for mean_EH, gram_JJ, cross_JH in zip(self.mean_LEH, self.gram_LJJ, self.cross_LJH, strict=True):
+        for mean_EH, gram_JJ, cross_JH in zip(
+            self.shrunk_means(), self.gram_LJJ, self.cross_LJH, strict=True
+        ):
             num = mean_EH.shape[0]
             prior_JH = torch.cat((mean_EH, torch.zeros_like(mean_EH)))
             halves = gram_JJ.diagonal().double().view(2, num).mean(1)

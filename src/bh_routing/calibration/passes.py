@@ -6,10 +6,13 @@ Shape legend: L routed layers.
 from __future__ import annotations
 
 import functools
+import math
 import operator
+import os
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,13 +22,16 @@ from .. import __version__
 from ..decision.types import check_temperature
 from ..errors import CalibrationError, CalibrationWarning, InvalidParameterError, InvalidTypeError
 from ..patching import PatchPlan, is_patched, make_plan, reached_by_text
-from ..text import Batch, Document, TextStream
+from ..text import Document, TextStream
+from . import compensation_scale, third_pass
 from .calibration import Calibration
+from .checkpoint import Checkpoint, remove, settings_digest
 from .compensation_scale import SpreadWindows, measure_scale
 from .data import LayerRecord
 from .fingerprint import fingerprint
 from .first_pass import FirstPass
 from .forwards import distributed, evaluating, frozen, gather, in_step, progress_bar
+from .moments import ENOUGH
 from .second_pass import SecondPass
 
 
@@ -44,6 +50,10 @@ def calibrate(
     means: bool = True,
     sensitivity: bool = False,
     sensitivity_tokens: int | None = None,
+    linear: bool = True,
+    rank: int | None = None,
+    robust_fit: bool = True,
+    resume: str | os.PathLike[str] | None = None,
     reservoir: int = 8192,
     seed: int = 0,
     model_id: str | None = None,
@@ -92,8 +102,20 @@ def calibrate(
         compensation to what was dropped then.
     sensitivity_tokens : int, optional
         Stop the second pass after so many tokens. Default: as ``max_tokens``.
+    linear : bool
+        With ``sensitivity`` and ``means`` also the linear compensation and the sizes that follow the token: a third pass
+        over at most 16,384 tokens that are held out of their sums.
+    rank : int, optional
+        Of the linear compensation, in every layer. Default: chosen per layer by what it explains of held-out outputs, up to
+        where it takes 3 % of the experts' memory.
+    robust_fit : bool
+        The linear compensation's sums come from as many tokens, of which a quarter is text shuffled within its windows and a
+        quarter uniformly random: it costs nothing on text like the calibration's, and holds better on other text.
+    resume : path, optional
+        A folder. The sums are written there every few minutes; a calibration that was interrupted goes on from them when it
+        is called again with the same arguments. It is removed when the calibration is whole.
     reservoir : int
-        Tokens kept for solving budgets.
+        Tokens kept for solving budgets, and for the null of sizes that follow the token.
     seed : int
         Chooses the tokens kept.
     model_id : str, optional
@@ -120,6 +142,7 @@ def calibrate(
         window=(window, 2),
         batch_tokens=(batch_tokens, 1),
         reservoir=(reservoir, 0),
+        rank=(rank, 1),
         sensitivity_tokens=(sensitivity_tokens, 1),
         trim=(trim, 0),
     )
@@ -137,6 +160,7 @@ def calibrate(
         seed=seed,
         document_tokens=document_tokens,
     )
+    linear = linear and sensitivity and means
     if sensitivity and not stream.repeatable:
         raise InvalidTypeError(
             "sensitivity=True reads the texts twice, got an iterator that can be read once; give a list, or a "
@@ -161,36 +185,104 @@ def calibrate(
         left_out=left_out,
     )
     show = progress if distributed()[0] == 0 else False
+    settings = {
+        "model": blank.model_id,
+        "routers": settings_digest(repr((blank.layers, blank.fingerprint_LD.tolist())).encode()),
+        "version": __version__,
+        "processes": distributed()[1],
+        "max_tokens": max_tokens,
+        "document_tokens": document_tokens,
+        "window": stream.window,
+        "batch_tokens": batch_tokens,
+        "temperature": temperature,
+        "trim": blank.trim,
+        "outputs": outputs,
+        "sensitivity": sensitivity,
+        "sensitivity_tokens": sensitivity_tokens,
+        "linear": linear,
+        "robust_fit": robust_fit,
+        "reservoir": reservoir,
+        "seed": seed,
+    }
 
-    def read(what: str, limit: int | None, *takers: Callable[[Batch], None]) -> None:
-        """One pass over this process's share of the text."""
-        stream.start(limit, *distributed())
+    def read(what: str, name: str, limit: int | None, **passes: Any) -> None:
+        """One pass over this process's share of the text, from where it was interrupted."""
+        process, world = distributed()
+        stream.start(limit, process, world)
+        checkpoint, number = Checkpoint(resume, name, process, settings), 0
+        checkpoint.load(passes)
         with progress_bar(what, show) as advance:
-            for batch in stream:
-                for take in takers:
-                    take(batch)
+            for number, batch in enumerate(stream, start=1):
+                if number > checkpoint.done:
+                    for one in passes.values():
+                        one.add(batch)
+                    checkpoint.after(number, stream.digest, passes)
+                elif number == checkpoint.done:
+                    checkpoint.check_text(stream.digest)
                 advance(batch.num_tokens)
+        if number < checkpoint.done:
+            checkpoint.check_text(-1)
+        checkpoint.after(number, stream.digest, passes, complete=True)
 
     with evaluating(model), in_step(model):
-        first, spread = FirstPass(model, plan, blank, outputs), SpreadWindows(stream.window)
-        read("calibrating", max_tokens, first.add, spread.add)
+        first, spread = (
+            FirstPass(model, plan, blank, outputs),
+            SpreadWindows(stream.window, third_pass.TOKENS),
+        )
+        read("calibrating", "first", max_tokens, counts=first, windows=spread)
         found: Calibration = functools.reduce(operator.add, gather(first.result(blank)))
         # Every process reads all documents and runs its own batches: what describes the text is counted once.
         found = replace(found, documents=stream.documents, text_digest=f"{stream.digest:032x}")
         if found.tokens == 0:
             raise CalibrationError("the text is empty: expected at least one token to calibrate on.")
         if sensitivity:
-            second = SecondPass(model, plan, found)
+            windows = spread.result(found.tokens)
+            held_out = {batch.index for batch in windows}
+            second = SecondPass(model, plan, found, linear=linear, robust=robust_fit, held_out=held_out)
             with frozen(model):
-                read("sensitivity", sensitivity_tokens or max_tokens, second.add)
+                read("sensitivity", "second", sensitivity_tokens or max_tokens, sums=second)
             found = replace(found, moments=second.result())
-        if not means:
-            return found.without_means()
-        if outputs:
+        if means and outputs:
             with progress_bar("compensation", show) as advance:
-                scale = measure_scale(model, plan, found, spread.result(found.tokens), advance)
-            found = replace(found, compensation_scale=scale)
-    return found
+                some = spread.result(found.tokens, compensation_scale.TOKENS)
+                scale = measure_scale(model, plan, found, some, advance)
+                found = replace(found, compensation_scale=scale)
+                if linear:
+                    with frozen(model):
+                        maps = third_pass.fit_maps(model, plan, found, second.linear, windows, rank, advance)
+                        found = replace(found, linear=maps)
+                        found = replace(
+                            found, token_sizes=third_pass.fit_sizes(model, plan, found, windows, advance)
+                        )
+                if found.linear is not None:
+                    routed = partial(third_pass.at_scales, third_pass.linear_dropping(model, plan, found))
+                    scale = measure_scale(model, plan, found, some, advance, routed)
+                    found = replace(found, linear_scale=scale)
+    gather(None)  # nobody removes what another still needs
+    if distributed()[0] == 0:
+        remove(resume)
+    warn_of_few(found)
+    return found if means else found.without_means()
+
+
+def warn_of_few(found: Calibration) -> None:
+    """Say how many experts were seen too rarely to be known, and how much text would do."""
+    if found.moments is None:
+        return
+    tokens_LE = found.moments.tokens_LE
+    few, never = int((tokens_LE < ENOUGH).sum()), int((tokens_LE == 0).sum())
+    if not few:
+        return
+    rarest = int(tokens_LE[tokens_LE > 0].min())
+    needed = math.ceil(found.tokens * ENOUGH / min(rarest, ENOUGH))
+    unseen = f", {never} of them by none" if never else ""
+    warnings.warn(
+        f"{few} of {tokens_LE.numel()} experts were chosen by fewer than {ENOUGH} tokens{unseen}: their sizes and "
+        f"compensations lean on their layer's median; about {max(needed, 2 * found.tokens):,} tokens of such text would "
+        f"do (this calibration saw {found.tokens:,}).",
+        CalibrationWarning,
+        stacklevel=3,
+    )
 
 
 def _check_numbers(**numbers: tuple[int | None, int]) -> None:

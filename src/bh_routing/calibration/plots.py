@@ -183,14 +183,12 @@ def _densities(axis: Axes, calibration: CalibrationData, chosen: NullSettings, r
         axis.fill_between((grid[1:] + grid[:-1]) / 2, density, color=NULL, alpha=0.6, lw=0, label="null")
         axis.set_yticks([])
         return
-    kind = "logit" if chosen.statistic == "logit" else "logprob"
-    offset_LE = fit.offsets(calibration, chosen)
     shown = {
-        f"null ({chosen.null})": (fit.null_counts(calibration, chosen), NULL),
-        "selected by the model": (calibration.histograms[kind]["selected"], SELECTED),
+        f"null ({chosen.null})": (chosen.null, NULL),
+        "selected by the model": ("selected", SELECTED),
     }
-    for label, (counts, colour) in shown.items():
-        pooled = pool_counts(counts, offset_LE, row)
+    for label, (which, colour) in shown.items():
+        pooled = pool_counts(*fit.counted(calibration, chosen, which), row)
         if pooled.num:
             # four bins at a time: of 1/16
             num = len(pooled.counts_G) // 4 * 4

@@ -34,6 +34,13 @@ def summary_rows(data: CalibrationData) -> list[dict[str, Any]]:
             for kind in ("output", "deviation", "sensitivity"):
                 if kind != "sensitivity" or moments.sensitivity_LE is not None:
                     row[kind] = float(moments.size(kind)[i].median())
+        if data.linear is not None:
+            row["rank"] = int(data.linear.rank_L[i])
+            row["explained"] = float(data.linear.r2_L[i])
+            row["explained by means"] = float(data.linear.mean_r2_L[i])
+            row["cost"] = data.linear.share(i)
+        if data.token_sizes is not None:
+            row["size explained"] = float(data.token_sizes.r2_L[i])
         rows.append(row)
     return rows
 
@@ -59,6 +66,17 @@ def describe(data: CalibrationData) -> str:
         if moments.mean_LEH is not None:
             form = "fitted compensation" if moments.cross_LJH is not None else "compensation by the means"
             holds.append(f"{form} at scale {data.compensation_scale:.2f}")
+    if data.linear is not None:
+        kept = (data.linear.rank_L > 0).sum()
+        numbers = int(data.linear.rank_L.sum()) * data.linear.mean_LEH[0].numel()
+        holds.append(
+            f"linear compensation in {kept} layers at scale {data.linear_scale:.2f} ({2 * numbers / 1e6:.1f} MB in 16 bit)"
+        )
+    if data.token_sizes is not None and reservoir is not None:
+        passed = sum(data.num_experts - layer.top_k for layer in data.layers) * reservoir.num
+        holds.append(
+            f"sizes from the token (null of {passed:,} samples: p-values from {1 / (passed + 1):.1g})"
+        )
     if data.given is not None:
         holds.append(data.given.source)
     lines = [

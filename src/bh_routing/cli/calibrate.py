@@ -48,6 +48,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--sensitivity-tokens", type=int, metavar="N", help="stop the second pass after N tokens"
     )
     parser.add_argument(
+        "--rank",
+        type=int,
+        metavar="R",
+        help="rank of the linear compensation (with --sensitivity; default: by what it explains, up to 3 %% of the "
+        "experts' memory)",
+    )
+    parser.add_argument(
+        "--no-robust-fit",
+        dest="robust_fit",
+        action="store_false",
+        help="fit the linear compensation to text alone, not also to shuffled and random tokens",
+    )
+    parser.add_argument(
+        "--no-linear",
+        dest="linear",
+        action="store_false",
+        help="no linear compensation and no sizes that follow the token",
+    )
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on from the sums that an interrupted run with the same arguments left in OUT.parts",
+    )
+    parser.add_argument(
         "--no-means", action="store_true", help="leave the experts' mean outputs out (no compensation)"
     )
     parser.add_argument(
@@ -78,12 +102,17 @@ def run(args: argparse.Namespace) -> None:
 
     check_temperature(args.temperature)
 
-    from ..calibration.forwards import distributed
+    from ..calibration.checkpoint import remove
+    from ..calibration.forwards import distributed, gather
     from ..calibration.passes import calibrate
     from ..models.loading import load_model
 
+    parts = Path(args.output).with_suffix(".parts")
     model, tokenizer = load_model(args.model, device=args.device, dtype=args.dtype)
     rank, world = distributed()
+    if rank == 0 and not args.resume:
+        remove(parts)
+    gather(None)  # nobody reads what is being removed
     try:
         calibration = calibrate(
             model,
@@ -98,6 +127,10 @@ def run(args: argparse.Namespace) -> None:
             means=not args.no_means,
             sensitivity=args.sensitivity,
             sensitivity_tokens=args.sensitivity_tokens,
+            linear=args.linear,
+            rank=args.rank,
+            robust_fit=args.robust_fit,
+            resume=parts,
             seed=args.seed,
             model_id=args.model,
         )
@@ -125,6 +158,11 @@ COLUMNS = {
     "output": "output",
     "deviation": "deviation",
     "sensitivity": "sensitivity",
+    "rank": "rank",
+    "explained": "explained",
+    "(means)": "explained by means",
+    "cost": "cost",
+    "size": "size explained",
 }
 
 
@@ -145,6 +183,12 @@ def show_calibration(calibration: Any) -> None:
         "unused: experts it never selected; output, deviation, sensitivity: median over experts of the size of the "
         "output, of its deviation from its mean, and of what the loss feels of that (where collected)."
     )
+    if "rank" in rows[0]:
+        common.print_text(
+            "rank of the linear compensation (0: fixed vectors); explained: the share of dropped outputs' squares that it, "
+            "and one mean per expert, explain on held-out windows; cost: of a dropped pair, in experts, and of its memory, in "
+            "the experts' own; size: the share of the variance of log sizes that the token explains."
+        )
 
 
 def _check_output(path: Path) -> None:

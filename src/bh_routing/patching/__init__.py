@@ -1,6 +1,6 @@
 """Patching: discovery, contract probe, plan, apply, undo."""
 
-from .apply import RoutingPatch, is_patched, reached_by_text, unpatch, watch
+from .apply import RoutingPatch, is_patched, reached_by_text, special_ids, unpatch, watch
 from .plan import LayerPlan, PatchPlan, make_plan
 
 __all__ = [
@@ -10,6 +10,7 @@ __all__ = [
     "is_patched",
     "make_plan",
     "reached_by_text",
+    "special_ids",
     "unpatch",
     "watch",
 ]

@@ -442,20 +442,25 @@ def watch(
             piece.remove()
 
 
+def special_ids(model: nn.Module) -> set[int]:
+    """Token ids that a model's configuration gives a meaning of their own, those of images among them."""
+    config: Any = getattr(model, "config", None)
+    parts = [config, config.get_text_config()] if hasattr(config, "get_text_config") else [config]
+    return {
+        value
+        for part in parts
+        for name, value in getattr(part, "__dict__", {}).items()
+        if "token" in name and isinstance(value, int)
+    }
+
+
 def reached_by_text(model: nn.Module, plan: PatchPlan) -> set[str]:
     """Paths of the routers that a forward of two text tokens calls.
 
     Routers of a vision tower, or of experts for image tokens only, are not among them; neither are those that a
     kernel for the whole block bypasses.
     """
-    config: Any = getattr(model, "config", None)
-    parts = [config, config.get_text_config()] if hasattr(config, "get_text_config") else [config]
-    special = {
-        value
-        for part in parts
-        for name, value in getattr(part, "__dict__", {}).items()
-        if "token" in name and isinstance(value, int)
-    }
+    special = special_ids(model)
     tokens = [i for i in range(len(special) + 2) if i not in special][:2]
     seen: set[str] = set()
     device = execution_device(model)
@@ -464,4 +469,4 @@ def reached_by_text(model: nn.Module, plan: PatchPlan) -> set[str]:
     return seen
 
 
-__all__ = ["RoutingPatch", "is_patched", "reached_by_text", "skip_mode", "unpatch", "watch"]
+__all__ = ["RoutingPatch", "is_patched", "reached_by_text", "skip_mode", "special_ids", "unpatch", "watch"]

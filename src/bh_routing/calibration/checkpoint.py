@@ -1,0 +1,129 @@
+"""A calibration that was interrupted goes on: the sums of its passes, written to a folder every few minutes.
+
+One file per pass and process: ``first.0.pt`` holds how many batches this process has run, a digest of the documents read
+so far, and the pass's state as tensors and numbers (`torch.load` reads nothing else from it). It is written under another
+name first, so that it is whole or the one before. The sums of the linear compensation are as large as
+E (D + 1) (D + 1 + H) numbers per layer; they are in these files only, never in a calibration.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import pickle
+import secrets
+import shutil
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from ..errors import CalibrationError
+
+EVERY = 180.0  # seconds between two files
+
+
+class Resumable(Protocol):
+    """A pass whose sums can be written and read."""
+
+    def state(self) -> dict[str, Any]:
+        """Tensors, numbers and strings, in dictionaries and lists."""
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Go on from there."""
+
+
+class Checkpoint:
+    """The files of one pass and process.
+
+    Parameters
+    ----------
+    folder : path or None
+        None: nothing is written or read.
+    name : str
+        Of the pass.
+    rank : int
+        Of the process.
+    settings : mapping
+        All that must be the same when the calibration goes on; said in full where it is not.
+    """
+
+    def __init__(
+        self, folder: str | os.PathLike[str] | None, name: str, rank: int, settings: Mapping[str, Any]
+    ) -> None:
+        self.path = None if folder is None else Path(folder) / f"{name}.{rank}.pt"
+        self.settings = {key: str(value) for key, value in settings.items()}
+        self.written = time.monotonic()
+        self.done, self.digest, self.complete = 0, 0, False
+
+    def load(self, passes: Mapping[str, Resumable]) -> None:
+        """Put the passes where they were; nothing happens where there is no file.
+
+        Raises
+        ------
+        CalibrationError
+            If the file is damaged, or of a calibration with other settings.
+        """
+        if self.path is None or not self.path.is_file():
+            return
+        try:
+            held = torch.load(self.path, weights_only=True)
+            settings, state = held["settings"], held["state"]
+            done, digest, complete = int(held["done"]), int(held["digest"], 16), bool(held["complete"])
+        except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError, TypeError) as error:
+            raise CalibrationError(
+                f"{self.path} cannot be read as the sums of a calibration (damaged?): {error}; remove its folder "
+                "and calibrate from the beginning."
+            ) from None
+        for key, value in self.settings.items():
+            if settings.get(key) != value:
+                raise CalibrationError(
+                    f"{self.path.parent} holds the sums of a calibration with {key}={settings.get(key)}, got "
+                    f"{key}={value}; go on with the same arguments, or remove the folder and calibrate from the beginning."
+                )
+        for name, one in passes.items():
+            one.load_state(state[name])
+        self.done, self.digest, self.complete = done, digest, complete
+
+    def check_text(self, digest: int) -> None:
+        """Raise `CalibrationError` unless the documents read again up to there are the same."""
+        if digest != self.digest:
+            raise CalibrationError(
+                "the text is not the one that the interrupted calibration read: go on with the same text, or remove "
+                f"{self.path.parent if self.path else 'the folder'} and calibrate from the beginning."
+            )
+
+    def after(
+        self, done: int, digest: int, passes: Mapping[str, Resumable], *, complete: bool = False
+    ) -> None:
+        """Write the state after so many of this process's batches, if it is time to."""
+        if self.path is None or not (complete or time.monotonic() - self.written >= EVERY):
+            return
+        held = {
+            "settings": self.settings,
+            "done": done,
+            "digest": f"{digest:032x}",
+            "complete": complete,
+            "state": {name: one.state() for name, one in passes.items()},
+        }
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = self.path.with_name(f".{self.path.name}.{secrets.token_hex(8)}.tmp")
+        try:
+            torch.save(held, temporary)  # piece by piece: it may be as large as the memory that is left
+            os.replace(temporary, self.path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        self.written = time.monotonic()
+
+
+def settings_digest(value: bytes) -> str:
+    """A short name for something long that must be the same."""
+    return hashlib.blake2b(value, digest_size=8).hexdigest()
+
+
+def remove(folder: str | os.PathLike[str] | None) -> None:
+    """The folder of a calibration that is whole."""
+    if folder is not None:
+        shutil.rmtree(folder, ignore_errors=True)
