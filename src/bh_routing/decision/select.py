@@ -226,4 +226,5 @@ def keep_own(
         own_experts_TK=own_experts_TK,
         empty=empty,
         fallback_T=lost_T,
+        in_place=True,
     )

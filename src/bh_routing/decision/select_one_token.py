@@ -99,6 +99,7 @@ def decide_one_token(
         own_experts_TK=own_experts_1K,
         empty=how.empty,
         fallback_T=_fresh(lost),
+        in_place=True,
     )
 
 
@@ -140,5 +141,5 @@ def _fresh(value: int | tuple[bool, ...]) -> Tensor:
             _pools.clear()
         with torch.inference_mode(False):  # an inference tensor could not be saved for a backward pass
             # Unlike views, chunks of this kind count writes each for itself.
-            pool = _pools[key] = list(torch.tensor([value] * _POOL).unsafe_chunk(_POOL))
+            pool = _pools[key] = list(torch.tensor([value] * _POOL, device="cpu").unsafe_chunk(_POOL))
         return pool.pop()

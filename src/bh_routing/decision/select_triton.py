@@ -131,7 +131,7 @@ def _decide(  # type: ignore[no-untyped-def]  # Triton reads no annotations but 
     drop_TK = (rank_TK >= count_T[:, None]) & ~lost_T[:, None]
 
     own_weight_TK = tl.load(own_weights_ptr + at_TK, mask=mask_TK, other=0.0)
-    weight_TK = tl.where(drop_TK, 0.0, own_weight_TK)
+    weight_TK = tl.where(drop_TK, -0.0, own_weight_TK)
     if WEIGHTS != "own":
         kept_TK = weight_TK.to(tl.float32)
         total_T = tl.sum(kept_TK, 1)
@@ -312,6 +312,7 @@ def decide_by_table(
         own_experts_TK=own_experts_TK,
         empty=how.empty,
         fallback_T=lost_T,
+        in_place=True,
     )
 
 

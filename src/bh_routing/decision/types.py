@@ -92,6 +92,8 @@ class RoutingDecision:
         The router's own choice, untouched.
     fallback_T : Tensor or None
         bool, tokens with non-finite logits that keep the router's own choice.
+    in_place : bool
+        Every kept slot is where the router had it, and an empty one has weight -0.0.
     """
 
     weights_TK: Tensor
@@ -103,6 +105,7 @@ class RoutingDecision:
     own_experts_TK: Tensor
     empty: int
     fallback_T: Tensor | None = None
+    in_place: bool = False
 
     @property
     def dropped_weights_TK(self) -> Tensor:

@@ -28,7 +28,7 @@ def plain_rule(rule: WeightRule, route_norm: RouteNorm) -> PlainRule:
 def apply_weight_rule(
     own_weights_TK: Tensor, dropped_TK: Tensor, rule: PlainRule, candidates_TC: Tensor | None = None
 ) -> Tensor:
-    """Weights of the kept slots, 0 in dropped ones, [T, K] (or [T, C]) in the dtype of the router's own weights.
+    """Weights of the kept slots, -0.0 in dropped ones, [T, K] (or [T, C]) in the dtype of the router's own weights.
 
     Parameters
     ----------
@@ -39,7 +39,7 @@ def apply_weight_rule(
         The weights that ``dropped_TK`` refers to, where they are not those of the router's own slots.
     """
     weights_TK = own_weights_TK if candidates_TC is None else candidates_TC
-    masked_TK = weights_TK.masked_fill(dropped_TK, 0.0)
+    masked_TK = weights_TK.masked_fill(dropped_TK, -0.0)
     if rule == "own":
         return masked_TK
     total_T1 = at_least_float32(masked_TK).sum(-1, keepdim=True)

@@ -1,7 +1,8 @@
 """Patching: discovery, contract probe, plan, apply, undo."""
 
-from .apply import RoutingPatch, is_patched, reached_by_text, special_ids, unpatch, watch
+from .apply import RoutingPatch, is_patched, unpatch
 from .plan import LayerPlan, PatchPlan, make_plan
+from .watch import reached_by_text, special_ids, watch
 
 __all__ = [
     "LayerPlan",

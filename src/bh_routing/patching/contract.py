@@ -13,6 +13,7 @@ is read off the numbers (`read_weighting`).
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -241,11 +242,17 @@ class _Answered(Exception):
 
 
 class _Capture(InstancePatch):
-    """Keeps one call of a module and leaves."""
+    """Keeps one call of a module, by the thread that made this object, and leaves."""
 
     call: tuple[tuple[Any, ...], Any] | None = None
 
+    def __init__(self, module: nn.Module, attribute: str) -> None:
+        super().__init__(module, attribute)
+        self.thread = threading.get_ident()
+
     def run(self, *args: Any, **kwargs: Any) -> Any:
+        if threading.get_ident() != self.thread:
+            return self.inner(*args, **kwargs)
         self.call = (args, self.inner(*args, **kwargs))
         raise _Answered
 

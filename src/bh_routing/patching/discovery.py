@@ -136,9 +136,9 @@ def check_reachable(sites: list[RouterSite]) -> None:
     """
     bypassed = []
     for site in sites:
-        replaced = None if site.parent is None else _replaced_forward(site.parent)
+        replaced = None if site.parent is None else replaced_forward(site.parent)
         if replaced is None or site.parent is None:
-            if (other := _replaced_forward(site.router)) is not None:
+            if (other := replaced_forward(site.router)) is not None:
                 logger.info(
                     "router %s: its forward was replaced by %s, which stays and runs.", site.path, other
                 )
@@ -162,7 +162,7 @@ def check_reachable(sites: list[RouterSite]) -> None:
         )
 
 
-def _replaced_forward(module: nn.Module) -> str | None:
+def replaced_forward(module: nn.Module) -> str | None:
     """Where a module's forward comes from, if it is neither its class's own, nor ours, nor accelerate's."""
     own = module.__dict__.get("_old_forward" if hasattr(module, "_hf_hook") else "forward")
     function = getattr(own, "__func__", own)

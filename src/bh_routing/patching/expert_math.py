@@ -9,6 +9,7 @@ of its own, with a norm behind each expert. An empty slot carries ``num_experts`
 
 from __future__ import annotations
 
+from math import copysign
 from typing import Any
 
 import torch
@@ -24,16 +25,32 @@ LARGE = 2**18
 _ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
+_MINUS_ZERO = {2: (torch.int16, -(2**15)), 4: (torch.int32, -(2**31)), 8: (torch.int64, -(2**63))}
+
+
+def left_out(weights_TK: Tensor) -> Tensor:
+    """bool [T, K], True where a pair was left out: its weight is -0.0, which no router gives, and 0 to everybody else."""
+    integer, minus_zero = _MINUS_ZERO[weights_TK.element_size()]
+    return weights_TK.detach().view(integer) == minus_zero
+
+
 def loop_forward(experts: Any, hidden_TH: Tensor, experts_TK: Tensor, weights_TK: Tensor) -> Tensor | None:
     """One pair of products per expert that has tokens, on the host; the sum over experts in float32.
 
     Returns None, before any work, where no slot is empty: the caller then runs the stock implementation.
     """
-    if experts_TK.shape[0] == 1:
-        return _one_token(experts, hidden_TH, experts_TK.tolist()[0], weights_TK)
     num_experts, slots = experts.num_experts, experts_TK.shape[-1]
+    if experts_TK.shape[0] == 1:
+        chosen, weights = experts_TK.tolist()[0], weights_TK.tolist()[0]
+        for slot, weight in enumerate(weights):
+            if weight == 0.0 and copysign(1.0, weight) < 0.0:
+                chosen[slot] = num_experts
+        return _one_token(experts, hidden_TH, chosen, weights_TK)
+    experts_TK = experts_TK.masked_fill(left_out(weights_TK), num_experts)
     sorted_P, order_P = experts_TK.flatten().sort(stable=True)
-    edges = torch.searchsorted(sorted_P, torch.arange(num_experts), right=True).tolist()
+    edges = torch.searchsorted(
+        sorted_P, torch.arange(num_experts, device=sorted_P.device), right=True
+    ).tolist()
     kept = edges[-1]
     if kept == len(order_P):
         return None
@@ -140,7 +157,7 @@ def grouped_forward(experts: Any, hidden_TH: Tensor, experts_TK: Tensor, weights
     from transformers.integrations.moe import _grouped_linear
 
     slots, num_experts = experts_TK.shape[-1], experts.num_experts
-    flat_P = experts_TK.reshape(-1)
+    flat_P = experts_TK.masked_fill(left_out(weights_TK), num_experts).reshape(-1)
     # Sorted as transformers sorts (not stably): in some BLAS a row of a product depends on its place.
     sorted_P, order_P = torch.sort(flat_P)
     kept_P1 = (sorted_P < num_experts).unsqueeze(-1)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .adapters import ExpertIds, flat_experts
-from .expert_math import grouped_forward, loop_forward
+from .expert_math import grouped_forward, left_out, loop_forward
 
 IMPLEMENTATION = "bh_routing"
 STOCK = "_bh_routing_stock_implementation"  # instance attribute while patched: the model's own implementation
@@ -60,6 +60,7 @@ def compacted(
     experts run as they are, and the result is their own, bit for bit.
     """
     slots = experts_TK.shape[-1]
+    experts_TK = experts_TK.masked_fill(left_out(weights_TK), ids.empty)
     pair_P = (experts_TK.reshape(-1) < ids.empty).nonzero().squeeze(-1)
     if pair_P.numel() == experts_TK.numel():
         return inner(hidden_states, experts_TK, weights_TK)

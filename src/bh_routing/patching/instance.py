@@ -82,6 +82,13 @@ class InstancePatch:
             return self.previous(*args, **kwargs)
         return getattr(type(self.module), self.attribute)(self.module, *args, **kwargs)
 
+    @property
+    def __wrapped__(self) -> Any:
+        # Trainer and generate() look at the signature of a model's methods.
+        if self.previous is not None:
+            return self.previous
+        return getattr(type(self.module), self.attribute).__get__(self.module)
+
     def run(self, *args: Any, **kwargs: Any) -> Any:
         """What runs in place of the module's forward."""
         raise NotImplementedError

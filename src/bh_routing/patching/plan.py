@@ -12,10 +12,10 @@ from torch import nn
 from .._words import WeightRule
 from ..decision.compensation import compensated_norm
 from ..decision.types import RouteNorm
-from ..errors import UnsupportedModelError
+from ..errors import BHRoutingError, PatchError, UnsupportedModelError
 from ..policies import RoutingContext
 from .adapters import ExpertIds, RouterCall, expert_ids, router_call, with_logits_again
-from .contract import Contract, Reading, RouterOutputs, match_outputs, probe
+from .contract import Contract, Reading, RouterOutputs, hidden_size, match_outputs, probe
 from .discovery import RouterSite, check_reachable, find_sites
 from .instance import execution_device
 
@@ -34,6 +34,10 @@ class LayerPlan:
         Sizes, normalisation and device, as a policy sees them.
     owner : nn.Module or None
         The nearest transformers model around the router: its forward tells the mask and the shape.
+    block : nn.Module or None
+        The module around router and experts.
+    width : int or None
+        Width of the block's input, where it is known.
     probed : bool
         Whether the router could be run; else its contract is checked at the first real call.
     call : RouterCall
@@ -50,6 +54,8 @@ class LayerPlan:
     experts: nn.Module | None
     context: RoutingContext
     owner: nn.Module | None
+    block: nn.Module | None
+    width: int | None
     probed: bool
     positions: RouterOutputs | None = field(default=None)
     call: RouterCall
@@ -78,6 +84,12 @@ class LayerPlan:
             self.positions = positions
         else:
             logits, weights, experts = self.positions.read(outputs)
+            if experts.shape[-1] != self.context.top_k:
+                raise PatchError(
+                    f"router {self.path} selects {experts.shape[-1]} experts now, {self.context.top_k} when it was planned "
+                    "(was its top_k changed?): unpatch the model, and make the integration anew with what was calibrated "
+                    "for that number."
+                )
         if self.reading.score_func == "probability":
             logits = logits.clamp_min(torch.finfo(logits.dtype).tiny).log()
         return logits, weights, experts
@@ -110,6 +122,58 @@ class PatchPlan:
 
     model_class: str
     layers: tuple[LayerPlan, ...]
+    model: nn.Module
+
+    @property
+    def owners(self) -> list[nn.Module]:
+        """Modules whose forward is one forward of the routers inside: transformers models, else the routers' blocks."""
+        found = (layer.block if layer.owner is None else layer.owner for layer in self.layers)
+        return list({id(module): module for module in found if module is not None}.values())
+
+    @property
+    def generating(self) -> list[nn.Module]:
+        """Models with a `generate` of transformers' that an owner belongs to."""
+        return [
+            module
+            for module in self.model.modules()
+            if hasattr(type(module), "_get_stopping_criteria")
+            and any(inner is owner for owner in self.owners for inner in module.modules())
+        ]
+
+    def refresh(self) -> None:
+        """Follow modules that were replaced since the plan was made, if they do the same (PEFT replaces such).
+
+        Raises
+        ------
+        PatchError
+            If a router is gone, or another one stands in its place.
+        """
+        modules = dict(self.model.named_modules())
+        if all(
+            modules.get(layer.path) is layer.router
+            and (layer.experts_path is None or modules.get(layer.experts_path) is layer.experts)
+            for layer in self.layers
+        ):
+            return
+        try:
+            found = {layer.path: layer for layer in make_plan(self.model).layers}
+        except BHRoutingError:
+            found = {}
+        for layer in self.layers:
+            now = found.get(layer.path)
+            if now is None or any(
+                getattr(now.context, name) != getattr(layer.context, name)
+                for name in ("num_experts", "empty", "top_k", "score_func", "device")
+            ):
+                raise PatchError(
+                    f"router {layer.path} is no longer what the integration was made for: expected a "
+                    f"{type(layer.router).__name__} with {layer.context.num_experts} experts and top-{layer.context.top_k}, "
+                    f"got {type(modules.get(layer.path)).__name__}; make the integration anew."
+                )
+        for layer in self.layers:
+            now = found[layer.path]
+            for name in ("router", "experts", "owner", "block", "positions", "call", "ids", "reading"):
+                setattr(layer, name, getattr(now, name))
 
     @property
     def contexts(self) -> list[RoutingContext]:
@@ -188,7 +252,7 @@ def make_plan(model: nn.Module) -> PatchPlan:
             raise UnsupportedModelError(
                 f"{error} Routers found in {type(model).__name__}: {found}{more}; each must keep that contract."
             ) from error
-    return PatchPlan(model_class=type(model).__name__, layers=tuple(layers))
+    return PatchPlan(model_class=type(model).__name__, layers=tuple(layers), model=model)
 
 
 def _plan_layer(model: nn.Module, site: RouterSite, index: int, owner: nn.Module | None) -> LayerPlan:
@@ -205,6 +269,7 @@ def _plan_layer(model: nn.Module, site: RouterSite, index: int, owner: nn.Module
         call = again
     if contract is None:
         contract = _contract_from_attributes(router, experts, config, site.path)
+    width = hidden_size(router) or getattr(config, "hidden_size", None)
     reading, ids = contract.reading, expert_ids(experts, contract.num_logits)
     return LayerPlan(
         path=site.path,
@@ -212,6 +277,8 @@ def _plan_layer(model: nn.Module, site: RouterSite, index: int, owner: nn.Module
         experts_path=site.experts_path,
         experts=experts,
         owner=owner,
+        block=site.parent if site.experts is not None else None,
+        width=width if isinstance(width, int) else None,
         probed=contract.positions is not None,
         positions=contract.positions,
         call=call,

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .._threads import Lock
 from ..decision.select import not_finite
 from ..decision.types import RoutingDecision
 from ..errors import InvalidInputError
@@ -86,6 +87,7 @@ class LayerCounters:
         self.padding = cells + (slots + 1) * self.width
         self.waiting: list[tuple[RoutingDecision, Tensor, Tensor, Tensor | None]] = []
         self.waiting_tokens = 0
+        self.lock = Lock()  # threads may share the model
         device = context.device
         # A tensor made in inference mode could not be written to outside of it.
         with torch.inference_mode(False):
@@ -122,22 +124,27 @@ class LayerCounters:
             weights_TK, own_weights_TK = weights_TK.detach(), own_weights_TK.detach()
             decision = replace(decision, weights_TK=weights_TK, own_weights_TK=own_weights_TK)
         tokens = len(fallback_T)
-        if tokens >= TOKENS or in_graph(self.counts):
+        if in_graph(self.counts):
             self.count(_call(decision, weights_TK, fallback_T, mask_T), 1)
             return
-        # A copy: the model may write to the weights it is given.
-        self.waiting.append((decision, weights_TK.clone(), fallback_T, mask_T))
-        self.waiting_tokens += tokens
-        if len(self.waiting) >= CALLS or self.waiting_tokens >= TOKENS:
-            self.catch_up()
+        with self.lock:
+            if tokens >= TOKENS:
+                self.count(_call(decision, weights_TK, fallback_T, mask_T), 1)
+                return
+            # A copy: the model may write to the weights it is given.
+            self.waiting.append((decision, weights_TK.clone(), fallback_T, mask_T))
+            self.waiting_tokens += tokens
+            if len(self.waiting) >= CALLS or self.waiting_tokens >= TOKENS:
+                self.catch_up()
 
     def catch_up(self) -> None:
         """Count the calls that are waiting."""
-        if self.waiting:
-            calls = [_call(*waiting) for waiting in self.waiting]
-            self._forget_waiting()
-            with torch.no_grad():
-                self.count(_together(calls), len(calls))
+        with self.lock:
+            if self.waiting:
+                calls = [_call(*waiting) for waiting in self.waiting]
+                self._forget_waiting()
+                with torch.no_grad():
+                    self.count(_together(calls), len(calls))
 
     def _forget_waiting(self) -> None:
         self.waiting.clear()
@@ -165,21 +172,25 @@ class LayerCounters:
         self.calls.add_(calls)
 
     def reset(self) -> None:
-        self._forget_waiting()
-        for buffer in (self.counts, self.sums, self.calls):
-            buffer.zero_()
+        with self.lock:
+            self._forget_waiting()
+            for buffer in (self.counts, self.sums, self.calls):
+                buffer.zero_()
 
     def add(self, other: LayerCounters) -> None:
-        self.catch_up()
         other.catch_up()
-        self.counts.add_(other.counts.to(self.counts.device))
-        self.sums.add_(other.sums.to(self.sums))
-        self.calls.add_(other.calls.to(self.calls.device))
+        with other.lock:
+            more = [buffer.clone() for buffer in (other.counts, other.sums, other.calls)]
+        with self.lock:
+            self.catch_up()
+            for mine, theirs in zip((self.counts, self.sums, self.calls), more, strict=True):
+                mine.add_(theirs.to(mine))
 
     def read(self) -> LayerSums:
         """Copy the buffers to the host and name their parts."""
-        self.catch_up()
-        counts, sums = self.counts.cpu(), self.sums.cpu().double()
+        with self.lock:
+            self.catch_up()
+            counts, sums, calls = self.counts.cpu().clone(), self.sums.cpu().double().clone(), int(self.calls)
         load, kept, dropped = counts[: 3 * self.stride].view(3, self.stride).unbind()
         weight, kept_weight, dropped_weight = sums[: 3 * self.stride].view(3, self.stride).unbind()
         cells = counts[3 * self.stride : self.padding].view(self.slots + 1, self.width)
@@ -193,7 +204,7 @@ class LayerCounters:
             num_experts=self.num_experts,
             top_k=self.top_k,
             slots=self.slots,
-            router_calls=int(self.calls),
+            router_calls=calls,
             padding_tokens=int(counts[self.padding]) // self.columns,
             fallback_tokens=int(fallback.sum()),
             floor_tokens=int(judged.tril(-1).sum()),
