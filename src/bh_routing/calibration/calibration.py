@@ -32,6 +32,18 @@ from .data import CalibrationData, GivenNulls
 from .fit import Fitted, NullSettings
 
 
+class _PValues:
+    """A calibration's p-values of a router's logits; an object, so that a patched model can be pickled."""
+
+    def __init__(self, calibration: Calibration, settings: Any) -> None:
+        self.calibration, self.settings = calibration, settings
+
+    def __call__(self, logits_TE: Tensor, context: RoutingContext) -> Tensor:
+        layer = fit.layer_index(self.calibration, context.path)
+        return fit.p_values(self.calibration, logits_TE, layer, self.settings)
+
+
+
 class Calibration(CalibrationData):
     """What a model's routers do on a calibration text.
 
@@ -298,12 +310,9 @@ class Calibration(CalibrationData):
             return TablePolicy(table, weights=weights, **limits)
         fit.check_temperature(self, temperature)
 
-        def p_values(logits_TE: Tensor, context: RoutingContext) -> Tensor:
-            return fit.p_values(self, logits_TE, fit.layer_index(self, context.path), chosen)
-
         assert isinstance(level, float)
         return PValuePolicy(
-            p_values, procedure=rule, alpha=level, temperature=self.temperature, weights=weights, **limits
+            _PValues(self, chosen), procedure=rule, alpha=level, temperature=self.temperature, weights=weights, **limits
         )
 
     # -- file, model, other calibrations -----------------------------------------------------------------

@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 
 class Seen(NamedTuple):
-    """One router's latest call; tensors with their graph. ``real_T`` is False for padding and non-finite logits."""
+    """One call of a router; tensors with their graph. ``real_T`` is False for padding and non-finite logits."""
 
     logits_TE: Tensor
     experts_TK: Tensor
@@ -35,10 +35,14 @@ class Seen(NamedTuple):
 
 
 class Tape:
-    """A watcher that holds the latest call of every router; a recomputation in the backward pass is not seen."""
+    """A watcher that holds the calls of every router since they were last taken: all that have a graph, else the latest.
+
+    A recomputation in the backward pass is not seen.
+    """
 
     def __init__(self) -> None:
-        self.held: dict[str, Seen] = {}
+        self._with_graph: dict[str, list[Seen]] = {}
+        self._latest: dict[str, list[Seen]] = {}
         self.training = False
 
     def __call__(
@@ -47,13 +51,23 @@ class Tape:
         if recomputing():
             return
         self.training = router.training
-        self.held[context.path] = Seen(
+        seen = Seen(
             logits_TE,
             decision.experts_TK,
             decision.own_experts_TK,
             decision.counts_T,
             real_tokens(context, logits_TE),
         )
+        if logits_TE.requires_grad:
+            self._with_graph.setdefault(context.path, []).append(seen)
+        else:
+            self._latest[context.path] = [seen]
+
+    def take(self) -> dict[str, list[Seen]]:
+        """The calls by router path; they are let go of here."""
+        held = self._with_graph or self._latest
+        self._with_graph, self._latest = {}, {}
+        return held
 
 
 def real_tokens(context: RoutingContext, logits_TE: Tensor) -> Tensor:
@@ -163,7 +177,7 @@ class AdaptiveRoutingLoss:
 
     def close(self) -> None:
         """Stop watching the integration, and let go of what is held."""
-        self._tape.held.clear()
+        self._tape.take()
         if self._tape in self.integrator.watchers:
             self.integrator.watchers.remove(self._tape)
 
@@ -190,15 +204,17 @@ class AdaptiveRoutingLoss:
         return task + auxiliary.to(task.device)
 
     def auxiliary(self) -> Tensor:
-        """The weighted sum of the three terms for the forward since the last call: a scalar, float32 at least.
+        """The weighted sum of the three terms over the tokens of all forwards since the last call: a scalar, float32 at least.
+
+        Forwards without a graph (a reference model's, under ``no_grad``) count only where there is no other, and then
+        the latest alone.
 
         Raises
         ------
         PatchError
             If no router of the integration ran since then.
         """
-        held = dict(self._tape.held)
-        self._tape.held.clear()
+        held = self._tape.take()
         if not held:
             state = "was not called" if self.integrator.is_patched else "is not patched"
             raise PatchError(
@@ -207,9 +223,9 @@ class AdaptiveRoutingLoss:
             )
         self._tell_no_graph(held)
         rows, tops = [], []
-        for path, seen in held.items():
-            rows.append(self._row(path, seen))
-            tops.append(seen.own_experts_TK.shape[-1])
+        for path, calls in held.items():
+            rows.append(torch.stack([self._row(path, seen) for seen in calls]).sum(0))
+            tops.append(calls[0].own_experts_TK.shape[-1])
         device = rows[0].device
         sums_LJ = over_processes(torch.stack([row.to(device) for row in rows]))
         num = (sums_LJ.shape[-1] - 4) // 2
@@ -303,11 +319,11 @@ class AdaptiveRoutingLoss:
             targets[layer.path] = float(target)
         return targets
 
-    def _tell_no_graph(self, held: dict[str, Seen]) -> None:
+    def _tell_no_graph(self, held: dict[str, list[Seen]]) -> None:
         """Warn once where trainable routers gave logits without a graph although gradients are on."""
         if self._warned or not torch.is_grad_enabled() or not self._tape.training:
             return
-        if any(seen.logits_TE.requires_grad for seen in held.values()):
+        if any(seen.logits_TE.requires_grad for calls in held.values() for seen in calls):
             return
         routers = [layer.router for layer in self.integrator.plan.layers if layer.path in held]
         if any(p.requires_grad for router in routers for p in router.parameters()):
