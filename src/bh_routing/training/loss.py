@@ -63,9 +63,14 @@ class Tape:
         else:
             self._latest[context.path] = [seen]
 
+    @property
+    def held(self) -> dict[str, list[Seen]]:
+        """The calls by router path."""
+        return self._with_graph or self._latest
+
     def take(self) -> dict[str, list[Seen]]:
-        """The calls by router path; they are let go of here."""
-        held = self._with_graph or self._latest
+        """The same, let go of here."""
+        held = self.held
         self._with_graph, self._latest = {}, {}
         return held
 
