@@ -96,7 +96,6 @@ def test_as_a_module():
 @pytest.mark.parametrize(
     ("argv", "sentence"),
     [
-        ([], "bh-routing: the following arguments are required: COMMAND; see `bh-routing --help`."),
         (
             ["nonsense"],
             f"bh-routing: argument COMMAND: expected one of {', '.join(COMMANDS)}, got 'nonsense'; "
@@ -149,7 +148,8 @@ def test_as_a_module():
         ),
         (
             ["generate", "olmoe-nano", "-p", "x", "--max-new-tokens", "0"],
-            "bh-routing generate: max-new-tokens must be at least 1, got 0.",
+            "bh-routing generate: argument --max-new-tokens: expected a whole number of at least 1, got '0'; see "
+            "`bh-routing generate --help`.",
         ),
         (
             ["generate", "olmoe-nano", "-p", "x", "--dtype", "int8"],

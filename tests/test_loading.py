@@ -65,7 +65,8 @@ def test_resolve(name, meaning):
 
 def test_calibration_beside_a_model():
     assert default_calibration("olmoe-nano") == bundled_calibration()
-    assert default_calibration(str(bundled_path())) is None
+    assert default_calibration(str(bundled_path())) == bundled_path() / "calibration.safetensors"
+    assert default_calibration("") is None
     assert default_calibration("allenai/OLMoE-1B-7B-0924") is None
 
 

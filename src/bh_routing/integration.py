@@ -19,6 +19,7 @@ from ._words import Mode, Skip, check_word
 from .calibration.calibration import Calibration
 from .decision.compensation import Compensation
 from .errors import InvalidParameterError, InvalidTypeError, PatchError
+from .models.loading import default_calibration
 from .patching import PatchPlan, RoutingPatch, make_plan
 from .policies import RoutingPolicy
 from .settings import RoutingSettings, counted, level_of
@@ -212,7 +213,8 @@ class BHRoutingIntegration(RoutingIntegration):
         A transformers model with supported routers (``bh-routing families``).
     alpha, temperature, min_k, max_k, mode, collect_stats
         The original design's parameters, in its order; as in `bh_routing.RoutingSettings`.
-    calibration : Calibration or path, optional
+        Calibrated null (``bh-routing calibrate``); ``"auto"``: the ``calibration.safetensors`` in the folder that the model was
+        loaded from, if there is one. Without a calibration, every token is its own robust null.
         Calibrated null (``bh-routing calibrate``). Without one, every token is its own robust null.
     **settings
         Any other field of `bh_routing.RoutingSettings`: experts_per_token, procedure, weights, compensation, ...
@@ -265,6 +267,8 @@ class BHRoutingIntegration(RoutingIntegration):
                 **settings,
             }
         )
+        if isinstance(calibration, str) and calibration == "auto":
+            calibration = default_calibration(getattr(getattr(model, "config", None), "name_or_path", ""))
         asked.check_calibrated(calibration)
         if calibration is not None and not isinstance(calibration, Calibration):
             calibration = Calibration.load(calibration)

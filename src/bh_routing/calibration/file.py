@@ -179,7 +179,7 @@ def load(path: str | os.PathLike[str], kind: type[Data]) -> Data:
         If it does not exist, is damaged or edited, is something else, or of a newer format, or if anything in it is
         no such thing as a calibration holds.
     """
-    advice = "make one with `bh-routing calibrate MODEL --text FILE -o FILE.safetensors`"
+    advice = f"make one with `bh-routing calibrate MODEL --text FILE -o {path}`"
     _, header, tensors = read_tensors(
         path, FORMAT, READABLE, _expect, CalibrationFileError, what="calibration", advice=advice
     )

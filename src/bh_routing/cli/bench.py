@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 
-from ..errors import InvalidParameterError
 from . import common
 from .tables import print_table
 
@@ -20,19 +19,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="olmoe-nano, a folder, or a hub id")
     parser.add_argument(
         "--experts",
-        type=float,
+        type=common.positive,
         action="append",
         metavar="N",
         help="experts per token on average; several times (default: 3/4, 1/2 and 1/4 of the model's own)",
     )
     parser.add_argument(
         "--tokens",
-        type=int,
+        type=common.whole(1),
         action="append",
         metavar="T",
         help="tokens per forward, 1 is decoding; several times (default: 1, 8, 64 and 512)",
     )
-    parser.add_argument("--rounds", type=int, default=7, metavar="N", help="rounds (default 7)")
+    parser.add_argument("--rounds", type=common.whole(1), default=7, metavar="N", help="rounds (default 7)")
     parser.add_argument("--text", metavar="FILE", help="UTF-8 text to run on (default: the bundled one)")
     parser.add_argument(
         "--calibration", metavar="FILE", help="olmoe-nano comes with one, `none` turns it off"
@@ -42,10 +41,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    for name, values in (("rounds", [args.rounds]), ("tokens", args.tokens or [1])):
-        if min(values) < 1:
-            raise InvalidParameterError(f"{name} must be at least 1, got {min(values)}.")
-
     calibration = common.load_calibration(args.calibration, args.model, [])
 
     import torch

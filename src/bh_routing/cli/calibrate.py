@@ -33,11 +33,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("-o", "--output", required=True, metavar="OUT.safetensors", help="the file to write")
     parser.add_argument(
-        "--max-tokens", type=int, metavar="N", help="stop after N tokens (data set: default 1,000,000)"
+        "--max-tokens",
+        type=common.whole(1),
+        metavar="N",
+        help="stop after N tokens (data set: default 1,000,000)",
     )
     parser.add_argument(
         "--document-tokens",
-        type=int,
+        type=common.whole(1),
         metavar="N",
         help="at most N tokens of each document, evenly over it: no long one outweighs the others",
     )
@@ -45,11 +48,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--sensitivity", action="store_true", help="also loss sensitivities: a second pass, with backward"
     )
     parser.add_argument(
-        "--sensitivity-tokens", type=int, metavar="N", help="stop the second pass after N tokens"
+        "--sensitivity-tokens", type=common.whole(1), metavar="N", help="stop the second pass after N tokens"
     )
     parser.add_argument(
         "--rank",
-        type=int,
+        type=common.whole(1),
         metavar="R",
         help="rank of the linear compensation (with --sensitivity; default: by what it explains, up to 3 %% of the "
         "experts' memory)",
@@ -83,10 +86,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--temperature", type=float, default=1.0, metavar="T", help="divides the router logits (default 1)"
     )
     parser.add_argument(
-        "--window", type=int, metavar="N", help="tokens per window (default: the context, at most 512)"
+        "--window",
+        type=common.whole(2),
+        metavar="N",
+        help="tokens per window (default: the context, at most 512)",
     )
     parser.add_argument(
-        "--batch-tokens", type=int, default=4096, metavar="N", help="tokens per forward (default 4096)"
+        "--batch-tokens",
+        type=common.whole(1),
+        default=4096,
+        metavar="N",
+        help="tokens per forward (default 4096)",
     )
     group = parser.add_argument_group("data set")
     group.add_argument("--dataset-config", metavar="NAME", help="its configuration")
@@ -98,6 +108,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     _check_output(Path(args.output))
     texts = _files(args.text, args.split_on_blank_lines) if args.text else _dataset(args)
+    if args.sensitivity_tokens is not None and not args.sensitivity:
+        raise InvalidParameterError(
+            "--sensitivity-tokens is of the second pass, which was not asked for; give --sensitivity too, or leave it out."
+        )
     from ..decision.types import check_temperature
 
     check_temperature(args.temperature)
@@ -108,6 +122,7 @@ def run(args: argparse.Namespace) -> None:
     from ..models.loading import load_model
 
     parts = Path(args.output).with_suffix(".parts")
+    window = common.window_of(args.model, args.window)
     model, tokenizer = load_model(args.model, device=args.device, dtype=args.dtype)
     rank, world = distributed()
     if rank == 0 and not args.resume:
@@ -120,7 +135,7 @@ def run(args: argparse.Namespace) -> None:
             texts,
             max_tokens=args.max_tokens or (DATASET_TOKENS if args.dataset else None),
             document_tokens=args.document_tokens,
-            window=args.window,
+            window=window,
             batch_tokens=args.batch_tokens,
             temperature=args.temperature,
             outputs=not args.no_outputs,

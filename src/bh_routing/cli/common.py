@@ -7,7 +7,7 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from textwrap import fill
@@ -50,6 +50,61 @@ def add_calibration_argument(parser: argparse._ActionsContainer) -> None:
         metavar="FILE",
         help="calibrated null, made by `bh-routing calibrate`; olmoe-nano comes with one, `none` turns it off",
     )
+
+
+def whole(least: int) -> Callable[[str], int]:
+    """Reads a whole number of at least this, or says so."""
+
+    def read(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = least - 1
+        if value < least:
+            raise argparse.ArgumentTypeError(f"expected a whole number of at least {least}, got {text!r}")
+        return value
+
+    return read
+
+
+def positive(text: str) -> float:
+    """Reads a finite number above 0, or says so."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0.0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"expected a finite number above 0, got {text!r}")
+    return value
+
+
+def plural(number: int, word: str) -> str:
+    """A number and what it counts.
+
+    >>> plural(1, "result"), plural(1200, "result"), plural(2, "family")
+    ('1 result', '1,200 results', '2 families')
+    """
+    many = word[:-1] + "ies" if word.endswith("y") else word + "s"
+    return f"{number:,} {word if number == 1 else many}"
+
+
+def window_of(name: str, asked: int | None) -> int:
+    """Tokens per window for MODEL: what was asked for, at most its context; by default that, at most 512.
+
+    It reads the configuration only, so that what is wrong is said before the model is loaded.
+    """
+    from ..calibration.passes import default_window
+    from ..models.loading import load_config
+
+    config = load_config(name)
+    text_config = config.get_text_config()
+    context = getattr(text_config, "max_position_embeddings", None)
+    if asked is not None and isinstance(context, int) and asked > context:
+        raise InvalidParameterError(
+            f"window must be at most the {context} tokens that {model_name(name)} was made for, got {asked}; what it says "
+            "beyond them means nothing."
+        )
+    return asked or default_window(argparse.Namespace(config=config))  # type: ignore[arg-type]
 
 
 def add_options(group: argparse._ActionsContainer, options: Mapping[str, Option]) -> None:
@@ -135,6 +190,8 @@ def _read(action: argparse.Action, key: str, value: Any, path: str) -> Any:
     read: Any = action.type or str
     try:
         found = [read(str(item)) for item in listed]
+    except argparse.ArgumentTypeError as error:
+        raise InvalidParameterError(f"{key} in {path}: {error}.") from None
     except ValueError:
         raise wrong from None
     return found if several else found[0]

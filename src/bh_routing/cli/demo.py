@@ -38,7 +38,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--calibration", metavar="FILE", help="calibrated null; `none` for no calibration")
     parser.add_argument("--text", metavar="FILE", help="measure on this text instead of the bundled one")
     parser.add_argument(
-        "--max-new-tokens", type=int, default=24, metavar="N", help="tokens per answer (default 24)"
+        "--max-new-tokens",
+        type=common.whole(1),
+        default=24,
+        metavar="N",
+        help="tokens per answer (default 24)",
     )
     parser.add_argument("--quick", action="store_true", help="a tenth of the text, two levels, two prompts")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
@@ -117,8 +121,6 @@ def _check(args: argparse.Namespace) -> Calibration | None:
     """Raise for a setting out of range before a model is loaded for it; returns the calibration to use."""
     from ..stats.procedures import check_alpha
 
-    if args.max_new_tokens < 1:
-        raise common.InvalidParameterError(f"max-new-tokens must be at least 1, got {args.max_new_tokens}.")
     for alpha in args.alpha or ():
         check_alpha(alpha)
     return common.load_calibration(args.calibration, args.model, args.experts or [])

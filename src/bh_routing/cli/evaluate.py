@@ -36,11 +36,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="calibration text for layer profiles, and for budgets without one",
     )
     parser.add_argument(
-        "--window", type=int, metavar="N", help="tokens per window (default: the context, at most 512)"
+        "--window",
+        type=common.whole(2),
+        metavar="N",
+        help="tokens per window (default: the context, at most 512)",
     )
-    parser.add_argument("--stride", type=int, metavar="N", help="step between windows (default: no overlap)")
-    parser.add_argument("--max-tokens", type=int, metavar="N", help="only the first N tokens of each text")
-    parser.add_argument("--batch-tokens", type=int, metavar="N", help="tokens per forward (default 4096)")
+    parser.add_argument(
+        "--stride", type=common.whole(1), metavar="N", help="step between windows (default: no overlap)"
+    )
+    parser.add_argument(
+        "--max-tokens", type=common.whole(2), metavar="N", help="only the first N tokens of each text"
+    )
+    parser.add_argument(
+        "--batch-tokens", type=common.whole(1), metavar="N", help="tokens per forward (default 4096)"
+    )
     parser.add_argument(
         "--kl", action="store_true", help="also KL divergence from the full model (twice the time)"
     )
@@ -66,7 +75,6 @@ def run(args: argparse.Namespace) -> None:
     specs = [parse_policy(text) for text in args.policy]
     calibration = common.load_calibration(args.calibration, args.model, [])
 
-    from ..calibration.passes import default_window
     from ..evaluation.runner import RoutingExperimentRunner
     from ..text import TextFile
 
@@ -74,6 +82,10 @@ def run(args: argparse.Namespace) -> None:
     if len(texts) < len(args.text):
         raise InvalidParameterError(f"texts need different names, got {', '.join(map(str, args.text))}.")
     solve_text = None if args.solve_text is None else TextFile(args.solve_text).read()
+    common.check_output(Path(args.output), "folder")
+    window = common.window_of(args.model, args.window)
+    if args.stride is not None and args.stride > window:
+        raise InvalidParameterError(f"stride must be at most the window, {window}, got {args.stride}.")
     model, tokenizer = load_model(args.model, device=args.device, dtype=args.dtype)
     with common.make_progress() as progress:
         bar = progress.add_task("measuring", total=None)
@@ -89,7 +101,7 @@ def run(args: argparse.Namespace) -> None:
             args.output,
             calibration=calibration,
             solve_text=solve_text,
-            window=args.window or default_window(model),
+            window=window,
             stride=args.stride,
             batch_tokens=args.batch_tokens or 4096,
             max_tokens=args.max_tokens,
@@ -102,7 +114,7 @@ def run(args: argparse.Namespace) -> None:
     show(results)
     print()
     common.print_text(
-        f"{len(results)} results in {runner.folder.results_path}; `bh-routing report {args.output} -o report.html` makes "
+        f"{common.plural(len(results), 'result')} in {runner.folder.results_path}; `bh-routing report {args.output} -o report.html` makes "
         "a page of them."
     )
 

@@ -30,19 +30,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--text", nargs="+", required=True, metavar="FILE", help="UTF-8 text, plain or .xz, .gz, .bz2"
     )
     parser.add_argument(
-        "--experts", type=float, required=True, metavar="N", help="experts per token on average"
+        "--experts", type=common.positive, required=True, metavar="N", help="experts per token on average"
     )
-    parser.add_argument("--steps", type=int, required=True, metavar="N", help="updates of the weights")
+    parser.add_argument(
+        "--steps", type=common.whole(1), required=True, metavar="N", help="updates of the weights"
+    )
     parser.add_argument(
         "-o", "--output", required=True, metavar="OUT", help="the folder to write; must not exist"
     )
     parser.add_argument("--calibration-text", nargs="+", metavar="FILE", help="calibrate on this text")
     parser.add_argument("--eval-text", nargs="+", metavar="FILE", help="judge by this text")
     parser.add_argument(
-        "--calibration-tokens", type=int, default=65_536, metavar="N", help="at most so many (default 65536)"
+        "--calibration-tokens",
+        type=common.whole(1),
+        default=65_536,
+        metavar="N",
+        help="at most so many (default 65536)",
     )
     parser.add_argument(
-        "--eval-tokens", type=int, default=16_384, metavar="N", help="at most so many (default 16384)"
+        "--eval-tokens",
+        type=common.whole(2),
+        default=16_384,
+        metavar="N",
+        help="at most so many (default 16384)",
     )
     parser.add_argument(
         "--control",

@@ -18,7 +18,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="olmoe-nano, a folder, or a hub id")
     parser.add_argument("-p", "--prompt", required=True, metavar="TEXT", help="the text to continue")
     parser.add_argument(
-        "--max-new-tokens", type=int, default=40, metavar="N", help="tokens to generate (default 40)"
+        "--max-new-tokens",
+        type=common.whole(1),
+        default=40,
+        metavar="N",
+        help="tokens to generate (default 40)",
     )
     parser.add_argument("--sample", action="store_true", help="sample (default: greedy)")
     parser.add_argument("--json", action="store_true", help="print one JSON object: text, stats, telemetry")
@@ -27,8 +31,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    if args.max_new_tokens < 1:
-        raise common.InvalidParameterError(f"max-new-tokens must be at least 1, got {args.max_new_tokens}.")
     calibration = common.load_calibration(
         args.calibration, args.model, [] if args.experts is None else [args.experts]
     )

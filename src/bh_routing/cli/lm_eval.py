@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from pathlib import Path
 
 from .._files import write_atomically
 from ..errors import InvalidParameterError
@@ -21,10 +22,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--calibration", metavar="FILE", help="olmoe-nano comes with one, `none` turns it off"
     )
-    parser.add_argument("--limit", type=int, metavar="N", help="only the first N items of each task")
-    parser.add_argument("--num-fewshot", type=int, metavar="N", help="examples before each item")
     parser.add_argument(
-        "--batch-size", type=int, default=8, metavar="N", help="items per forward (default 8)"
+        "--limit", type=common.whole(1), metavar="N", help="only the first N items of each task"
+    )
+    parser.add_argument("--num-fewshot", type=common.whole(0), metavar="N", help="examples before each item")
+    parser.add_argument(
+        "--batch-size", type=common.whole(1), default=8, metavar="N", help="items per forward (default 8)"
     )
     parser.add_argument("-o", "--output", metavar="FILE.json", help="also write the results there")
     common.add_model_arguments(parser)
@@ -41,8 +44,11 @@ def run(args: argparse.Namespace) -> None:
 
     from ..evaluation.lm_eval import evaluate, register
 
+    if args.output:
+        common.check_output(Path(args.output), "file")
     register()  # what is missing is said before the model is loaded
     calibration = default_calibration(args.model) if args.calibration is None else args.calibration
+    calibration = None if calibration == "none" else calibration
     model, tokenizer = load_model(args.model, device=args.device, dtype=args.dtype)
     rows = evaluate(
         model,

@@ -5,6 +5,7 @@ own analysis (examples/logs_eda.ipynb), and to solve budgets on.
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 from ..errors import InvalidParameterError
 from . import common
@@ -16,35 +17,37 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-o", "--output", required=True, metavar="LOG.safetensors", help="the file to write")
     parser.add_argument(
         "--max-tokens",
-        type=int,
+        type=common.whole(1),
         default=8192,
         metavar="N",
         help="keep N tokens, spread over the text (default 8192)",
     )
     parser.add_argument(
-        "--window", type=int, metavar="N", help="tokens per window (default: the context, at most 512)"
+        "--window",
+        type=common.whole(2),
+        metavar="N",
+        help="tokens per window (default: the context, at most 512)",
     )
     common.add_model_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> None:
-    if args.max_tokens < 1:
-        raise InvalidParameterError(f"max-tokens must be at least 1, got {args.max_tokens}.")
     if not args.output.endswith(".safetensors"):
         raise InvalidParameterError(
             f"output must be a file name that ends in .safetensors, got {args.output!r}."
         )
     from ..models.loading import load_model
+
+    common.check_output(Path(args.output), "file")
     from ..text import TextFile
 
     text = TextFile(args.text).read()
 
-    from ..calibration.passes import default_window
     from ..evaluation import cut_windows
     from ..evaluation.routing_log import log_routing
 
+    length = common.window_of(args.model, args.window)
     model, tokenizer = load_model(args.model, device=args.device, dtype=args.dtype)
-    length = args.window or default_window(model)
     windows = cut_windows(tokenizer, text, length, limit=max(1, 4 * args.max_tokens // length))
     with common.make_progress() as progress:
         bar = progress.add_task("logging", total=len(windows))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 from ..errors import InvalidParameterError
 from . import common
@@ -21,6 +22,7 @@ def run(args: argparse.Namespace) -> None:
     from ..evaluation.report import make_report
     from ..evaluation.results import ResultsFolder
 
+    common.check_output(Path(args.output), "file")
     folder = ResultsFolder(args.results)
     if not folder.run_path.is_file():
         raise InvalidParameterError(
@@ -34,4 +36,4 @@ def run(args: argparse.Namespace) -> None:
     results = folder.results()
     page = make_report(results, folder.run(), calibration)
     write_atomically(args.output, page)
-    common.print_text(f"{args.output}: {len(results)} results, {len(page) / 1e3:.0f} kB.")
+    common.print_text(f"{args.output}: {common.plural(len(results), 'result')}, {len(page) / 1e3:.0f} kB.")

@@ -77,7 +77,7 @@ def _heading(results: Sequence[dict[str, Any]], run: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in first["versions"].items())
     return (
         f"<h1>Routing policies on {escape(run['model'])}</h1>"
-        f"<p class='note'>{len(results)} results, {escape(first['device'])}, {escape(first['dtype'])}, "
+        f"<p class='note'>{len(results)} result{'' if len(results) == 1 else 's'}, {escape(first['device'])}, {escape(first['dtype'])}, "
         f"{_said(first['threads'])} threads; {escape(versions)}; seed {_said(first['seed'])}.</p>"
     )
 

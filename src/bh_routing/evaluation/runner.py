@@ -172,8 +172,10 @@ class RoutingExperimentRunner:
         wanted = {self._key(label, name): (label, name) for label in self.policies for name in self.texts}
         todo = {key: pair for key, pair in wanted.items() if key not in held}
         done, total = 0, sum(self.texts[name].forwarded for _, name in todo.values())
+        # All of them before the first runs: what is wrong with the last is not said after hours.
+        asked = {label: self._integration(self.policies[label]) for label, _ in todo.values()}
         for label, group in groupby(todo.items(), key=lambda item: item[1][0]):
-            integration = self._integration(self.policies[label])
+            integration = asked[label]
             for key, (_, name) in group:
 
                 def step(tokens: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 from .._words import did_you_mean
 from ..errors import InvalidParameterError, UnknownPolicyError
 from ..integration import RoutingIntegration
+from ..stats.procedures import ALIASES
 from .entries import POLICIES, SOLVED
 from .workbench import Workbench
 
@@ -59,7 +61,7 @@ topp, minp, threshold, entropy, naee, random, seqtopk, perlayer, lexi, allocmoe,
 hochberg, storey, higher_criticism, got 'topq'; did you mean 'topp'?
     """
     name, _, rest = text.strip().partition(":")
-    name = name.strip()
+    name = ALIASES.get(name.strip(), name.strip())
     if name not in POLICIES:
         raise _unknown("policy", name, POLICIES)
     entry = POLICIES[name]
@@ -73,7 +75,9 @@ hochberg, storey, higher_criticism, got 'topq'; did you mean 'topp'?
         if key in parameters:
             raise InvalidParameterError(f"policy {text!r} gives {key} twice.")
         try:
-            parameters[key] = entry.parameters[key][0](value)
+            read = parameters[key] = entry.parameters[key][0](value)
+            if isinstance(read, float) and not (math.isfinite(read) and (key != "experts" or read > 0)):
+                raise ValueError
         except ValueError:
             raise InvalidParameterError(
                 f"cannot read {key}={value!r} of policy {name}: {entry.parameters[key][1]}."

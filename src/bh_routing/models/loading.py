@@ -18,7 +18,7 @@ from typing import Any
 from ..errors import InvalidParameterError, MissingDependencyError, ModelLoadError
 from . import BUNDLED, bundled_calibration, bundled_path
 
-__all__ = ["check_device", "check_dtype", "default_calibration", "load_model", "resolve"]
+__all__ = ["check_device", "check_dtype", "default_calibration", "load_config", "load_model", "resolve"]
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 EXAMPLE_ID = "allenai/OLMoE-1B-7B-0924"
@@ -60,9 +60,30 @@ def resolve(name: str) -> tuple[str, str]:
     )
 
 
+CALIBRATION = "calibration.safetensors"  # in a model's folder: its own
+
+
 def default_calibration(name: str) -> Path | None:
-    """The calibration that comes with a model (bundled ones only)."""
-    return bundled_calibration(name) if name in BUNDLED else None
+    """The calibration that comes with a model: of a bundled one, or ``calibration.safetensors`` in its folder."""
+    if name in BUNDLED:
+        return bundled_calibration(name)
+    path = Path(name).expanduser() / CALIBRATION
+    return path if name and path.is_file() else None
+
+
+def load_config(name: str) -> Any:
+    """A model's configuration, without its weights.
+
+    Raises
+    ------
+    ModelLoadError
+        If it is missing or damaged.
+    """
+    kind, where = resolve(name)
+    from transformers import AutoConfig
+
+    with _quiet(downloads=False), _explained(name, kind):
+        return AutoConfig.from_pretrained(where)
 
 
 def check_dtype(dtype: str) -> str:

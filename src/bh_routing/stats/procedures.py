@@ -242,6 +242,9 @@ PROCEDURES: dict[str, Procedure] = {
 }
 
 
+ALIASES = {"benjamini_hochberg": "bh", "benjamini_yekutieli": "by"}  # other names of procedures
+
+
 def get_procedure(name: str | Procedure) -> Procedure:
     """Look a procedure up by name; an unknown name raises `InvalidParameterError` with those that exist.
 
@@ -251,7 +254,7 @@ def get_procedure(name: str | Procedure) -> Procedure:
     if isinstance(name, Procedure):
         return name
     try:
-        return PROCEDURES[name]
+        return PROCEDURES[ALIASES.get(name, name)]
     except (KeyError, TypeError):
         raise InvalidParameterError(
             f"unknown procedure {name!r}; expected one of {', '.join(PROCEDURES)}."

@@ -14,7 +14,9 @@ from torch import Tensor
 
 from ..errors import InvalidInputError, InvalidParameterError, InvalidTypeError
 
-SMALLER = 2.0**-16  # differences and sums of the largest floats stay finite; a power of two changes no other digit
+SMALLER = (
+    2.0**-16
+)  # differences and sums of the largest floats stay finite; a power of two changes no other digit
 
 PValues = str | Tensor | Callable[[Tensor], Tensor]
 
@@ -144,6 +146,8 @@ def check_p_values(p_TE: object, logits_TE: Tensor, *, values: bool) -> Tensor:
             "statistic is no p-value (small ones must be the surprising ones)."
         )
     if values and p_TE.numel() and bool(p_TE.isnan().all()):
-        raise InvalidInputError("p-values must lie between 0 and 1, got nothing but NaN; find where they come from.")
+        raise InvalidInputError(
+            "p-values must lie between 0 and 1, got nothing but NaN; find where they come from."
+        )
     p_TE = at_least_float32(p_TE.reshape(logits_TE.shape).to(logits_TE.device))
     return p_TE.masked_fill(logits_TE == float("-inf"), 1.0)
