@@ -12,6 +12,7 @@ from bh_routing.calibration.moments import Moments
 from bh_routing.calibration.passes import calibrate
 from bh_routing.decision.compensation import Compensation, lost_and_kept
 from bh_routing.decision.types import RoutingDecision
+from bh_routing.errors import InvalidInputError
 
 E, K, H = 6, 3, 5
 
@@ -130,3 +131,249 @@ def test_it_brings_the_layers_output_nearer(tiny_olmoe, token_ids):
     assert errors[0] > errors[1] > errors[2]
     with torch.no_grad(), RoutingIntegration(model, TopKPolicy(6), compensations=calibration.compensations()):
         torch.testing.assert_close(model.model(ids).last_hidden_state, full, rtol=1e-5, atol=1e-5)
+
+
+# -- the linear form ------------------------------------------------------------------------------------------
+
+
+def linear_parts(rank=4, experts=E, hidden=H, seed=11) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator)
+
+    return {
+        "center_D": normal(experts),
+        "low_D": torch.full((experts,), -2.0),
+        "high_D": torch.full((experts,), 2.5),
+        "whiten_DR": 0.5 * normal(experts, rank),
+        "mean_EH": normal(experts, hidden),
+        "slope_ERH": normal(experts, rank, hidden),
+    }
+
+
+def by_definition(parts, strength, logits_TD, routed) -> torch.Tensor:
+    """strength * sum over dropped pairs of w (m + A' W' (z' - mu)), in Python's order and float64."""
+    weights_TK, experts_TK, dropped_TK = routed
+    mean_EH, slope_ERH = (parts[n].bfloat16().double() for n in ("mean_EH", "slope_ERH"))
+    tokens = len(logits_TD)
+    out_TH = torch.zeros(tokens, mean_EH.shape[1], dtype=torch.float64)
+    for t in range(tokens):
+        z = [
+            min(max(x, low), high) - center if abs(x) < float("inf") else 0.0
+            for x, low, high, center in zip(
+                logits_TD[t].tolist(),
+                *(parts[n].tolist() for n in ("low_D", "high_D", "center_D")),
+                strict=True,
+            )
+        ]
+        coordinates_R = torch.tensor(z, dtype=torch.float64) @ parts["whiten_DR"].double()
+        for k in range(weights_TK.shape[1]):
+            if dropped_TK[t, k]:
+                e = int(experts_TK[t, k])
+                out_TH[t] += float(weights_TK[t, k]) * (mean_EH[e] + coordinates_R @ slope_ERH[e])
+    return strength * out_TH
+
+
+def with_logits(routed, logits_TD) -> RoutingDecision:
+    return replace(decision(*routed), logits_TE=logits_TD)
+
+
+@pytest.fixture
+def logits_TD(routed):
+    return 2.0 * torch.randn(40, E)
+
+
+def assert_rounded(found_TH, expected_TH):
+    """Equal but for regressors of 16 bits, each of which is off by at most 2^-9 of it; up to twenty terms are added."""
+    torch.testing.assert_close(
+        found_TH.double(), expected_TH, rtol=0, atol=0.01 * float(expected_TH.abs().max())
+    )
+
+
+@pytest.mark.parametrize("rank", [0, 4, 6])
+def test_linear_is_its_definition(routed, logits_TD, rank):
+    parts = linear_parts(rank)
+    made = Compensation.linear(**parts, strength=0.8)
+    assert made.form == "linear"
+    assert made.maps_EQH.dtype == torch.bfloat16
+    expected_TH = by_definition(parts, 0.8, logits_TD, routed)
+    assert float(expected_TH.abs().mean()) > 0.2
+    added_TH = made.addition(with_logits(routed, logits_TD))
+    torch.testing.assert_close(added_TH.double(), expected_TH, rtol=1e-5, atol=1e-5)
+    dropped_TK = routed[2]
+    for t in range(12):  # alone: a weighted sum of rows with 16-bit factors
+        one = with_logits([x[t : t + 1] for x in routed], logits_TD[t : t + 1])
+        alone_1H = made.addition(one)
+        if not dropped_TK[t].any():
+            assert alone_1H is None
+        else:
+            assert_rounded(alone_1H.double(), expected_TH[t : t + 1])
+
+
+def test_linear_in_grouped_products(routed, logits_TD, monkeypatch):
+    """What a GPU runs, here with a grouped product that leaves rows behind the last offset as NaN."""
+
+    def grouped(x_PQ, maps_EQH, *, offs):
+        out = torch.full((len(x_PQ), maps_EQH.shape[2]), float("nan"), dtype=x_PQ.dtype)
+        for e, (a, b) in enumerate(zip([0, *offs.tolist()], offs.tolist(), strict=False)):
+            out[a:b] = x_PQ[a:b] @ maps_EQH[e]
+        return out
+
+    monkeypatch.setattr("bh_routing.decision.compensation.grouped_mm", grouped)
+    parts = linear_parts()
+    made = Compensation.linear(**parts)
+    found = with_logits(routed, logits_TD)
+    added_TH = made._grouped(made.regressors(logits_TD), found)
+    assert_rounded(added_TH.double(), by_definition(parts, 1.0, logits_TD, routed))
+    kept = replace(found, dropped_TK=torch.zeros_like(found.dropped_TK))
+    assert torch.equal(made._grouped(made.regressors(logits_TD), kept), torch.zeros(40, H))
+
+
+def test_linear_compiled(routed, logits_TD):
+    torch._dynamo.reset()
+    parts = linear_parts()
+    made = Compensation.linear(**parts)
+
+    def step(weights_TK, experts_TK, dropped_TK, logits_TD):
+        return made.addition(with_logits((weights_TK, experts_TK, dropped_TK), logits_TD))
+
+    compiled = torch.compile(step, backend="aot_eager", fullgraph=True)
+    assert_rounded(compiled(*routed, logits_TD).double(), by_definition(parts, 1.0, logits_TD, routed))
+    torch._dynamo.reset()
+
+
+def test_linear_is_finite_outside_of_what_was_seen(routed, logits_TD):
+    """Masked experts, and logits far outside the calibrated range."""
+    parts, dropped_TK = linear_parts(), routed[2]
+    made = Compensation.linear(**parts)
+    logits_TD[0], logits_TD[1] = 1e30, -1e30
+    logits_TD[2, 1], logits_TD[3, 4] = float("-inf"), float("nan")
+    dropped_TK[:4] = True
+    expected_TH = by_definition(parts, 1.0, logits_TD, routed)
+    assert bool(expected_TH.isfinite().all())
+    torch.testing.assert_close(
+        made.addition(with_logits(routed, logits_TD)).double(), expected_TH, rtol=1e-5, atol=1e-5
+    )
+    assert_rounded(
+        made._rows(made.regressors(logits_TD), with_logits(routed, logits_TD)).double(), expected_TH
+    )
+    for t in range(4):
+        one = with_logits([x[t : t + 1] for x in routed], logits_TD[t : t + 1])
+        assert_rounded(made.addition(one).double(), expected_TH[t : t + 1])
+
+
+def test_linear_gradients(routed, logits_TD):
+    """To the weights and to the logits; finite beside masked experts, zero outside the calibrated range."""
+    weights_TK, experts_TK, dropped_TK = routed
+    dropped_TK[:2] = True
+    made = Compensation.linear(**linear_parts())
+    logits_TD[0, 1], logits_TD[1, 2] = float("-inf"), 50.0
+    gradients = []
+    for way in (made.addition, lambda d: made._rows(made.regressors(d.logits_TE), d)):
+        weights = weights_TK.clone().requires_grad_()
+        logits = logits_TD.clone().requires_grad_()
+        way(with_logits((weights, experts_TK, dropped_TK), logits)).square().sum().backward()
+        assert bool(weights.grad.isfinite().all())
+        assert bool(logits.grad.isfinite().all())
+        assert torch.equal(weights.grad == 0, ~dropped_TK)
+        assert float(logits.grad[0, 1]) == float(logits.grad[1, 2]) == 0.0
+        assert float(logits.grad[0].abs().max()) > 0
+        gradients.append((weights.grad, logits.grad))
+    one = [x[:1] for x in (weights_TK.requires_grad_(), experts_TK, dropped_TK)]
+    assert made.addition(with_logits(one, logits_TD[:1])).requires_grad  # not the host's way
+    for rounded, exact in zip(gradients[1], gradients[0], strict=True):
+        torch.testing.assert_close(rounded, exact, rtol=0, atol=0.03 * float(exact.abs().max()))
+
+
+def test_linear_under_autocast(routed, logits_TD):
+    made = Compensation.linear(**linear_parts())
+    expected_TH = made.addition(with_logits(routed, logits_TD))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(made.addition(with_logits(routed, logits_TD)), expected_TH)
+
+
+def test_linear_where_nothing_is_dropped(routed, logits_TD):
+    weights_TK, experts_TK, dropped_TK = routed
+    made = Compensation.linear(**linear_parts())
+    kept = with_logits((weights_TK, experts_TK, torch.zeros_like(dropped_TK)), logits_TD)
+    assert made.addition(kept) is None
+    out_TH = torch.randn(40, H)
+    assert made.add_to(out_TH, kept) is out_TH
+    with pytest.raises(InvalidInputError, match="expected a decision with logits_TE, got None"):
+        made.addition(decision(*routed))
+
+
+def test_linear_skips_empty_slots_of_the_own_choice(routed, logits_TD):
+    weights_TK, experts_TK, dropped_TK = routed
+    dropped_TK[:, 0] = True
+    made = Compensation.linear(**linear_parts())
+    shorter = [x[:, 1:] for x in routed]
+    experts_TK[:, 0], weights_TK[:, 0] = E, 0.0
+    for t in (slice(40), slice(1)):
+        found, expected = (
+            made.add_to(torch.zeros(len(logits_TD[t]), H), with_logits([x[t] for x in parts], logits_TD[t]))
+            for parts in (routed, shorter)
+        )
+        assert torch.equal(found, expected)
+
+
+def test_linear_is_rewritten_in_place(routed, logits_TD):
+    one, other = (Compensation.linear(**linear_parts(seed=seed)) for seed in (1, 2))
+    held = one.to(torch.device("cpu"), torch.float32)
+    single = [with_logits([x[:1] for x in routed], logits_TD[:1]), with_logits(routed, logits_TD)]
+    routed[2][0] = True
+    before = [held.addition(x) for x in single]
+    assert held.fits(other)
+    assert not held.fits(Compensation.linear(**linear_parts(rank=3)))
+    assert not held.fits(Compensation.mean(torch.zeros(E, H)))
+    assert not Compensation.mean(torch.zeros(E, H)).fits(held)
+    buffers = [t.data_ptr() for t in held._tensors]
+    held.copy_(other.scaled(0.5))
+    assert [t.data_ptr() for t in held._tensors] == buffers
+    for x, old in zip(single, before, strict=True):
+        assert torch.equal(held.addition(x), other.scaled(0.5).addition(x))
+        assert not torch.allclose(held.addition(x), old, atol=0.1)
+    torch.testing.assert_close(
+        other.scaled(0.5).addition(single[1]), 0.5 * other.addition(single[1]), rtol=1e-6, atol=1e-7
+    )
+
+
+def test_a_model_with_a_linear_compensation(tiny_olmoe, token_ids):
+    """All experts dropped but the first: the layer's output gets the definition; a token with no expert gets it alone."""
+    model = tiny_olmoe()
+    experts = model.model.layers[0].mlp.experts
+    hidden, num = experts.down_proj.shape[1], experts.num_experts
+    paths = [f"model.layers.{i}.mlp.gate" for i in range(len(model.model.layers))]
+    parts = {path: linear_parts(4, num, hidden, seed=i) for i, path in enumerate(paths)}
+    found = {path: Compensation.linear(**part) for path, part in parts.items()}
+    seen = {}
+
+    def look(router, context, decision, logits_TE):
+        seen[context.path] = (decision, logits_TE)
+
+    outputs = {}
+    hook = experts.register_forward_hook(lambda module, args, output: outputs.update(last=output))
+    with torch.no_grad(), RoutingIntegration(model, TopKPolicy(1), compensations=found) as integrator:
+        integrator.watchers.append(look)
+        for ids in (token_ids, token_ids[:1, :1]):
+            model(input_ids=ids)
+            made, logits = seen[paths[0]]
+            routed = (made.own_weights_TK, made.own_experts_TK, made.dropped_TK)
+            added = by_definition(parts[paths[0]], 1.0, logits, routed)
+            assert int(made.dropped_TK.sum()) == made.dropped_TK.numel() - len(made.counts_T)
+            compensated = outputs["last"].clone()
+            for piece in integrator._patch._pieces:
+                if getattr(piece, "compensation", None) is not None:
+                    piece.compensation, kept = None, piece.compensation
+                    model(input_ids=ids)
+                    bare = outputs["last"]
+                    piece.compensation = kept
+                    break
+            torch.testing.assert_close(
+                (compensated - bare).double().flatten(0, -2),
+                added,
+                rtol=0,
+                atol=0.03 * float(added.abs().max()),
+            )
+    hook.remove()

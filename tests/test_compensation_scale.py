@@ -14,8 +14,8 @@ from bh_routing.calibration.calibration import Calibration
 from bh_routing.calibration.compensation_scale import SpreadWindows, divergence, measure_scale, vertex
 from bh_routing.calibration.passes import calibrate
 from bh_routing.data import sample_text
-from bh_routing.decision.compensation import check_scale
-from bh_routing.errors import CalibrationError, InvalidParameterError, InvalidTypeError
+from bh_routing.decision.compensation import wanted
+from bh_routing.errors import CalibrationError, InvalidParameterError
 from bh_routing.evaluation.specs import parse_policy
 from bh_routing.patching import is_patched, make_plan
 from bh_routing.text import TextStream
@@ -223,11 +223,11 @@ def test_the_integration_takes_a_scale(tiny_olmoe, token_ids):
 
 @pytest.mark.parametrize(
     ("value", "error"),
-    [("no", InvalidTypeError), (1.5, InvalidParameterError), (-0.1, InvalidParameterError)],
+    [("mean:2", InvalidParameterError), (1.5, InvalidParameterError), (-0.1, InvalidParameterError)],
 )
 def test_what_is_no_scale(value, error, nano_model):
     with pytest.raises(error, match=r"^compensation must be true, false or a scale from 0 to 1, got "):
-        check_scale(value)
+        wanted(value)
     with pytest.raises(error, match=r"^compensation must be true, false or a scale from 0 to 1, got "):
         BHRoutingIntegration(nano_model, compensation=value)
 

@@ -127,7 +127,7 @@ def test_compensation_of_any_policy(bench: Workbench, token_ids: torch.Tensor) -
         with make_routing(text, bench), torch.no_grad():
             outputs.append(bench.model(token_ids).logits)
     assert not torch.allclose(*outputs, atol=1e-3)
-    with pytest.raises(InvalidParameterError, match="compensation=true needs the experts' mean outputs"):
+    with pytest.raises(InvalidParameterError, match="compensation=True needs a calibration: "):
         make_routing("topk:k=2,compensation=true", Workbench(bench.model))
 
 

@@ -76,8 +76,8 @@ def test_settings_survive_json():
         ({"compensation": True}, InvalidParameterError, r"^compensation=True needs a calibration: "),
         (
             {"compensation": "no"},
-            InvalidTypeError,
-            r"must be true, false or a scale from 0 to 1, got 'no'\.$",
+            InvalidParameterError,
+            r"^compensation must be 'none', 'mean' or 'linear', got 'no'\.$",
         ),
         (
             {"compensation": 1.5},

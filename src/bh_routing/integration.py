@@ -87,6 +87,11 @@ class RoutingIntegration:
         self.model, self.policy, self.mode = model, policy, mode
         self.collect_stats, self.skip = bool(collect_stats), skip
         self.compensations = dict(compensations or {})
+        if getattr(policy, "min_k", 1) == 0 and not self.compensations:
+            raise InvalidParameterError(
+                "min_k=0 lets a token run without any expert, which needs compensations for what is dropped, and none "
+                "were given; use min_k=1, or give compensations."
+            )
         self.plan = _plan_of(model) if plan is None else plan
         if self.compensations:
             self.plan = self.plan.compensated(policy.weights)
@@ -248,7 +253,7 @@ class BHRoutingIntegration(RoutingIntegration):
         model: nn.Module,
         alpha: float | None = RoutingSettings.alpha,
         temperature: float = RoutingSettings.temperature,
-        min_k: int = RoutingSettings.min_k,
+        min_k: int | None = RoutingSettings.min_k,
         max_k: int | None = RoutingSettings.max_k,
         mode: Mode = RoutingSettings.mode,
         collect_stats: bool = RoutingSettings.collect_stats,
@@ -289,7 +294,7 @@ class BHRoutingIntegration(RoutingIntegration):
         # Without mean outputs now, there are none after a change of the calibration either.
         self.settings = asked if compensations else replace(asked, compensation=False)
         self.calibration = calibration
-        self.temperature, self.min_k = asked.temperature, asked.min_k
+        self.temperature, self.min_k = asked.temperature, policy.min_k
         self.max_k = asked.max_k or max(c.top_k for c in plan.contexts)
         self._calibrated_plan, self._told = plan, False
 

@@ -45,10 +45,15 @@ NEEDS_CALIBRATION = (
 )
 
 
-def scale(text: str) -> bool | float:
-    """``true``, ``false`` or a scale, as people type it."""
+def compensation(text: str) -> bool | float | str:
+    """``true``, ``false``, a strength, a form, or both with a colon, as people type it."""
     words = {"true": True, "yes": True, "false": False, "no": False}
-    return words[text.lower()] if text.lower() in words else float(text)
+    if text.lower() in words:
+        return words[text.lower()]
+    try:
+        return float(text)
+    except ValueError:
+        return text
 
 
 def number_or_name(text: str) -> float | str:
@@ -69,8 +74,9 @@ class RoutingSettings:
         Level, 0 < alpha < 1. Default 0.05, unless ``experts_per_token`` is given.
     temperature : float
         Divides the router logits before the statistic.
-    min_k : int
-        At least so many experts.
+    min_k : int, optional
+        At least so many experts. Default: 1, but 0 where a linear compensation meets a budget of at most a quarter of
+        the model's own number: such a token runs without any expert. 0 needs a compensation.
     max_k : int, optional
         At most so many. Default: the model's own top-k. More than that widens the choice, where the family's
         scores are plain softmax or sigmoid.
@@ -90,10 +96,11 @@ class RoutingSettings:
         See `bh_routing.benjamini_hochberg_routing`.
     statistic, null, scope, estimator, size, kernel, bandwidth : optional
         Which calibrated statistic and null (`Calibration.settings`); default: the recommended configuration.
-    compensation : bool or float, optional
-        Add what the dropped experts would have added on average back; default: where the calibration has it, at the
-        scale that the calibration measured. A number from 0 to 1 is another scale. With compensation, and
-        ``weights="model"``, kept experts keep their own weights in every family: nothing is renormalised,
+    compensation : bool, str, float or pair, optional
+        What is added in place of dropped experts: "mean", fixed vectors; "linear", vectors that follow the token's
+        router logits; "none" or False. Default: the best that the calibration holds, at the strength that it measured;
+        True insists on one. A number from 0 to 1 is another strength, alone or with a form: ``("linear", 0.9)`` or
+        ``"linear:0.9"``. With compensation, and ``weights="model"``, kept experts keep their own weights in every family: nothing is renormalised,
         because the dropped weight is still used.
     skip : {"auto", "compact", "zero"}
         How a dropped expert is kept out (`bh_routing.RoutingIntegration`).
@@ -119,7 +126,7 @@ class RoutingSettings:
 
     alpha: float | None = None
     temperature: float = 1.0
-    min_k: int = 1
+    min_k: int | None = None
     max_k: int | None = None
     mode: Mode = "patch"
     collect_stats: bool = True
@@ -135,13 +142,13 @@ class RoutingSettings:
     estimator: Estimator | None = None
     kernel: str | None = None
     bandwidth: str | float | None = None
-    compensation: bool | float | None = None
+    compensation: bool | float | str | tuple[str, float] | None = None
     skip: Skip = "auto"
     backend: Backend = "auto"
     strict: bool = True
 
     def __post_init__(self) -> None:
-        from .decision.compensation import check_scale
+        from .decision.compensation import wanted
         from .decision.types import check_k, check_temperature
         from .stats.kde import BANDWIDTHS, KERNELS
         from .stats.procedures import check_alpha, get_procedure
@@ -166,8 +173,9 @@ class RoutingSettings:
                     f"experts_per_token must be a number of experts per token above 0, or one for each router, got {budget!r}."
                 )
         check_temperature(self.temperature)
-        check_k(self.min_k, self.max_k)
-        check_scale(self.compensation)
+        check_k(1 if self.min_k is None else self.min_k, self.max_k, least=0)
+        if wanted(self.compensation).form == "none" and self.min_k == 0:
+            self.least_kept(None)  # raises
         get_procedure(self.procedure)
         if not callable(self.pvalues):
             check_word("pvalues", self.pvalues, P_VALUES)
@@ -227,28 +235,84 @@ class RoutingSettings:
         """Raise `InvalidParameterError` for a setting that needs a calibration where there is none."""
         if calibration is not None:
             return
-        needs = {"experts_per_token": self.experts_per_token, "compensation": self.compensation or None}
+        if self.min_k == 0:
+            self.least_kept(None)  # raises
+        from .decision.compensation import wanted
+
+        insists = wanted(self.compensation).insists
+        needs = {
+            "experts_per_token": self.experts_per_token,
+            "compensation": self.compensation if insists else None,
+        }
         for name, value in (needs | self.null_settings).items():
             if value is not None:
                 raise InvalidParameterError(f"{name}={value!r} needs a calibration: {NEEDS_CALIBRATION}")
 
-    def compensations(self, calibration: Calibration | None) -> dict[str, Compensation]:
-        """What stands in for dropped experts, by router path (`Calibration.compensations`); empty for nothing.
+    def form(self, calibration: Calibration | None) -> str:
+        """The form of compensation that these settings mean: "none", "mean" or "linear".
 
         Raises
         ------
         InvalidParameterError
             If the compensation was asked for and the calibration does not hold it.
         """
-        from .decision.compensation import check_scale
+        from .decision.compensation import wanted
 
-        found = {} if calibration is None else calibration.compensations(check_scale(self.compensation))
-        if self.compensation and not found:
+        form, _, insists = wanted(self.compensation)
+        forms = ("none",) if calibration is None else calibration.forms
+        chosen = forms[-1] if form is None else form
+        if chosen not in forms or (insists and chosen == "none"):
+            if calibration is None:
+                raise InvalidParameterError(
+                    f"compensation={self.compensation!r} needs a calibration: {NEEDS_CALIBRATION}"
+                )
+            if form == "linear":
+                needs = "maps that are linear in the router's logits"
+                advice = "calibrate anew (with --sensitivity, without --no-means), or use compensation='mean'"
+            else:
+                needs = "the experts' mean outputs"
+                advice = "calibrate without --no-means, or turn the compensation off"
             raise InvalidParameterError(
-                f"compensation={self.compensation!r} needs the experts' mean outputs, which this "
-                "calibration does not hold; calibrate without --no-means, or turn the compensation off."
+                f"compensation={self.compensation!r} needs {needs}, which this calibration does not hold; {advice}."
             )
-        return found
+        return chosen
+
+    def compensations(self, calibration: Calibration | None) -> dict[str, Compensation]:
+        """What stands in for dropped experts, by router path (`Calibration.compensation`); empty for nothing.
+
+        Raises
+        ------
+        InvalidParameterError
+            If the compensation was asked for and the calibration does not hold it.
+        """
+        from .decision.compensation import wanted
+
+        form = self.form(calibration)
+        if calibration is None or form == "none":
+            return {}
+        return calibration.compensation(form, wanted(self.compensation).strength)
+
+    def least_kept(self, calibration: Calibration | None) -> int:
+        """``min_k``, or what None means: 0 where a linear compensation meets a budget of a quarter of the own number or less.
+
+        Raises
+        ------
+        InvalidParameterError
+            For 0 without a compensation.
+        """
+        form = self.form(calibration)
+        if self.min_k == 0 and form == "none":
+            hint = "" if calibration is None else ", unless a compensation stands in for what is dropped"
+            raise InvalidParameterError(
+                f"min_k must be at least 1, got 0; every token needs an expert{hint}."
+            )
+        if self.min_k is not None:
+            return self.min_k
+        budgets = _budgets(self.experts_per_token)
+        if calibration is None or form != "linear" or not budgets:
+            return 1
+        own = sum(layer.top_k for layer in calibration.layers) / calibration.num_layers
+        return 0 if sum(budgets) / len(budgets) <= own / 4 else 1
 
     def policy(self, calibration: Calibration | None = None) -> TablePolicy | PValuePolicy:
         """The policy: from the calibration's table, else from p-values. Warns about settings that have no effect.
@@ -266,7 +330,7 @@ class RoutingSettings:
         limits: dict[str, Any] = {
             "procedure": self.procedure,
             "temperature": self.temperature,
-            "min_k": self.min_k,
+            "min_k": self.least_kept(calibration),
             "max_k": self.max_k,
             "clamp": self.clamp,
             "weights": self.weights,
@@ -284,7 +348,7 @@ class RoutingSettings:
             made = calibration.policy(
                 alpha=self.alpha,
                 experts_per_token=self.experts_per_token,
-                compensated=bool(self.compensations(calibration)),
+                compensated=self.form(calibration) != "none",
                 **self.null_settings,
                 **limits,
             )
@@ -311,6 +375,7 @@ class RoutingSettings:
 
         new = self.policy(calibration)
         if isinstance(policy, TablePolicy) and isinstance(new, TablePolicy):
+            policy.min_k = new.min_k  # None means one thing at one budget and another at another
             policy.set_table(new.table)
         elif isinstance(policy, PValuePolicy) and isinstance(new, PValuePolicy):
             policy.set_alpha(new.alpha)
@@ -330,7 +395,7 @@ class RoutingSettings:
         told = {
             "alpha": level_of(policy),
             "temperature": self.temperature,
-            "min_k": self.min_k,
+            "min_k": getattr(policy, "min_k", self.min_k or 1),
             "max_k": self.max_k or top_k,
             "procedure": get_procedure(self.procedure).name,
             "calibrated": calibrated,
@@ -381,7 +446,9 @@ TEXT_OPTIONS: dict[str, Option] = {
         "a budget: mean number of experts per token (needs a calibration)", float, "experts_per_token"
     ),
     "temperature": Option("divides the router logits (default 1)", float),
-    "min_k": Option("at least so many experts (default 1)", int),
+    "min_k": Option(
+        "at least so many experts (default 1; 0 with a linear compensation and a small budget)", int
+    ),
     "max_k": Option("at most so many experts (default: the model's own top-k)", int),
     "mode": Option("patch: BH routing decides; analyze: the model routes as always, BH is counted"),
     "weights": Option("model, preserve or sum: what kept experts weigh (default model)"),
@@ -395,7 +462,10 @@ TEXT_OPTIONS: dict[str, Option] = {
     "estimator": Option("empirical, kde or normal"),
     "kernel": Option("of the kde"),
     "bandwidth": Option("of the kde: silverman or a number", number_or_name),
-    "compensation": Option("add back what dropped experts add on average: true, false or 0 to 1", scale),
+    "compensation": Option(
+        "what stands in for dropped experts: none, mean or linear, a strength from 0 to 1, or both, as in linear:0.9",
+        compensation,
+    ),
     "skip": Option("auto, compact or zero: how dropped experts are kept out"),
     "backend": Option("auto, torch or triton: what computes decisions"),
 }

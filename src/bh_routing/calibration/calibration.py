@@ -244,7 +244,7 @@ class Calibration(CalibrationData):
             If the calibration holds no reservoir.
         """
         fit.check_temperature(self, temperature)
-        check_k(min_k, max_k, self.num_experts)
+        check_k(min_k, max_k, self.num_experts, least=0)
         check_word("clamp", clamp, Clamp)
         limits = Limits(min_k, max_k, clamp)
         chosen = fit.resolve(self, **settings)

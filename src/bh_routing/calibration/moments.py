@@ -122,7 +122,7 @@ class Moments:
             solved_JH = torch.linalg.solve(
                 gram_JJ.double() + rho_J.diag(), cross_JH.double() + rho_J.unsqueeze(1) * prior_JH
             )
-            fitted.append(Compensation(solved_JH, num))
+            fitted.append(Compensation.mean(solved_JH[:num], solved_JH[num:]))
         return fitted
 
     def __add__(self, other: Moments) -> Moments:

@@ -1,31 +1,123 @@
-"""What stands in for dropped experts: a fixed vector per expert, weighted by the router's own weights.
+"""What stands in for dropped experts, weighted by the router's own weights: a vector per expert, or a map per expert.
 
-Shape legend: T tokens, E experts, K slots of the router's own choice, H hidden size.
+Shape legend: T tokens, E experts, K slots of the router's own choice, H hidden size, D router logits of a token (= E),
+R rank, Q = 1 + R regressors (and some zeros, where a kernel wants a multiple of 8), P dropped pairs.
 
 With w_e the router's own weight of expert e, D the dropped and S the kept experts of its choice, the layer's output
-gets
+gets, in the **mean** form,
 
     sum_{e in D} w_e M_e  +  (sum_{e in D} w_e) sum_{e in S} w_e N_e.
 
-M_e alone, the mean output of expert e, is the simple form. The second term says what the kept experts tell of the
+M_e alone, the mean output of expert e, is the simple kind. The second term says what the kept experts tell of the
 dropped ones; it vanishes where nothing is dropped. M and N are fitted by least squares to what was dropped on the
-calibration text (`bh_routing.calibration.data.Moments.compensation`). Either form is one product with a matrix of
+calibration text (`bh_routing.calibration.data.Moments.compensation`). Either kind is one product with a matrix of
 E or 2E rows: about 1/50 or 1/25 of an expert's cost at OLMoE's size.
 
-All of it is multiplied by one scale, which a calibration measures (`bh_routing.calibration.compensation_scale`): the squared error of a
-layer's output is least at 1, the model's predictions are nearest to its own at less.
+In the **linear** form (`bh_routing.calibration.linear_fit`) what stands in for an expert follows the token:
+
+    sum_{e in D} w_e (m_e + A_e z~),    z~ = W' (z - mu),
+
+z the raw router logits, each clamped to its calibrated range, one that is not finite (a masked expert) counted as its
+mu. A dropped pair costs R / (3 I) of an expert, I its intermediate size. m and A have 16 bits; products of them are
+summed in float32.
+
+All of it is multiplied by one strength, which a calibration measures: the squared error of a layer's output is least
+at 1, the model's predictions are nearest to its own at less.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
+from math import isfinite
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
+from torch.nn.functional import embedding_bag, grouped_mm, pad
 
-from .._words import WeightRule
-from ..errors import InvalidParameterError, InvalidTypeError
+from .._words import CompensationForm, WeightRule, check_word
+from ..errors import InvalidInputError, InvalidParameterError, InvalidTypeError
 from .types import RouteNorm, RoutingDecision
+
+C = TypeVar("C", bound="Compensation")
+
+
+class Compensation(ABC):
+    """What one layer adds in place of its dropped experts.
+
+    Class attributes
+    ----------------
+    form : "mean" or "linear"
+    """
+
+    form: ClassVar[CompensationForm]
+
+    @staticmethod
+    def mean(dropped_EH: Tensor, kept_EH: Tensor | None = None) -> MeanCompensation:
+        """From M, and N where it is there."""
+        parts = [dropped_EH] if kept_EH is None else [dropped_EH, kept_EH]
+        return MeanCompensation(torch.cat(parts), dropped_EH.shape[0])
+
+    @staticmethod
+    def linear(
+        *,
+        center_D: Tensor,
+        low_D: Tensor,
+        high_D: Tensor,
+        whiten_DR: Tensor,
+        mean_EH: Tensor,
+        slope_ERH: Tensor,
+        strength: float = 1.0,
+    ) -> LinearCompensation:
+        """From mu, the calibrated range of the logits, W, m and A, of any dtype; rank 0 is m alone."""
+        maps_EQH = torch.cat((mean_EH.unsqueeze(1), slope_ERH.to(mean_EH)), 1)
+        one_Q = maps_EQH.new_zeros(maps_EQH.shape[1], dtype=torch.float64)
+        one_Q[0] = 1.0
+        made = LinearCompensation(
+            low_D=low_D.double(),
+            high_D=high_D.double(),
+            center_D=center_D.double(),
+            whiten_DQ=pad(whiten_DR.double(), (1, 0)),
+            one_Q=one_Q,
+            maps_EQH=maps_EQH.to(torch.bfloat16).contiguous(),
+        )
+        return made if strength == 1.0 else made.scaled(strength)
+
+    @abstractmethod
+    def addition(self, decision: RoutingDecision) -> Tensor | None:
+        """What a decision adds to the output of the layer's experts, [T, H]; None where it is seen that nothing is."""
+
+    @abstractmethod
+    def scaled(self: C, scale: float) -> C:
+        """The same times a scale."""
+
+    @abstractmethod
+    def to(self: C, device: torch.device | None = None, dtype: torch.dtype | None = None) -> C:
+        """A copy on this device; what follows the experts' dtype, in this one."""
+
+    def add_to(self, out_TH: Tensor, decision: RoutingDecision) -> Tensor:
+        """The experts' output, of any leading shape, with the addition."""
+        added_TH = self.addition(decision)
+        return out_TH if added_TH is None else out_TH + added_TH.to(out_TH.dtype).reshape(out_TH.shape)
+
+    def fits(self, other: Compensation | None) -> bool:
+        """Whether `copy_` can take the other: the same form and sizes."""
+        return type(other) is type(self) and [t.shape for t in self._tensors] == [
+            t.shape for t in other._tensors
+        ]
+
+    def copy_(self, other: Compensation) -> None:
+        """Write another one into the same buffers."""
+        device, dtype = self._tensors[0].device, self._tensors[0].dtype
+        for mine, theirs in zip(self._tensors, other.to(device, dtype)._tensors, strict=True):
+            mine.copy_(theirs)
+
+    @property
+    def _tensors(self) -> list[Tensor]:
+        held = [getattr(self, item.name) for item in fields(self)]  # type: ignore[arg-type]
+        return [value for value in held if isinstance(value, Tensor)]
 
 
 def lost_and_kept(weights_TK: Tensor, dropped_TK: Tensor, experts_TK: Tensor, num_experts: int) -> Tensor:
@@ -44,10 +136,8 @@ def lost_and_kept(weights_TK: Tensor, dropped_TK: Tensor, experts_TK: Tensor, nu
 
 
 @dataclass(frozen=True, eq=False)
-class Compensation:
-    """What one layer adds in place of its dropped experts.
-
-    Two forms are there: the mean (M alone), and the mean of dropped and kept experts (M and N).
+class MeanCompensation(Compensation):
+    """The mean form.
 
     Attributes
     ----------
@@ -57,14 +147,10 @@ class Compensation:
         E.
     """
 
+    form: ClassVar[CompensationForm] = "mean"
+
     vectors_JH: Tensor
     num_experts: int
-
-    @classmethod
-    def mean(cls, dropped_EH: Tensor, kept_EH: Tensor | None = None) -> Compensation:
-        """From M, and N where it is there."""
-        parts = [dropped_EH] if kept_EH is None else [dropped_EH, kept_EH]
-        return cls(torch.cat(parts), dropped_EH.shape[0])
 
     @property
     def dropped_EH(self) -> Tensor:
@@ -77,27 +163,191 @@ class Compensation:
         return self.vectors_JH[self.num_experts :] if len(self.vectors_JH) > self.num_experts else None
 
     def addition(self, decision: RoutingDecision) -> Tensor:
-        """What a decision adds to the output of the layer's experts, [T, H] in the dtype of the vectors."""
+        """In the dtype of the vectors."""
         features_TJ = lost_and_kept(
             decision.own_weights_TK, decision.dropped_TK, decision.own_experts_TK, self.num_experts
         )
         return features_TJ[:, : len(self.vectors_JH)].to(self.vectors_JH.dtype) @ self.vectors_JH
 
-    def scaled(self, scale: float) -> Compensation:
-        """The same times a scale."""
+    def scaled(self, scale: float) -> MeanCompensation:
         return replace(self, vectors_JH=scale * self.vectors_JH)
 
-    def to(self, device: torch.device | None = None, dtype: torch.dtype | None = None) -> Compensation:
-        """A copy on this device, in this dtype."""
+    def to(self, device: torch.device | None = None, dtype: torch.dtype | None = None) -> MeanCompensation:
         return replace(self, vectors_JH=self.vectors_JH.to(device, dtype, copy=True))
 
-    def fits(self, other: Compensation | None) -> bool:
-        """Whether `copy_` can take the other: the same form and sizes."""
-        return other is not None and self.vectors_JH.shape == other.vectors_JH.shape
+
+class _Host(NamedTuple):
+    """A linear compensation for single tokens on the host: ranges as Python floats, the rows of each expert's map."""
+
+    low: list[float]
+    high: list[float]
+    center: list[float]
+    rows: list[Tensor]  # int64 [Q] each, into the maps of all experts as one table
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class LinearCompensation(Compensation):
+    """The linear form; `Compensation.linear` makes one.
+
+    Attributes
+    ----------
+    low_D, high_D, center_D : Tensor
+        float64: the calibrated range of the logits, and mu.
+    whiten_DQ, one_Q : Tensor
+        float64: the regressors are ``one + (z - mu) @ whiten``, the strength in both; the first is the mean's.
+    maps_EQH : Tensor
+        bfloat16: m_e, then A_e.
+    """
+
+    form: ClassVar[CompensationForm] = "linear"
+
+    low_D: Tensor
+    high_D: Tensor
+    center_D: Tensor
+    whiten_DQ: Tensor
+    one_Q: Tensor
+    maps_EQH: Tensor
+
+    def addition(self, decision: RoutingDecision) -> Tensor | None:
+        """In float32, or for a single token on the host in bfloat16.
+
+        On CPU nothing is computed where nothing is dropped; a single token there takes one weighted sum over rows, a
+        loop over the experts that were dropped takes the others. Elsewhere grouped products of static shape, without a
+        host synchronisation.
+
+        Raises
+        ------
+        InvalidInputError
+            If the decision does not carry the router's logits.
+        """
+        logits_TD, weights_TK = decision.logits_TE, decision.own_weights_TK
+        if logits_TD is None:
+            raise InvalidInputError(
+                "a linear compensation follows the router's logits: expected a decision with logits_TE, got None; "
+                "use dataclasses.replace(decision, logits_TE=...)."
+            )
+        if logits_TD.device.type != "cpu":
+            return self._grouped(self.regressors(logits_TD), decision)
+        if torch.compiler.is_compiling():
+            return self._rows(self.regressors(logits_TD), decision)
+        differentiated = torch.is_grad_enabled() and (logits_TD.requires_grad or weights_TK.requires_grad)
+        if logits_TD.shape[0] == 1 and not differentiated:
+            return self._one_token(decision, logits_TD.tolist()[0])
+        return self._loop(decision, logits_TD)
+
+    def regressors(self, logits_TD: Tensor) -> Tensor:
+        """1 and z~, times the strength, float64 [T, Q]."""
+        # In float64, which neither autocast nor TF32 shortens: whitening takes differences of large logits.
+        z_TD = logits_TD.double()
+        z_TD = torch.where(torch.isfinite(z_TD), z_TD, self.center_D)
+        z_TD = torch.minimum(torch.maximum(z_TD, self.low_D), self.high_D) - self.center_D
+        return torch.addmm(self.one_Q, z_TD, self.whiten_DQ)
+
+    def scaled(self, scale: float) -> LinearCompensation:
+        return replace(self, whiten_DQ=scale * self.whiten_DQ, one_Q=scale * self.one_Q)
+
+    def to(self, device: torch.device | None = None, dtype: torch.dtype | None = None) -> LinearCompensation:
+        """A copy on this device; no dtype changes. Grouped products want rows of a multiple of 16 bytes."""
+        moved: dict[str, Tensor] = {
+            item.name: getattr(self, item.name).to(device, copy=True) for item in fields(self)
+        }
+        short = -self.one_Q.numel() % 8
+        if short and moved["one_Q"].device.type != "cpu":
+            moved["whiten_DQ"], moved["one_Q"] = (pad(moved[n], (0, short)) for n in ("whiten_DQ", "one_Q"))
+            moved["maps_EQH"] = pad(moved["maps_EQH"], (0, 0, 0, short))
+        return LinearCompensation(**moved)
 
     def copy_(self, other: Compensation) -> None:
-        """Write another one into the same buffers."""
-        self.vectors_JH.copy_(other.vectors_JH)
+        super().copy_(other)
+        self.__dict__.pop("_host", None)
+
+    # -- one token on the host ----------------------------------------------------------------------------
+
+    @cached_property
+    def _host(self) -> _Host:
+        num, wide = self.maps_EQH.shape[:2]
+        rows = list(torch.arange(num * wide).view(num, wide).unbind(0))
+        return _Host(self.low_D.tolist(), self.high_D.tolist(), self.center_D.tolist(), rows)
+
+    def _one_token(self, decision: RoutingDecision, logits: list[float]) -> Tensor | None:
+        """One weighted sum over the rows of the dropped experts' maps, which accumulates in float32.
+
+        Between products that empty the caches every tensor operation costs 5 to 20 microseconds (docs/performance.md).
+        """
+        gone, experts = decision.dropped_TK.tolist()[0], decision.own_experts_TK.tolist()[0]
+        host = self._host
+        slots = [slot for slot, dropped in enumerate(gone) if dropped and experts[slot] < len(host.rows)]
+        if not slots:
+            return None
+        z = [
+            min(max(x, low), high) - center if isfinite(x) else 0.0
+            for x, low, high, center in zip(logits, host.low, host.high, host.center, strict=True)
+        ]
+        weights = decision.own_weights_TK.tolist()[0]
+        # [1, z~] of the token, and the weights: an outer product.
+        phi_Q = torch.addmv(self.one_Q, self.whiten_DQ.t(), torch.tensor(z, dtype=torch.float64))
+        weight_P = torch.tensor([weights[slot] for slot in slots], dtype=torch.float64)
+        factor_1N = torch.outer(weight_P, phi_Q).to(torch.bfloat16).view(1, -1)
+        row_1N = torch.cat([host.rows[experts[slot]] for slot in slots]).unsqueeze(0)
+        table = self.maps_EQH.flatten(0, 1)
+        return embedding_bag(row_1N, table, per_sample_weights=factor_1N, mode="sum")
+
+    # -- many tokens --------------------------------------------------------------------------------------
+
+    def _loop(self, decision: RoutingDecision, logits_TD: Tensor) -> Tensor | None:
+        """One product per expert that was dropped, in float32."""
+        tokens, slots = decision.dropped_TK.shape
+        num, _, hidden = self.maps_EQH.shape
+        pair_P = (decision.dropped_TK & (decision.own_experts_TK < num)).flatten().nonzero().squeeze(-1)
+        if not pair_P.numel():
+            return None
+        expert_P, order_P = decision.own_experts_TK.flatten()[pair_P].sort(stable=True)
+        pair_P = pair_P[order_P]
+        token_P = pair_P.div(slots, rounding_mode="floor")
+        weight_P1 = decision.own_weights_TK.flatten()[pair_P].unsqueeze(-1)
+        x_PQ = (weight_P1 * self.regressors(logits_TD)[token_P]).float()
+        out_TH = x_PQ.new_zeros(tokens, hidden)
+        with torch.autocast("cpu", enabled=False):
+            parts, start = [], 0
+            for expert, count in enumerate(expert_P.bincount().tolist()):
+                if count:
+                    parts.append(x_PQ[start : start + count] @ self.maps_EQH[expert].float())
+                    start += count
+        return out_TH.index_add(0, token_P, torch.cat(parts))
+
+    def _rows(self, phi_TQ: Tensor, decision: RoutingDecision) -> Tensor:
+        """Compiled for a CPU: a weighted sum over the rows of all experts' maps, 0 for those that were kept."""
+        tokens, _ = decision.dropped_TK.shape
+        num, wide, _ = self.maps_EQH.shape
+        weight_TK = decision.dropped_weights_TK.double()
+        factor_TN = (weight_TK.unsqueeze(-1) * phi_TQ.unsqueeze(1)).reshape(tokens, -1)
+        first_TK1 = (decision.own_experts_TK.clamp(max=num - 1) * wide).unsqueeze(-1)
+        row_TN = (first_TK1 + torch.arange(wide)).reshape(tokens, -1)
+        table = self.maps_EQH.flatten(0, 1)
+        return embedding_bag(row_TN, table, per_sample_weights=factor_TN.to(table.dtype), mode="sum").float()
+
+    def _grouped(self, phi_TQ: Tensor, decision: RoutingDecision) -> Tensor:
+        """Sort, offsets, one grouped product over the dropped pairs; the others lie behind the last offset.
+
+        Rows there, which the product leaves unwritten, are removed by ``where`` (0 * NaN is NaN), as in
+        `bh_routing.patching.expert_math.grouped_forward`.
+        """
+        tokens, slots = decision.dropped_TK.shape
+        num = self.maps_EQH.shape[0]
+        group_P = decision.own_experts_TK.clamp(max=num).masked_fill(~decision.dropped_TK, num).flatten()
+        sorted_P, order_P = group_P.sort()
+        gone_P1 = (sorted_P < num).unsqueeze(-1)
+        offsets_E = torch.searchsorted(
+            sorted_P, torch.arange(num, device=sorted_P.device), right=True, out_int32=True
+        )
+        weight_P1 = decision.own_weights_TK.flatten()[order_P].unsqueeze(-1)
+        x_PQ = torch.where(gone_P1, weight_P1 * phi_TQ[order_P // slots], 0.0).to(self.maps_EQH.dtype)
+        y_PH = grouped_mm(x_PQ, self.maps_EQH, offs=offsets_E)
+        y_PH = torch.where(gone_P1, y_PH, torch.zeros((), dtype=y_PH.dtype, device=y_PH.device))
+        back_P = torch.empty_like(order_P).scatter_(
+            0, order_P, torch.arange(order_P.numel(), device=order_P.device)
+        )
+        return y_PH[back_P].view(tokens, slots, -1).sum(1, dtype=torch.float32)
 
 
 def compensated_norm(route_norm: RouteNorm, weights: WeightRule) -> RouteNorm:
@@ -108,24 +358,81 @@ def compensated_norm(route_norm: RouteNorm, weights: WeightRule) -> RouteNorm:
     return "none" if weights == "model" else route_norm
 
 
-def check_scale(compensation: bool | float | None) -> float | None:
-    """What a user says of the compensation, as a scale: None is the calibration's own, 0 none at all.
+class Wanted(NamedTuple):
+    """What a person says of the compensation.
+
+    Attributes
+    ----------
+    form : "none", "mean", "linear" or None
+        None: the best that the calibration holds.
+    strength : float or None
+        0 to 1; None: what the calibration measured for the form.
+    insists : bool
+        Whether it is an error where the calibration does not hold it.
+    """
+
+    form: CompensationForm | None
+    strength: float | None
+    insists: bool
+
+
+def wanted(compensation: Any) -> Wanted:
+    """Read what a person says of the compensation.
+
+    None: what the calibration holds. True, a form ("none", "mean", "linear"), a strength from 0 to 1, or both: a pair,
+    or text with a colon. False, "none" and a strength of 0 are none at all.
 
     Raises
     ------
     InvalidParameterError, InvalidTypeError
-        Unless it is True, False, None or a number from 0 to 1.
+        For anything else.
+
+    Examples
+    --------
+    >>> wanted("linear:0.9")
+    Wanted(form='linear', strength=0.9, insists=True)
+    >>> wanted(0).form
+    'none'
     """
-    if compensation is None or compensation is True:
-        return None
-    if compensation is False:
-        return 0.0
-    if not isinstance(compensation, (int, float)):
-        raise InvalidTypeError(
-            f"compensation must be true, false or a scale from 0 to 1, got {compensation!r}."
-        )
-    if not 0.0 <= compensation <= 1.0:
+    form, strength = _parts(compensation)
+    if strength is not None and not 0.0 <= strength <= 1.0:
         raise InvalidParameterError(
             f"compensation must be true, false or a scale from 0 to 1, got {compensation!r}."
         )
-    return float(compensation)
+    if form is not None:
+        check_word("compensation", form, CompensationForm)
+    if strength == 0.0 or form == "none":
+        if form == "none" and strength:
+            raise InvalidParameterError(
+                f"compensation 'none' has no strength, got {compensation!r}; leave it out."
+            )
+        return Wanted("none", None, False)
+    return Wanted(form, strength, compensation is not None)
+
+
+def _parts(compensation: Any) -> tuple[Any, float | None]:
+    """Form and strength, neither of them checked."""
+    if compensation is None or compensation is True:
+        return None, None
+    if compensation is False:
+        return "none", None
+    if isinstance(compensation, (int, float)):
+        return None, float(compensation)
+    if isinstance(compensation, str):
+        form, colon, rest = compensation.partition(":")
+        if not colon:
+            return form, None
+        try:
+            return form, float(rest)
+        except ValueError:
+            raise InvalidParameterError(
+                f"compensation must have a number after the colon, as in linear:0.9, got {compensation!r}."
+            ) from None
+    if isinstance(compensation, (tuple, list)) and len(compensation) == 2:
+        form, strength = compensation
+        if isinstance(strength, (int, float)) and not isinstance(strength, bool):
+            return form, float(strength)
+    raise InvalidTypeError(
+        "compensation must be true, false, a form ('none', 'mean' or 'linear'), a strength from 0 to 1, or both as a "
+        f"pair, got {compensation!r}."
+    )

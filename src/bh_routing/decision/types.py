@@ -94,6 +94,8 @@ class RoutingDecision:
         bool, tokens with non-finite logits that keep the router's own choice.
     in_place : bool
         Every kept slot is where the router had it, and an empty one has weight -0.0.
+    logits_TE : Tensor or None
+        The router's raw logits, which a compensation that follows the token reads; the patch sets them.
     """
 
     weights_TK: Tensor
@@ -106,6 +108,7 @@ class RoutingDecision:
     empty: int
     fallback_T: Tensor | None = None
     in_place: bool = False
+    logits_TE: Tensor | None = None
 
     @property
     def dropped_weights_TK(self) -> Tensor:
@@ -118,17 +121,19 @@ class RoutingDecision:
         return self.own_experts_TK.masked_fill(~self.dropped_TK, self.empty)
 
 
-def check_k(min_k: int, max_k: int | None, num_experts: int | None = None) -> None:
-    """Raise `InvalidParameterError` unless 1 <= min_k <= max_k <= num_experts."""
+def check_k(min_k: int, max_k: int | None, num_experts: int | None = None, *, least: int = 1) -> None:
+    """Raise `InvalidParameterError` unless least <= min_k <= max_k <= num_experts, and max_k is at least 1."""
     for name, value in (("min_k", min_k), ("max_k", max_k)):
         if value is None and name == "max_k":
             continue
         if isinstance(value, bool) or not isinstance(value, int):
             raise InvalidTypeError(f"{name} must be an integer, got {value!r}.")
-    if min_k < 1:
-        raise InvalidParameterError(f"min_k must be at least 1, got {min_k}; every token needs an expert.")
-    if max_k is not None and max_k < min_k:
-        raise InvalidParameterError(f"max_k must be at least min_k={min_k}, got {max_k}.")
+    if min_k < least:
+        why = "" if least == 0 else "; every token needs an expert"
+        raise InvalidParameterError(f"min_k must be at least {least}, got {min_k}{why}.")
+    if max_k is not None and max_k < max(min_k, 1):
+        floor = f"min_k={min_k}" if min_k else "1"
+        raise InvalidParameterError(f"max_k must be at least {floor}, got {max_k}.")
     if num_experts is not None and (max_k or min_k) > num_experts:
         name, value = ("max_k", max_k) if max_k is not None else ("min_k", min_k)
         raise InvalidParameterError(

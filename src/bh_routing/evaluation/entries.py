@@ -7,12 +7,10 @@ number of experts.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ..decision.compensation import check_scale
 from ..errors import BudgetError, InvalidParameterError
 from ..integration import BHRoutingIntegration, RoutingIntegration
 from ..policies import RoutingPolicy, TopKPolicy
@@ -85,15 +83,7 @@ def _from_policy(make: Maker) -> Builder:
 
     def build(bench: Workbench, parameters: dict[str, Any]) -> RoutingIntegration:
         rest = dict(parameters)
-        compensation = rest.pop("compensation", False)
-        scale, found = check_scale(compensation), {}
-        if scale != 0.0:
-            found = {} if bench.calibration is None else bench.calibration.compensations(scale)
-            if not found:
-                raise InvalidParameterError(
-                    f"compensation={json.dumps(compensation)} needs the experts' mean outputs: give a calibration that "
-                    "holds them."
-                )
+        found = RoutingSettings(compensation=rest.pop("compensation", False)).compensations(bench.calibration)
         return RoutingIntegration(
             bench.model, make(bench, rest), compensations=found, collect_stats=bench.collect_stats
         )

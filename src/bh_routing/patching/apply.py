@@ -51,7 +51,7 @@ class ExpertsPatch(InstancePatch):
         decision, self.link.decision = self.link.decision, None
         if decision is None:
             return out_TH
-        return out_TH + self.compensation.addition(decision).to(out_TH.dtype).reshape(out_TH.shape)
+        return self.compensation.add_to(out_TH, decision)
 
 
 class RoutingPatch:

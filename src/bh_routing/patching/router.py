@@ -104,7 +104,7 @@ class RouterPatch(InstancePatch):
         if not self.change:
             return outputs
         if self.link is not None:
-            self.link.decision = decision
+            self.link.decision = replace(decision, logits_TE=logits_TE)  # which a compensation may follow
         return self.layer.replace(outputs, args, kwargs, *visible(decision, experts_TK, context.empty))
 
 

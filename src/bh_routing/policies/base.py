@@ -249,13 +249,13 @@ class CountPolicy(RoutingPolicy):
         weights: WeightRule = "model",
     ) -> None:
         super().__init__(weights=weights)
-        check_k(min_k, max_k)
+        check_k(min_k, max_k, least=0)
         check_word("clamp", clamp, Clamp)
         self.min_k, self.max_k, self.clamp = min_k, max_k, clamp
 
     def bind(self, contexts: Iterable[RoutingContext]) -> None:
         for context in contexts:
-            check_k(self.min_k, self.max_k, context.num_experts)
+            check_k(self.min_k, self.max_k, context.num_experts, least=0)
             if self.max_k is None and self.min_k > context.top_k:
                 raise InvalidParameterError(
                     f"min_k={self.min_k} is more than the {context.top_k} experts that router {context.path} "

@@ -6,6 +6,7 @@ Shape legend: T tokens, E experts, K slots of the router's own choice, L layers.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -142,6 +143,7 @@ class TablePolicy(CountPolicy):
             for buffer, new in zip(buffers, table.tensors(table.row(path, index)), strict=True):
                 buffer.copy_(new)
         self.table = table
+        self._settings = {path: replace(how, limits=self.limits) for path, how in self._settings.items()}
         self._read_rows()
 
     def decide(

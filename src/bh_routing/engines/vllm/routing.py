@@ -101,7 +101,7 @@ class LayerRouting:
         if engine.settings.mode == "analyze":
             return weights_TK.clone(), experts_TK.clone()
         if self.compensation is not None:
-            self.added_TH = self.compensation.addition(decision)
+            self.added_TH = self.compensation.addition(replace(decision, logits_TE=logits_TE))
         return decision.weights_TK, filled(decision, experts_TK.dtype)
 
     def compensate(self, output_TH: Tensor) -> Tensor:
@@ -120,6 +120,8 @@ class LayerRouting:
 def filled(decision: RoutingDecision, dtype: torch.dtype = torch.int64) -> Tensor:
     """The router's own experts with the first kept one in place of the dropped ones, [T, K] in this dtype.
 
+    A token that keeps none gets its first one, of weight 0, everywhere.
+
     Examples
     --------
     >>> import torch
@@ -132,7 +134,7 @@ def filled(decision: RoutingDecision, dtype: torch.dtype = torch.int64) -> Tenso
     own_TK, dropped_TK = decision.own_experts_TK, decision.dropped_TK
     if own_TK.shape[0] == 1 and own_TK.device.type == "cpu":  # in plain Python, as `decide_one_token`
         own, dropped = own_TK.tolist()[0], dropped_TK.tolist()[0]
-        first = own[dropped.index(False)]
+        first = own[0 if all(dropped) else dropped.index(False)]  # without an expert all weights are 0
         chosen = [first if gone else expert for expert, gone in zip(own, dropped, strict=True)]
         return torch.tensor([chosen], dtype=dtype)
     first_T1 = (~dropped_TK).to(torch.uint8).argmax(-1, keepdim=True)
@@ -181,7 +183,7 @@ class EngineRouting:
                 self.left_out.append(facts.name)
                 return None
             index, path, score_func = self._check(self.calibration, facts)
-        limit = max(filter(None, (self.settings.min_k, self.settings.max_k, self.settings.top_k)))
+        limit = max(self.settings.min_k or 1, self.settings.max_k or 1, self.settings.top_k or 1)
         if limit > facts.top_k:
             raise InvalidParameterError(
                 f"layer {facts.name} selects {facts.top_k} experts, and vLLM's buffers have room for no more: "
