@@ -348,7 +348,7 @@ class RoutingSettings:
             made = calibration.policy(
                 alpha=self.alpha,
                 experts_per_token=self.experts_per_token,
-                compensated=self.form(calibration) != "none",
+                compensated=self.form(calibration),
                 **self.null_settings,
                 **limits,
             )
