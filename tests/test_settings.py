@@ -91,7 +91,7 @@ def test_frozen_and_keyword_only():
         (
             {"size": "large"},
             InvalidParameterError,
-            "size must be 'sensitivity', 'deviation' or 'output', got",
+            "size must be 'token', 'sensitivity', 'deviation' or 'output', got",
         ),
         ({"kernel": "round"}, InvalidParameterError, "kernel must be 'gaussian', "),
         ({"bandwidth": "wide"}, InvalidParameterError, "bandwidth must be 'silverman', got 'wide'."),
