@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -95,7 +96,7 @@ class RoutingIntegration:
         self.plan = _plan_of(model) if plan is None else plan
         if self.compensations:
             self.plan = self.plan.compensated(policy.weights)
-        with torch.inference_mode(False):  # buffers made in it could not be rewritten outside
+        with _plainly():
             policy.bind(self.plan.contexts)
         slots = [policy.slots(context) for context in self.plan.contexts]
         self._telemetry = Telemetry(self.plan.contexts, slots) if collect_stats else None
@@ -145,7 +146,8 @@ class RoutingIntegration:
         PatchError
             If the model is patched already.
         """
-        self._patch.apply()
+        with _plainly():
+            self._patch.apply()
         for layer in self.plan.layers:
             logger.debug("%s: %s -> %s", layer.path, type(layer.router).__name__, self.policy)
         logger.info(
@@ -203,7 +205,15 @@ class RoutingIntegration:
 def _plan_of(model: nn.Module) -> PatchPlan:
     if not isinstance(model, nn.Module):
         raise InvalidTypeError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
-    return make_plan(model)
+    with _plainly():
+        return make_plan(model)
+
+
+@contextmanager
+def _plainly() -> Iterator[None]:
+    """Whatever the caller's mode and default device: buffers made in inference mode could not be rewritten outside."""
+    with torch.inference_mode(False), torch.device("cpu"):
+        yield
 
 
 class BHRoutingIntegration(RoutingIntegration):
@@ -275,13 +285,14 @@ class BHRoutingIntegration(RoutingIntegration):
         if isinstance(calibration, str) and calibration == "auto":
             calibration = default_calibration(getattr(getattr(model, "config", None), "name_or_path", ""))
         asked.check_calibrated(calibration)
-        if calibration is not None and not isinstance(calibration, Calibration):
-            calibration = Calibration.load(calibration)
-        policy, compensations = asked.policy(calibration), asked.compensations(calibration)
-        plan = _plan_of(model)
-        if calibration is not None:
-            calibration.check(plan, strict=asked.strict)
-            plan = plan.without(calibration.left_out)
+        with _plainly():
+            if calibration is not None and not isinstance(calibration, Calibration):
+                calibration = Calibration.load(calibration)
+            policy, compensations = asked.policy(calibration), asked.compensations(calibration)
+            plan = _plan_of(model)
+            if calibration is not None:
+                calibration.check(plan, strict=asked.strict)
+                plan = plan.without(calibration.left_out)
         super().__init__(
             model,
             policy,

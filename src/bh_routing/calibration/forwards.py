@@ -41,8 +41,10 @@ def pieces(hidden_TH: Tensor, index_TK: Tensor) -> Iterator[slice]:
 def forward(model: nn.Module, plan: PatchPlan, batch: Batch, *, head: bool = False) -> Tensor | None:
     """Run the model on a batch, without its head where that sees every router.
 
-    Returns the logits [B, S, V] with it, None from a model that has no head; without it the hidden states.
+    Returns the logits [B, S, V] with it, None from a model that predicts no next tokens; without it the hidden states.
     """
+    if head and _has_task_head(model):
+        return None
     runner: Any = model
     if not head and not _together.get():  # a sharded model gathers its weights where it is called itself
         base = getattr(model, "base_model", None)
@@ -54,6 +56,13 @@ def forward(model: nn.Module, plan: PatchPlan, batch: Batch, *, head: bool = Fal
     mask = None if batch.mask.all() else batch.mask.long().to(device)
     output = runner(input_ids=batch.input_ids.to(device), attention_mask=mask, use_cache=False)
     return getattr(output, "logits", None) if head else output[0]
+
+
+def _has_task_head(model: nn.Module) -> bool:
+    """Whether a model answers with scores of labels instead of next tokens (classifiers, reward models)."""
+    embeddings = getattr(model, "get_output_embeddings", None)
+    heads = (getattr(model, name, None) for name in ("score", "classifier", "qa_outputs"))
+    return (embeddings is None or embeddings() is None) and any(isinstance(h, nn.Module) for h in heads)
 
 
 @contextmanager

@@ -8,9 +8,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from functools import lru_cache
 from typing import Any
+
+import torch
 
 from ..errors import DatasetError, InvalidParameterError, MissingDependencyError
 
@@ -67,8 +69,26 @@ def register() -> type:
                 path = calibration
             held = None if path in (None, "none") else Calibration.load(path)
             self.routing = make_routing(spec, Workbench(pretrained, held))
+            self._inputs: set[tuple[int, ...]] = set()
             super().__init__(pretrained=pretrained, tokenizer=tokenizer, **settings)
             self.routing.patch_model()
+
+        def _loglikelihood_tokens(self, requests: Any, *args: Any, **kwargs: Any) -> Any:
+            self._inputs = {tuple((c + t)[-(self.max_length + 1) :][:-1]) for _, c, t in requests}
+            return super()._loglikelihood_tokens(requests, *args, **kwargs)
+
+        def _model_call(self, inps: Any, attn_mask: Any = None, labels: Any = None) -> Any:
+            """As in ``hf``, but the model is told what is padding: rows are filled up with zeros."""
+            if attn_mask is not None or labels is not None or inps.shape[0] == 1:
+                return super()._model_call(inps, attn_mask, labels)
+            autocast = torch.autocast(
+                self.device.type, self.mixed_precision_dtype, enabled=self.mixed_precision_dtype is not None
+            )
+            lengths = [real_length(row, self._inputs) for row in inps.tolist()]
+            positions_S = torch.arange(inps.shape[1], device=inps.device)
+            mask_BS = positions_S < torch.tensor(lengths, device=inps.device).unsqueeze(-1)
+            with torch.no_grad(), autocast:
+                return self.model(inps, attention_mask=mask_BS.long()).logits
 
         def unpatch(self) -> None:
             """Restore the model."""
@@ -80,6 +100,14 @@ def register() -> type:
             return info | {"routing": self.routing.get_routing_stats()}
 
     return BHRoutingLM
+
+
+def real_length(row: Sequence[int], inputs: Set[tuple[int, ...]]) -> int:
+    """Tokens of a row before the zeros that fill it up: the shortest beginning that is an input; all of it if none is."""
+    start = len(row)
+    while start and row[start - 1] == 0:
+        start -= 1
+    return next((n for n in range(start, len(row)) if tuple(row[:n]) in inputs), len(row))
 
 
 def evaluate(

@@ -188,7 +188,7 @@ def probe(
     if width is None or parameter is None or device.type == "meta":
         return None
     generator = torch.Generator().manual_seed(0)
-    x_TH = torch.randn(PROBE_TOKENS, width, generator=generator).to(device, parameter.dtype)
+    x_TH = torch.randn(PROBE_TOKENS, width, generator=generator, device="cpu").to(device, parameter.dtype)
     module, attribute = target or (router, "forward")
     with torch.no_grad(), _random_state_kept(device):
         for call in _calls(module, attribute, parent):
