@@ -43,7 +43,6 @@ class _PValues:
         return fit.p_values(self.calibration, logits_TE, layer, self.settings)
 
 
-
 class Calibration(CalibrationData):
     """What a model's routers do on a calibration text.
 
@@ -312,7 +311,12 @@ class Calibration(CalibrationData):
 
         assert isinstance(level, float)
         return PValuePolicy(
-            _PValues(self, chosen), procedure=rule, alpha=level, temperature=self.temperature, weights=weights, **limits
+            _PValues(self, chosen),
+            procedure=rule,
+            alpha=level,
+            temperature=self.temperature,
+            weights=weights,
+            **limits,
         )
 
     # -- file, model, other calibrations -----------------------------------------------------------------

@@ -257,7 +257,7 @@ def _fields(header: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, Any
             found[part] = kind_of_part(**wide)
     _check_counts(histograms, layers, header["num_experts"])
     if "moments" in found:
-        _check_moments(found["moments"], histograms["logit"]["selected"])
+        _check_moments(found["moments"])
     if "linear" in found and int(found["linear"].rank_L.max()) > found["linear"].whiten_LDR.shape[-1]:
         raise ValueError("linear.rank must be at most the width of linear.whiten")
     if "reservoir" in found:
@@ -302,9 +302,10 @@ def _check_counts(
             raise ValueError(f"{layer.path} has more trimmed logits than logits")
 
 
-def _check_moments(moments: Moments, selected: Histogram) -> None:
-    if not torch.equal(moments.tokens_LE, selected.counts_LEB.sum(-1)):
-        raise ValueError("moments.tokens must be how often each expert was selected")
+def _check_moments(moments: Moments) -> None:
+    # Not compared with the counts: a calibration that was fitted anew while training counts other tokens than its moments.
+    if bool((moments.tokens_LE < 0).any()):
+        raise ValueError("moments.tokens must be numbers of tokens, 0 or more")
     if bool((moments.mean_square_LE > moments.square_LE * 1.001 + 1e-12).any()):
         raise ValueError("moments.mean_square must be at most moments.square")
     if moments.mean_LEH is not None and not torch.allclose(

@@ -178,7 +178,9 @@ def benjamini_hochberg_routing(
     check_k(min_k, max_k, num_experts)
 
     without_scale = isinstance(pvalues, str) and pvalues != "softmax"
-    p_TE = resolve_p_values(pvalues, raw_TE if without_scale else x_TE, values=_looks(validate, router_logits))
+    p_TE = resolve_p_values(
+        pvalues, raw_TE if without_scale else x_TE, values=_looks(validate, router_logits)
+    )
     ranking = rank_by_p_values(
         p_TE, rule, alpha, num_experts, ties_TK=raw_TE, limits=Limits(min_k, max_k, clamp)
     )
