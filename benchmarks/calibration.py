@@ -158,15 +158,19 @@ def at_mean(
 # -- the parts ---------------------------------------------------------------------------------------------
 
 
-def configurations(calibration: Calibration) -> list[tuple[str, dict[str, Any], bool, str]]:
-    """(label, settings, compensation, weights): the recommended one, and each choice changed by itself."""
-    rows: list[tuple[str, dict[str, Any], bool, str]] = [("recommended", {}, True, "model")]
+def configurations(calibration: Calibration) -> list[tuple[str, dict[str, Any], str, str]]:
+    """(label, settings, form of compensation, weights): the recommended one, and each choice changed by itself."""
+    best = calibration.forms[-1]
+    rows: list[tuple[str, dict[str, Any], str, str]] = [("recommended", {}, best, "model")]
+    if best == "linear":
+        rows += [("compensation mean", {}, "mean", "model")]
     rows += [
-        ("without compensation", {}, False, "model"),
-        ("weights preserve, without compensation", {}, False, "preserve"),
-        ("weights sum, without compensation", {}, False, "sum"),
+        ("without compensation", {}, "none", "model"),
+        ("weights preserve, without compensation", {}, "none", "preserve"),
+        ("weights sum, without compensation", {}, "none", "sum"),
     ]
     for label, settings in (
+        ("size sensitivity", {"size": "sensitivity"}),
         ("size deviation", {"size": "deviation"}),
         ("size output", {"size": "output"}),
         ("logprob", {"statistic": "logprob"}),
@@ -184,7 +188,7 @@ def configurations(calibration: Calibration) -> list[tuple[str, dict[str, Any], 
         ("procedure storey", {"procedure": "storey"}),
         ("logit, layer, null all: nearest to the original design", {"statistic": "logit", "null": "all"}),
     ):
-        rows.append((label, settings, True, "model"))
+        rows.append((label, settings, best, "model"))
     if calibration.moments is None or calibration.moments.sensitivity_LE is None:
         rows = [row for row in rows if row[1].get("size") != "sensitivity"]
     return rows
@@ -194,21 +198,21 @@ def choose(model: Any, calibration: Calibration, text: Text) -> list[dict[str, A
     """Every configuration on the choosing half, at each budget; the mean that came out is printed beside it."""
     base = run(model, text, None)
     topk = {b: run(model, text, TopKPolicy(int(b))) for b in BUDGETS}
-    compensations = calibration.compensations()
+    held_by = {form: calibration.compensation(form) for form in calibration.forms}
     rows = []
-    for label, settings, compensated, weights in configurations(calibration):
+    for label, settings, form, weights in configurations(calibration):
         row: dict[str, Any] = {"configuration": label, "settings": settings}
         for budget in BUDGETS:
 
-            def make(nominal: float, settings=settings, weights=weights, compensated=compensated):
+            def make(nominal: float, settings=settings, weights=weights, form=form):
                 return calibration.policy(
-                    experts_per_token=nominal, weights=weights, compensated=compensated, **settings
+                    experts_per_token=nominal, weights=weights, compensated=form, **settings
                 )
 
             held: dict[int, Run] = {}
 
-            def measure(policy: RoutingPolicy, held=held, compensated=compensated) -> float:
-                held[0] = run(model, text, policy, compensations if compensated else None)
+            def measure(policy: RoutingPolicy, held=held, form=form) -> float:
+                held[0] = run(model, text, policy, held_by[form] or None)
                 return held[0].mean_experts
 
             try:
@@ -246,15 +250,21 @@ def methods(
     from bh_routing.evaluation.routing_log import RoutingLog
 
     log = RoutingLog.from_calibration(calibration)
-    compensations = calibration.compensations()
-    return {
+    compensations = calibration.compensation()
+    others = {}
+    if calibration.forms[-1] == "linear":
+        others["BH, compensation mean"] = (
+            lambda b: calibration.policy(experts_per_token=b, compensated="mean"),
+            calibration.compensation("mean"),
+        )
+    return others | {
         "BH, recommended": (lambda b: calibration.policy(experts_per_token=b), compensations),
         "Bonferroni, otherwise recommended": (
             lambda b: calibration.policy(experts_per_token=b, procedure="bonferroni"),
             compensations,
         ),
         "BH, without compensation": (
-            lambda b: calibration.policy(experts_per_token=b, compensated=False),
+            lambda b: calibration.policy(experts_per_token=b, compensated="none"),
             None,
         ),
         "top-p": (lambda b: TopPPolicy.for_budget(b, log), None),
@@ -313,7 +323,7 @@ def budgets_held_out(model: Any, calibration: Calibration, texts: list[Text]) ->
     rows = []
     for budget in BUDGETS:
         policy = calibration.policy(experts_per_token=budget)
-        found = [run(model, text, policy, calibration.compensations()).mean_experts for text in texts]
+        found = [run(model, text, policy, calibration.compensation()).mean_experts for text in texts]
         rows.append({"budget": budget} | {t.name: f for t, f in zip(texts, found, strict=True)})
         say(f"| {budget:g} | " + " | ".join(f"{f:.3f} ({f / budget - 1:+.1%})" for f in found) + " |")
     return rows
@@ -322,13 +332,15 @@ def budgets_held_out(model: Any, calibration: Calibration, texts: list[Text]) ->
 def scales(model: Any, calibration: Calibration, texts: list[Text]) -> list[dict[str, Any]]:
     """Divergence from the model's own predictions, and change of perplexity, by scale of the compensation."""
     say(
-        f"\nMeasured on the calibration text: {calibration.compensation_scale:.2f}. In each cell the divergence "
+        f"\nThe form {calibration.forms[-1]}; measured on the calibration text: "
+        f"{calibration.linear_scale if calibration.linear is not None else calibration.compensation_scale:.2f}. "
+        "In each cell the divergence"
     )
     say("KL(own || routed) in millinats per token, and the change of perplexity.\n")
     say("| text | budget | top-k | " + " | ".join(f"{s:g}" for s in SCALES) + " |")
     say("|---" * (len(SCALES) + 3) + "|")
-    own_compensations = calibration.compensations()
-    by_scale = {f"{s:g}": calibration.compensations(s) for s in SCALES}
+    own_compensations = calibration.compensation()
+    by_scale = {f"{s:g}": calibration.compensation(None, s) for s in SCALES}
     rows = []
     for text in texts:
         base = run(model, text, None)
@@ -425,9 +437,17 @@ def uniformity(model: Any, calibration: Calibration, texts: list[Text]) -> list[
     names = [layer.path for layer in calibration.layers]
     say("\n| null | text | " + " | ".join(f"layer {i}" for i in range(len(names))) + " | pooled |")
     say("|---" * (len(names) + 3) + "|")
+    constant = calibration.settings(compensated="mean").size
+    token: tuple[tuple[str, dict[str, Any]], ...] = ()
+    if calibration.token_sizes is not None:
+        token = tuple(
+            (f"{scope}, empirical, size from the token", {"scope": scope, "size": "token"})
+            for scope in ("layer", "model")
+        )
     for text in texts:
         seen = routed(model, text)
         for label, settings in (
+            *token,
             ("layer, empirical", {"scope": "layer"}),
             ("layer, kde (Silverman)", {"scope": "layer", "estimator": "kde"}),
             ("layer, normal", {"scope": "layer", "estimator": "normal"}),
@@ -435,6 +455,8 @@ def uniformity(model: Any, calibration: Calibration, texts: list[Text]) -> list[
             ("model, empirical", {"scope": "model"}),
             ("model, kde (Silverman)", {"scope": "model", "estimator": "kde"}),
         ):
+            if "statistic" not in settings:
+                settings = {"size": constant} | settings
             nulls = [null_counts(calibration, path, *choice, **settings) for path, choice in seen.items()]
             values = [distance(counts_B) for counts_B in nulls]
             pooled = distance(sum(nulls))
