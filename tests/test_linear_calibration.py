@@ -19,6 +19,7 @@ from bh_routing.calibration.linear_maps import ChosenFit, LinearMaps, choose_fit
 from bh_routing.calibration.moments import ENOUGH
 from bh_routing.calibration.passes import calibrate
 from bh_routing.calibration.second_pass import SecondPass, mean_addition, mean_logits, strange_windows
+from bh_routing.calibration.token_sizes import Residuals, fit_slopes, fit_token_sizes
 from bh_routing.decision.compensation import lost_and_kept
 from bh_routing.errors import (
     CalibrationError,
@@ -29,6 +30,7 @@ from bh_routing.errors import (
 )
 from bh_routing.models import bundled_calibration
 from bh_routing.patching import make_plan
+from bh_routing.stats.statistic import full_statistic, token_size
 from bh_routing.text import TextStream
 from test_linear_fit import E, H, sums_of, tokens
 
@@ -454,3 +456,100 @@ def test_lost_and_kept_is_what_the_means_are_added_by():
     added = mean_addition(mean_EH)(torch.zeros(1, 3), weights_TK, dropped_TK, experts_TK)
     assert torch.equal(added, 0.5 * mean_EH[2:3])
     assert torch.equal(lost_and_kept(weights_TK, dropped_TK, experts_TK, 3)[:, :3] @ mean_EH, added)
+
+
+# -- sizes from the token --------------------------------------------------------------------------------------
+
+
+def residuals(seed: int, num: int = 4000, experts: int = 8, noise: float = 0.3):
+    """Tokens whose |r| follows the logits with a slope of each expert's own, and (g . r)^2 a share of |r|^2."""
+    g = torch.Generator().manual_seed(seed)
+    truth_DE = 0.4 * torch.randn(experts, experts, generator=torch.Generator().manual_seed(5))
+    logits_ND = torch.randn(num, experts, generator=g) + 1.0
+    experts_NK = logits_ND.topk(3, -1).indices
+    log_NE = (logits_ND - 1.0) @ truth_DE + torch.arange(experts) / 4
+    log_NK = log_NE.gather(1, experts_NK) + noise * torch.randn(num, 3, generator=g)
+    return truth_DE, Residuals(
+        logits_ND=logits_ND,
+        experts_NK=experts_NK,
+        size_NK=(2 * log_NK).exp(),
+        effect_NK=0.25 * (2 * log_NK).exp(),
+        window_N=torch.arange(num) // 100,
+    )
+
+
+def test_slopes_are_found_and_said_to_hold():
+    truth_DE, held = residuals(0)
+    center_D = torch.ones(8)
+    found = fit_token_sizes([held], [center_D], 8)
+    assert 0.5 < float(found.r2_L[0]) < 1.0
+    # shrunk by the ridge, 2e-2 of the pairs; the noise of 1500 pairs an expert
+    assert float((found.slope_LDE[0] - truth_DE).abs().max()) < 0.1
+    assert found.tokens_LE.sum() == 12000
+
+
+def test_sizes_match_what_the_loss_feels_on_average():
+    """sum (g . r)^2 = sum exp(2 (a + clamp(...))) for every expert."""
+    _, held = residuals(1)
+    center_D = torch.ones(8)
+    found = fit_token_sizes([held], [center_D], 8)
+    told_NE = found.offset_LE[0] + token_size(held.logits_ND, found.slope_LDE[0], center_D)
+    for expert in range(8):
+        at_NK = held.experts_NK == expert
+        told = (2 * told_NE[:, expert : expert + 1].expand(-1, 3)[at_NK]).double().exp().sum()
+        assert float(told) == pytest.approx(float(held.effect_NK[at_NK].sum()), rel=1e-4)
+
+
+def test_where_the_token_tells_nothing_sizes_are_constants():
+    _, held = residuals(2)
+    shuffled = replace(held, size_NK=torch.rand(4000, 3, generator=torch.Generator().manual_seed(0)))
+    found = fit_token_sizes([shuffled], [torch.ones(8)], 8)
+    assert float(found.r2_L[0]) < 0.02
+    if float(found.r2_L[0]) <= 0.0:
+        assert not bool(found.slope_LDE.any())
+
+
+def test_an_expert_with_few_pairs_has_the_shared_slope():
+    _, held = residuals(3)
+    rare_NK = held.experts_NK == 7
+    seen_NK = rare_NK.flatten().cumsum(0).view_as(rare_NK)
+    few = replace(held, experts_NK=torch.where(rare_NK & (seen_NK > 10), 0, held.experts_NK))
+    slope_DE = fit_slopes(few, torch.ones(8), 8)
+    none = replace(held, experts_NK=torch.where(rare_NK, 0, held.experts_NK))
+    shared_D = fit_slopes(none, torch.ones(8), 8)[:, 7]
+    assert int((few.experts_NK == 7).sum()) < 20
+    torch.testing.assert_close(slope_DE[:, 7], shared_D, rtol=0.1, atol=0.02)  # ten pairs more
+
+
+def test_budgets_and_nulls_come_from_the_reservoirs_tokens(calibrated):
+    """The budget is met where it was solved, and passed-over experts there have uniform p-values."""
+    solution = calibrated.solve(3.0, size="token")
+    assert solution.table.follows_token
+    kept, reservoir = [], calibrated.reservoir
+    for index, layer in enumerate(calibrated.layers):
+        logits_NE, own_NK = reservoir.logits_NLE[:, index].float(), reservoir.experts_NLK[:, index].long()
+        statistic_NE = full_statistic(
+            logits_NE,
+            calibrated.token_sizes.offset_LE[index],
+            "contribution",
+            layer.score_func,
+            slope_DE=calibrated.token_sizes.slope_LDE[index],
+            center_D=calibrated.token_sizes.center_LD[index],
+        )
+        own = statistic_NE.gather(1, own_NK).sort(-1, descending=True).values
+        passes = own >= solution.table.thresholds_LE[index, :6]
+        ranks = torch.arange(1, 7)
+        kept.append((passes * ranks).amax(-1).clamp_min(1).double().mean())
+        p_NE = calibrated.p_values(logits_NE, index, size="token", scope="layer")
+        passed = p_NE[torch.ones_like(p_NE, dtype=torch.bool).scatter(1, own_NK, False)].sort().values
+        uniform = torch.arange(1, len(passed) + 1) / len(passed)
+        assert float((passed - uniform).abs().max()) < 1 / 128  # what one bin of 1/64 holds, at most
+    assert float(torch.stack(kept).mean()) == pytest.approx(solution.mean_experts, abs=1e-9)
+    assert calibrated.settings(compensated="mean").size == "sensitivity"
+    assert calibrated.settings(compensated="linear").size == "token"
+    assert calibrated.settings(compensated=False).size == "sensitivity"
+    bare = replace(calibrated, reservoir=None)
+    with pytest.raises(CalibrationError, match="size='token' takes its null from the calibration's tokens"):
+        bare.table(0.1, size="token")
+    with pytest.raises(CalibrationMismatchError, match="size='token' needs the sizes that follow the token"):
+        replace(calibrated, token_sizes=None).table(0.1, size="token")
