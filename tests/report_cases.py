@@ -22,8 +22,8 @@ def make_run() -> dict[str, Any]:
 
 def make_result(policy: str, experts: float, loss: float, seed: int, **changes: Any) -> dict[str, Any]:
     random = np.random.default_rng(seed)
-    losses = random.normal(3.0, 1.0, 4096) * 0 + np.random.default_rng(0).normal(3.0, 1.0, 4096) + loss
-    losses += random.normal(0.0, 0.05, 4096)
+    losses = random.normal(3.0, 1.0, 8192) * 0 + np.random.default_rng(0).normal(3.0, 1.0, 8192) + loss
+    losses += random.normal(0.0, 0.05, 8192)
     name, _, value = policy.partition(":k=")
     spread = 0.0 if name in ("topk", "full", "original") else 1.2
     counts = (

@@ -353,6 +353,9 @@ def test_intervals() -> None:
     assert blocks == [[1024.0, 512], [1024.0, 512], [12.0, 6]]
     whole = perplexity_interval(blocks)
     assert whole.value == pytest.approx(math.exp(2.0))
+    assert not whole.known  # three blocks are too few to draw from
+    blocks *= 4
+    whole = perplexity_interval(blocks)
     assert (whole.low, whole.high) == pytest.approx((whole.value, whole.value))
     assert perplexity_change(blocks, blocks).within_noise
     with pytest.raises(InvalidInputError, match="only routings of the same tokens"):
@@ -364,7 +367,10 @@ def test_pareto_front_by_hand() -> None:
 
 
 def test_summary(make_runner: Any) -> None:
-    records = make_runner(["topk:k=3", "random:k=3", "uniform:k=2", "topk:k=2,weights=sum"]).run()
+    policies = ["topk:k=3", "random:k=3", "uniform:k=2", "topk:k=2,weights=sum"]
+    short = make_runner(policies, folder="short").run()
+    assert all(not row["verdict"] for row in summarise(short, "night"))  # too few blocks for a verdict
+    records = make_runner(policies, {"night": TEXT * 7}).run()
     rows = {row["result"]["policy"]: row for row in summarise(records, "night")}
     assert rows["full"]["change"] is None
     assert rows["topk:k=3"]["against"] is None

@@ -84,7 +84,7 @@ def test_what_the_page_says(page: str) -> None:
         "Token view",
     ):
         assert part in text
-    assert "(beyond 11%: original)" in text  # named, not drawn: +123 %
+    assert "(beyond 10%: original)" in text  # named, not drawn: +123 %
 
 
 def test_no_results() -> None:

@@ -201,7 +201,8 @@ def _show_measured(console: Any, measured: list[Measured], tokens: int, source: 
     table = common.make_table(f"Perplexity on {source}, experts and time", *columns)
     for row in measured:
         change = row.change_from(own)
-        compared = (f"{change.value:+.1%}", f"[{100 * change.low:+.1f}, {100 * change.high:+.1f}]")
+        interval = f"[{100 * change.low:+.1f}, {100 * change.high:+.1f}]" if change.known else ""
+        compared = (f"{change.value:+.1%}", interval)
         table.add_row(
             row.label,
             f"{row.mean_experts:.2f} ± {row.std_experts:.2f}",

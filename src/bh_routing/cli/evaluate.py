@@ -167,5 +167,7 @@ def show(results: list[dict[str, Any]]) -> None:
 def _interval(value: Any, verdict: str = "") -> str:
     if value is None:
         return ""
+    if not value.known:
+        return f"{value.value:+.1%}"
     mark = "~" if verdict == "within noise" else ""
     return f"{mark}{value.value:+.1%} ± {50 * (value.high - value.low):.1f}"

@@ -32,9 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--experts", type=common.positive, required=True, metavar="N", help="experts per token on average"
     )
-    parser.add_argument(
-        "--steps", type=common.whole(1), required=True, metavar="N", help="updates of the weights"
-    )
+    parser.add_argument("--steps", type=int, required=True, metavar="N", help="updates of the weights")
     parser.add_argument(
         "-o", "--output", required=True, metavar="OUT", help="the folder to write; must not exist"
     )
@@ -42,14 +40,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--eval-text", nargs="+", metavar="FILE", help="judge by this text")
     parser.add_argument(
         "--calibration-tokens",
-        type=common.whole(1),
+        type=int,
         default=65_536,
         metavar="N",
         help="at most so many (default 65536)",
     )
     parser.add_argument(
         "--eval-tokens",
-        type=common.whole(2),
+        type=int,
         default=16_384,
         metavar="N",
         help="at most so many (default 16384)",
@@ -188,7 +186,7 @@ def _table(before: Any, after: Any, settings: FinetuneSettings) -> list[dict[str
                 "routing": title,
                 "experts": [before[name][0], after[name][0]],
                 "perplexity": [perplexity_interval(b).value for b in blocks],
-                "change": [change.value, change.low, change.high],
+                "change": [change.value, *((change.low, change.high) if change.known else (None, None))],
                 "over_own": [perplexity_change(b, o).value for b, o in zip(blocks, own, strict=True)],
             }
         )
@@ -207,12 +205,12 @@ def _show(rows: list[dict[str, Any]], done: Any, settings: FinetuneSettings, tok
         "after",
     )
     for row in rows:
-        value, low, high = (f"{100 * x:+.2f}" for x in row["change"])
+        value, low, high = ("" if x is None else f"{100 * x:+.2f}" for x in row["change"])
         table.add_row(
             row["routing"],
             f"{row['experts'][1]:.2f}",
             *(f"{x:.2f}" for x in row["perplexity"]),
-            f"{value}% [{low}, {high}]",
+            f"{value}% [{low}, {high}]" if low else f"{value}%",
             *(f"{100 * x:+.2f}%" for x in row["over_own"]),
         )
     common.print_table(common.make_console(), table)

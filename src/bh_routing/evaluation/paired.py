@@ -16,12 +16,20 @@ from ..errors import InvalidInputError
 BLOCK = 512  # tokens
 
 
+FEWEST = 10  # blocks: of fewer, draws with replacement are too few different ones for an interval
+
+
 class Interval(NamedTuple):
-    """An estimate and its 95 % interval."""
+    """An estimate and its 95 % interval; NaN at both ends where there were too few blocks for one."""
 
     value: float
     low: float
     high: float
+
+    @property
+    def known(self) -> bool:
+        """Whether there is an interval."""
+        return not math.isnan(self.low)
 
     @property
     def within_noise(self) -> bool:
@@ -75,6 +83,8 @@ def _arrays(blocks: Sequence[Sequence[float]]) -> np.ndarray:
 
 def _interval(sums_J: Any, counts_J: Any, resamples: int, seed: int, to_scale: Any) -> Interval:
     num = len(sums_J)
+    if num < FEWEST:
+        return Interval(float(to_scale(sums_J.sum() / counts_J.sum())), math.nan, math.nan)
     draws_RJ = np.random.default_rng(seed).multinomial(num, np.full(num, 1.0 / num), size=resamples)
     means_R = (draws_RJ @ sums_J) / (draws_RJ @ counts_J)
     low, high = np.percentile(to_scale(means_R), [2.5, 97.5])

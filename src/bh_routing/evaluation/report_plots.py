@@ -215,4 +215,6 @@ def family(result: dict[str, Any]) -> str:
 def percent(value: Interval | None) -> str:
     if value is None:
         return ""
+    if not value.known:
+        return f"{value.value:+.1%}"
     return f"{value.value:+.1%} [{100 * value.low:+.1f}, {100 * value.high:+.1f}]"

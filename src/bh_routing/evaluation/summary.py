@@ -50,6 +50,8 @@ def summarise(results: Sequence[dict[str, Any]], dataset: str) -> list[dict[str,
 
 def _verdict(result: dict[str, Any], cut: dict[str, Any], difference: Interval) -> str:
     """In a word, by the 95 % interval; empty where more experts bought the lower perplexity."""
+    if not difference.known:
+        return ""
     if difference.within_noise:
         word = "within noise"
     else:
