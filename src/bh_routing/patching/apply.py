@@ -281,14 +281,14 @@ def unpatch(model: nn.Module) -> int:
     """
     modules = list(model.modules())
     patches = [value for m in modules for value in m.__dict__.values() if isinstance(value, InstancePatch)]
-    swapped = [m for m in modules if hasattr(m, skip_aware.STOCK)]
+    swapped = [m for m in modules if skip_aware.STOCK in m.__dict__]
     removed = sum(patch.active for patch in patches) + len(swapped)
 
     def take_off() -> None:
         for module in modules:
             while (found := find_patch(module)) is not None:
                 found.remove()
-            if hasattr(module, skip_aware.STOCK):
+            if skip_aware.STOCK in module.__dict__:
                 piece = ImplementationPatch(module)
                 piece.config = copy.copy(module.config)
                 piece.config._experts_implementation_internal = getattr(module, skip_aware.STOCK)

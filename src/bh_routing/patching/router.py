@@ -5,6 +5,7 @@ Shape legend: T tokens, E experts, K slots per token.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -18,6 +19,7 @@ from ..errors import PatchError
 from ..policies import RoutingContext, RoutingPolicy, check_decision
 from ..telemetry.counters import in_graph, recomputing
 from ..telemetry.figures import Telemetry
+from . import experts as skip_aware
 from .forward import Forwards
 from .instance import InstancePatch
 from .plan import LayerPlan
@@ -69,6 +71,11 @@ class RouterPatch(InstancePatch):
         self.telemetry, self.link = telemetry, link
         self.change, self.watchers = change, watchers
         self.checked = False  # the first decision is looked at, later ones are trusted
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        if "transformers" in sys.modules:  # a fresh process does not know the experts' implementation yet
+            skip_aware.register()
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
         forwards = self.forwards
