@@ -17,7 +17,7 @@ import stat
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from .errors import DatasetError
 
@@ -48,8 +48,10 @@ def read_lines(path: Path) -> Iterator[str]:
         ) from None
 
 
-def write_atomically(path: str | os.PathLike[str], content: bytes | str) -> None:
-    """Write a file (text as UTF-8), so that it is whole or as it was, whatever interrupts.
+def write_atomically(
+    path: str | os.PathLike[str], content: bytes | str | Callable[[BinaryIO], object]
+) -> None:
+    """Write a file (text as UTF-8, or what a function writes), so that it is whole or as it was, whatever interrupts.
 
     The content goes to a file of a name of its own beside it, to the disk, and is then renamed. A symbolic link is
     followed; what is no regular file (``/dev/stdout``, a pipe) is written to as it is.
@@ -59,18 +61,17 @@ def write_atomically(path: str | os.PathLike[str], content: bytes | str) -> None
     OSError
         With ``path`` as its file name, where the disk is full or the folder cannot be written to.
     """
-    data = content.encode() if isinstance(content, str) else content
     target = Path(os.path.realpath(path))
     temporary = target.with_name(f".bh-routing-{secrets.token_hex(8)}.tmp")  # no longer than a name may be
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         if _special(target):
             with target.open("wb") as file:
-                file.write(data)
+                _write(file, content)
             return
         try:
             with temporary.open("xb") as file:
-                file.write(data)
+                _write(file, content)
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, target)
@@ -79,6 +80,13 @@ def write_atomically(path: str | os.PathLike[str], content: bytes | str) -> None
     except OSError as error:
         error.filename, error.filename2 = str(path), None
         raise
+
+
+def _write(file: BinaryIO, content: bytes | str | Callable[[BinaryIO], object]) -> None:
+    if callable(content):
+        content(file)
+    else:
+        file.write(content.encode() if isinstance(content, str) else content)
 
 
 def _special(path: Path) -> bool:

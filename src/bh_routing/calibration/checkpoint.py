@@ -8,18 +8,19 @@ E (D + 1) (D + 1 + H) numbers per layer; they are in these files only, never in 
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import pickle
-import secrets
 import shutil
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, BinaryIO, Protocol
 
 import torch
 
+from .._files import write_atomically
 from ..errors import CalibrationError
 
 EVERY = 180.0  # seconds between two files
@@ -108,14 +109,16 @@ class Checkpoint:
             "complete": complete,
             "state": {name: one.state() for name, one in passes.items()},
         }
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self.path.with_name(f".{self.path.name}.{secrets.token_hex(8)}.tmp")
-        try:
-            torch.save(held, temporary)  # piece by piece: it may be as large as the memory that is left
-            os.replace(temporary, self.path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        write_atomically(self.path, lambda file: _save(held, file))
         self.written = time.monotonic()
+
+
+def _save(held: dict[str, Any], file: BinaryIO) -> None:
+    """Piece by piece: it may be as large as the memory that is left."""
+    try:
+        torch.save(held, file)
+    except RuntimeError as error:  # how torch tells of a disk that takes no more
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
 
 
 def settings_digest(value: bytes) -> str:
