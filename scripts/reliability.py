@@ -36,6 +36,7 @@ KINDS: dict[str, tuple[str, ...]] = {
     "The command line": ("tests/test_hostile_cli.py",),
     "p-values and procedures": ("tests/test_procedures.py", "tests/test_routing.py"),
     "Threads": ("tests/test_threads.py",),
+    "Situations: adapters, masks, several forwards, odd routers": ("tests/test_situations.py",),
 }
 # What one test stands for, where that is more than one case: by its parameter's name.
 TRIED = {"[many]": 10_000, "[few]": 150}
