@@ -8,7 +8,8 @@ so that a busy machine is busy for all: the stock implementations at top-8, ours
 4.0. Ratios are medians over rounds of the ratio to the fastest stock implementation in the same round.
 
 The decision is timed where it happens: around what the patch adds to the router, between the products of a running
-block, whose weights have just emptied the caches.
+block, whose weights have just emptied the caches. So is what a linear compensation of full rank (64) adds behind the
+experts: its share is of the block's time with it.
 
 The bound is max(bytes of distinct experts / bandwidth, operations / peak), as a ratio to the same at top-8; bandwidth
 and peak are measured in the same process. It assumes that reading and computing overlap perfectly.
@@ -29,6 +30,7 @@ from transformers import OlmoeConfig
 from transformers.models.olmoe.modeling_olmoe import OlmoeSparseMoeBlock
 
 from bh_routing import DecisionTable, RoutingIntegration, TablePolicy
+from bh_routing.decision.compensation import Compensation
 from bh_routing.evaluation.bench import threshold_for
 from bh_routing.patching.instance import find_patch
 from bh_routing.stats.statistic import base_statistic
@@ -70,6 +72,18 @@ def thresholds(block: Any, pool_TH: Tensor) -> tuple[DecisionTable, DecisionTabl
         return DecisionTable(thresholds_LE=full, offset_LE=torch.zeros_like(full), label=label)
 
     return table(float("-inf"), "all"), table(level, "4.0 experts")
+
+
+def linear_compensation() -> Compensation:
+    """Random maps of full rank, E."""
+    return Compensation.linear(
+        center_D=torch.zeros(EXPERTS),
+        low_D=torch.full((EXPERTS,), -6.0),
+        high_D=torch.full((EXPERTS,), 6.0),
+        whiten_DR=torch.randn(EXPERTS, EXPERTS) / 12.0,
+        mean_EH=0.02 * torch.randn(EXPERTS, HIDDEN),
+        slope_ERH=0.02 * torch.randn(EXPERTS, EXPERTS, HIDDEN),
+    )
 
 
 def machine_limits(dtype: torch.dtype) -> tuple[float, float]:
@@ -130,25 +144,32 @@ class Bench:
 
         keep_all = RoutingIntegration(self.block, TablePolicy(self.all_table))
         fewer = RoutingIntegration(self.block, TablePolicy(self.mean_table))
-        times: dict[str, list[float]] = {name: [] for name in (*near, "all 8", "4.0", "share")}
+        path = fewer.plan.layers[0].path
+        linear = RoutingIntegration(
+            self.block, TablePolicy(self.mean_table), compensations={path: linear_compensation()}
+        )
+        patched = {"all 8": keep_all, "4.0": fewer, "4.0, linear": linear}
+        times: dict[str, list[float]] = {name: [] for name in (*near, *patched, "share", "linear share")}
         distinct: dict[str, list[float]] = {"all 8": [], "4.0": []}
         fastest = configured = min(near, key=first.__getitem__)
         start, turn = time.perf_counter(), 0
         while turn < 6 or time.perf_counter() - start < seconds:
             x = inputs[turn % len(inputs)]
-            names = [*near, "all 8", "4.0", "4.0"]  # the last with clocks in it
+            names = [*near, *patched, "4.0", "4.0, linear"]  # the last two with clocks in them
             order = [(turn + i) % len(names) for i in range(len(names))]
             for place in order:
-                name, clocks = names[place], place == len(names) - 1
+                name, clocks = names[place], place >= len(names) - 2
                 if name in near:
                     elapsed, _ = _clock(lambda name=name, x=x: self.stock(name, x))
                 else:
                     self.block.experts.config._experts_implementation = configured
-                    with keep_all if name == "all 8" else fewer:
+                    with patched[name]:
                         if clocks:
-                            with find_patch(self.block.gate).clocked() as part:
+                            which = self.block.experts if name == "4.0, linear" else self.block.gate
+                            with find_patch(which).clocked() as part:
                                 elapsed, _ = _clock(lambda x=x: self.block(x))
-                            times["share"].append((part["run"] - part["inner"]) / elapsed)
+                            share = "linear share" if name == "4.0, linear" else "share"
+                            times[share].append((part["run"] - part["inner"]) / elapsed)
                             continue
                         elapsed, _ = _clock(lambda x=x: self.block(x))
                 if turn:
@@ -156,8 +177,8 @@ class Bench:
             _, _, own_TK = self.block.gate(x)
             distinct["all 8"].append(float(own_TK.unique().numel()))
             with fewer:
-                _, _, kept_TK = self.block.gate(x)
-            distinct["4.0"].append(float(kept_TK[kept_TK < EXPERTS].unique().numel()))
+                _, weights_TK, own_TK = self.block.gate(x)
+            distinct["4.0"].append(float(own_TK[weights_TK != 0].unique().numel()))
             turn += 1
         fastest = min(near, key=lambda name: statistics.median(times[name]))
         experts = fewer.telemetry.mean_experts_per_token
@@ -170,16 +191,18 @@ class Bench:
         return {
             "tokens": tokens,
             "stock": fastest,
-            "times": {name: statistics.median(ts) * 1e3 for name, ts in times.items() if name != "share"},
+            "times": {name: statistics.median(ts) * 1e3 for name, ts in times.items() if "share" not in name},
             "ratio": {
                 label: ratio(times, name, base)
                 for label, name, base in (
                     ("all 8", "all 8", fastest),
                     ("all 8, same", "all 8", configured),
                     ("4.0", "4.0", fastest),
+                    ("4.0, linear", "4.0, linear", fastest),
                 )
             },
             "share": statistics.median(times["share"]),
+            "linear share": statistics.median(times["linear share"]),
             "experts": experts,
             "distinct": statistics.fmean(distinct["4.0"]) / statistics.fmean(distinct["all 8"]),
             "bound": bound("4.0", experts) / bound("all 8", TOP_K),
@@ -205,6 +228,8 @@ HEADER = (
     "ratio (to the same implementation)",
     "ms, ours, 4.0",
     "ratio",
+    "with a linear compensation",
+    "its share",
     "bound",
     "distinct experts",
     "decision and statistics",
@@ -237,6 +262,8 @@ def main() -> None:
                 f"{row['ratio']['all 8']:.3f} ({row['ratio']['all 8, same']:.3f})",
                 _milliseconds(row["times"]["4.0"]),
                 f"{row['ratio']['4.0']:.3f}",
+                f"{row['ratio']['4.0, linear']:.3f}",
+                f"{row['linear share']:.1%}",
                 f"{row['bound']:.2f}",
                 f"{row['distinct']:.2f}",
                 f"{row['share']:.1%}",

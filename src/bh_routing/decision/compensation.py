@@ -176,13 +176,16 @@ class MeanCompensation(Compensation):
         return replace(self, vectors_JH=self.vectors_JH.to(device, dtype, copy=True))
 
 
-class _Host(NamedTuple):
-    """A linear compensation for single tokens on the host: ranges as Python floats, the rows of each expert's map."""
+_SUM = 0  # the mode of `torch.embedding_bag`
 
-    low: list[float]
-    high: list[float]
-    center: list[float]
-    rows: list[Tensor]  # int64 [Q] each, into the maps of all experts as one table
+
+class _Host(NamedTuple):
+    """A linear compensation for single tokens on the host."""
+
+    rows: tuple[Tensor, ...]  # int64 [Q] for each expert, in the table
+    table_NH: Tensor  # the maps of all experts, one below the other
+    base_Q: Tensor  # one - mu @ whiten
+    starts: list[Tensor]  # where each dropped expert's rows start, by how many there are
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -209,7 +212,7 @@ class LinearCompensation(Compensation):
     maps_EQH: Tensor
 
     def addition(self, decision: RoutingDecision) -> Tensor | None:
-        """In float32, or for a single token on the host in bfloat16.
+        """In float32; of a single token on the host in bfloat16.
 
         On CPU nothing is computed where nothing is dropped; a single token there takes one weighted sum over rows, a
         loop over the experts that were dropped takes the others. Elsewhere grouped products of static shape, without a
@@ -232,16 +235,15 @@ class LinearCompensation(Compensation):
             return self._rows(self.regressors(logits_TD), decision)
         differentiated = torch.is_grad_enabled() and (logits_TD.requires_grad or weights_TK.requires_grad)
         if logits_TD.shape[0] == 1 and not differentiated:
-            return self._one_token(decision, logits_TD.tolist()[0])
+            return self._one_token(decision, logits_TD)
         return self._loop(decision, logits_TD)
 
     def regressors(self, logits_TD: Tensor) -> Tensor:
         """1 and z~, times the strength, float64 [T, Q]."""
         # In float64, which neither autocast nor TF32 shortens: whitening takes differences of large logits.
         z_TD = logits_TD.double()
-        z_TD = torch.where(torch.isfinite(z_TD), z_TD, self.center_D)
-        z_TD = torch.minimum(torch.maximum(z_TD, self.low_D), self.high_D) - self.center_D
-        return torch.addmm(self.one_Q, z_TD, self.whiten_DQ)
+        known_TD = torch.clamp(z_TD, self.low_D, self.high_D) - self.center_D
+        return torch.addmm(self.one_Q, torch.where(z_TD.isfinite(), known_TD, 0.0), self.whiten_DQ)
 
     def scaled(self, scale: float) -> LinearCompensation:
         return replace(self, whiten_DQ=scale * self.whiten_DQ, one_Q=scale * self.one_Q)
@@ -265,32 +267,38 @@ class LinearCompensation(Compensation):
 
     @cached_property
     def _host(self) -> _Host:
-        num, wide = self.maps_EQH.shape[:2]
-        rows = list(torch.arange(num * wide).view(num, wide).unbind(0))
-        return _Host(self.low_D.tolist(), self.high_D.tolist(), self.center_D.tolist(), rows)
+        num, wide, hidden = self.maps_EQH.shape
+        return _Host(
+            rows=torch.arange(num * wide).view(num, wide).unbind(0),
+            table_NH=self.maps_EQH.view(-1, hidden),
+            base_Q=self.one_Q - self.center_D @ self.whiten_DQ,
+            starts=[torch.arange(0, count * wide, wide) for count in range(num + 1)],
+        )
 
-    def _one_token(self, decision: RoutingDecision, logits: list[float]) -> Tensor | None:
-        """One weighted sum over the rows of the dropped experts' maps, which accumulates in float32.
+    def _one_token(self, decision: RoutingDecision, logits_1D: Tensor) -> Tensor | None:
+        """A weighted sum over the rows of each dropped expert's map, which accumulates in float32.
 
-        Between products that empty the caches every tensor operation costs 5 to 20 microseconds (docs/performance.md).
+        Between products that empty the caches every tensor operation costs 5 to 20 microseconds, whatever it does
+        (docs/performance.md): these are as few as there could be.
         """
-        gone, experts = decision.dropped_TK.tolist()[0], decision.own_experts_TK.tolist()[0]
         host = self._host
+        gone, experts = decision.dropped_TK.tolist()[0], decision.own_experts_TK.tolist()[0]
         slots = [slot for slot, dropped in enumerate(gone) if dropped and experts[slot] < len(host.rows)]
         if not slots:
             return None
-        z = [
-            min(max(x, low), high) - center if isfinite(x) else 0.0
-            for x, low, high, center in zip(logits, host.low, host.high, host.center, strict=True)
-        ]
+        if isfinite(sum(logits_1D.tolist()[0])):
+            z_1D = torch.clamp(logits_1D, self.low_D, self.high_D)  # float64, as its bounds are
+            phi_1Q = torch.addmm(host.base_Q, z_1D, self.whiten_DQ)
+        else:  # a masked expert
+            phi_1Q = self.regressors(logits_1D)
         weights = decision.own_weights_TK.tolist()[0]
-        # [1, z~] of the token, and the weights: an outer product.
-        phi_Q = torch.addmv(self.one_Q, self.whiten_DQ.t(), torch.tensor(z, dtype=torch.float64))
         weight_P = torch.tensor([weights[slot] for slot in slots], dtype=torch.float64)
-        factor_1N = torch.outer(weight_P, phi_Q).to(torch.bfloat16).view(1, -1)
-        row_1N = torch.cat([host.rows[experts[slot]] for slot in slots]).unsqueeze(0)
-        table = self.maps_EQH.flatten(0, 1)
-        return embedding_bag(row_1N, table, per_sample_weights=factor_1N, mode="sum")
+        factor_N = (weight_P.view(-1, 1) * phi_1Q).to(torch.bfloat16).view(-1)
+        row_N = torch.cat([host.rows[experts[slot]] for slot in slots])
+        each_PH, *_ = torch.embedding_bag(
+            host.table_NH, row_N, host.starts[len(slots)], False, _SUM, False, factor_N
+        )
+        return each_PH.sum(0, keepdim=True)
 
     # -- many tokens --------------------------------------------------------------------------------------
 
