@@ -111,7 +111,7 @@ class Moments:
             return None
         if self.gram_LJJ is None or self.cross_LJH is None:
             return [Compensation.mean(mean_EH) for mean_EH in self.shrunk_means()]
-        fitted = []
+        fitted: list[Compensation] = []
         for mean_EH, gram_JJ, cross_JH in zip(
             self.shrunk_means(), self.gram_LJJ, self.cross_LJH, strict=True
         ):

@@ -310,6 +310,7 @@ def token_mask(mask: Any, batch: int, length: int, past: int | Tensor | None = N
             past = room if mask.dim() == 2 else 0
         start = min(past, room)
         mask = mask[..., start : start + length]
+    seen_BS: Tensor
     if mask.dim() == 4:
         mask = mask[:, 0].diagonal(dim1=-2, dim2=-1)
         seen_BS = mask if mask.dtype == torch.bool else mask == 0
@@ -402,7 +403,8 @@ class CriteriaPatch(InstancePatch):
         config = kwargs.get("generation_config", args[0] if args else None)
         if (getattr(config, "num_beams", None) or 1) > 1:  # rows change places
             return criteria
-        told = telling(type(criteria))(criteria)
+        kind: Any = type(criteria)
+        told = telling(kind)(criteria)
         told.here = self.forwards.here
         return told
 
@@ -411,7 +413,7 @@ class CriteriaPatch(InstancePatch):
 def telling(kind: type) -> Any:
     """A list of stopping criteria that also writes down what it answers."""
 
-    class Telling(kind):  # type: ignore[misc]
+    class Telling(kind):
         here: Any = None
 
         def __call__(self, *args: Any, **kwargs: Any) -> Any:

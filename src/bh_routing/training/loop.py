@@ -183,6 +183,7 @@ def _step(
         with keeping_all(integrator):
             task = next_token_loss(model(input_ids=ids_BS, use_cache=False).logits, ids_BS)
         (share * task).backward()
+        loss.forget()  # its graph is gone, and its routing is not the one that is trained
         figures["full_loss"] = task.detach()
     logits_BSV = model(input_ids=ids_BS, use_cache=False).logits
     task = next_token_loss(logits_BSV, ids_BS)

@@ -249,6 +249,10 @@ class AdaptiveRoutingLoss:
             total = total + self.budget * budget
         return total
 
+    def forget(self) -> None:
+        """Leave the forwards since the last call out of the next `auxiliary`."""
+        self._tape.take()
+
     # -- parts -------------------------------------------------------------------------------------------
 
     def _row(self, path: str, seen: Seen) -> Tensor:
