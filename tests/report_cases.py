@@ -69,6 +69,8 @@ def make_result(policy: str, experts: float, loss: float, seed: int, **changes: 
         "layers": [layer | {"path": str(i)} for i in range(2)],
         "active_parameters": 2e6,
         "flops_per_token": 4e6,
+        "arithmetic_per_token": 1.1 * experts,
+        "bytes_per_token": 1e6 * experts,
         "settings": {"policy": name, "k": int(value) if value else None, "weights": "model"},
         "shown_counts": counts,
         "versions": {"torch": "2"},

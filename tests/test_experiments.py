@@ -15,12 +15,15 @@ import torch
 from bh_routing import RoutingIntegration, TopKPolicy, is_patched
 from bh_routing.calibration.passes import calibrate
 from bh_routing.cli import main
+from bh_routing.decision.compensation import Compensation
 from bh_routing.errors import DatasetError, InvalidInputError, InvalidParameterError, ResultsError
 from bh_routing.evaluation import RoutingExperimentRunner, expert_usage, plot_usage
+from bh_routing.evaluation.figures import costs
 from bh_routing.evaluation.paired import block_sums, pareto_front, perplexity_change, perplexity_interval
 from bh_routing.evaluation.results import ResultsFolder, ResultsWarning
 from bh_routing.evaluation.scoring import _guessed, score_text
-from bh_routing.evaluation.summary import summarise
+from bh_routing.evaluation.summary import by_arithmetic, summarise
+from bh_routing.patching import make_plan
 from bh_routing.text import spans
 from olmoe_routing_experiments import RoutingStrategy, load_dataset
 from report_cases import make_result
@@ -123,6 +126,8 @@ def test_record_keys_counts_and_costs(make_runner: Any) -> None:
     assert cut["active_parameters"] == pytest.approx(total - 2 * expert * (16 - 2))
     embedding = model.get_input_embeddings().weight.numel()
     assert cut["flops_per_token"] == pytest.approx(2 * (cut["active_parameters"] - embedding))
+    assert cut["arithmetic_per_token"] == pytest.approx(2.0)
+    assert cut["bytes_per_token"] == pytest.approx(2 * expert * 2 * 4)  # two layers, two experts, float32
     # the counts that the report shows are those of the telemetry
     shown = torch.tensor(top_p["shown_counts"])
     assert shown.shape == (2, 64)
@@ -487,3 +492,53 @@ def test_a_guess_is_the_first_largest_logit() -> None:
     targets_S = logits_SV.float().topk(2).indices[:, 1]
     assert 0 < int((logits_SV.argmax(-1) == targets_S).sum()) < 500
     assert torch.equal(_guessed(logits_SV, targets_S), logits_SV.argmax(-1) == targets_S)
+
+
+def test_costs_of_compensations(make_runner: Any) -> None:
+    """By hand: a linear one costs its map per dropped pair and its coordinates once; the mean's matrix, once."""
+    model = make_runner(["topk:k=2"]).model
+    hidden, experts = model.config.hidden_size, 16
+    paths = [layer.path for layer in make_plan(model).layers]
+    linear = Compensation.linear(
+        center_D=torch.zeros(experts),
+        low_D=torch.zeros(experts),
+        high_D=torch.ones(experts),
+        whiten_DR=torch.zeros(experts, 5),
+        mean_EH=torch.zeros(experts, hidden),
+        slope_ERH=torch.zeros(experts, 5, hidden),
+    )
+    mean = Compensation.mean(torch.zeros(experts, hidden), torch.zeros(experts, hidden))
+    expert = sum(p.numel() for p in model.model.layers[0].mlp.experts.parameters()) / experts
+    plain: dict[str, Any] = {}
+    for kind, found in {
+        "none": {},
+        "linear": dict.fromkeys(paths, linear),
+        "mean": dict.fromkeys(paths, mean),
+    }.items():
+        integration = RoutingIntegration(model, TopKPolicy(2), compensations=found)
+        with integration, torch.no_grad():
+            model(torch.arange(3, 43).unsqueeze(0))
+        got = costs(model, integration, integration.telemetry.to_dict()["layers"])
+        if kind == "none":
+            plain = got
+            continue
+        dropped = 6 - 2
+        multiplied = {"linear": experts * 6 + dropped * 6 * hidden, "mean": 2 * experts * hidden}[kind]
+        read = {"linear": experts * 6 * 8 + dropped * 6 * hidden * 2, "mean": 2 * experts * hidden * 4}[kind]
+        assert got["arithmetic_per_token"] == pytest.approx(2.0 + multiplied / expert)
+        assert got["bytes_per_token"] - plain["bytes_per_token"] == pytest.approx(2 * read)
+        assert got["flops_per_token"] - plain["flops_per_token"] == pytest.approx(2 * 2 * multiplied)
+        assert got["active_parameters"] == plain["active_parameters"]
+
+
+def test_by_arithmetic() -> None:
+    results = [
+        make_result("full", 8.0, 0.0, 1, arithmetic_per_token=8.0),
+        make_result("topk:k=4", 4.0, 0.05, 2, arithmetic_per_token=4.0),
+        make_result("bh:experts=4", 4.0, 0.02, 3, arithmetic_per_token=5.0),
+        make_result("bh:experts=3", 3.0, 0.2, 4, arithmetic_per_token=4.5),
+        make_result("old", 2.0, 0.3, 5, arithmetic_per_token=None),
+    ]
+    ranked = by_arithmetic(summarise(results, "night"))
+    assert [row["result"]["policy"] for row in ranked] == ["full", "bh:experts=4", "bh:experts=3", "topk:k=4"]
+    assert [row["arithmetic_front"] for row in ranked] == [True, True, False, True]

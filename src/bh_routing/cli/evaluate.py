@@ -132,36 +132,60 @@ def _list_policies() -> None:
 
 def show(results: list[dict[str, Any]]) -> None:
     """Tables of what was measured, one per text."""
-    from ..evaluation.summary import datasets_of, summarise
+    from ..evaluation.summary import by_arithmetic, datasets_of, summarise
 
     for dataset in datasets_of(results):
         rows = summarise(results, dataset)
-        columns = ["policy", "experts", "perplexity", "vs full", "vs top-k", "KL", "s"]
+        columns = ["policy", "experts", "arithmetic", "MB", "perplexity", "vs full", "vs top-k", "s", "KL"]
         cells = [
             [
                 ("* " if row["front"] else "  ") + row["result"]["policy"],
                 f"{row['experts']:.2f}",
+                _number(row["result"].get("arithmetic_per_token"), ".2f"),
+                _number(row["result"].get("bytes_per_token"), ".3g", 1e6),
                 "inf" if row["perplexity"] is None else f"{row['perplexity']:.3f}",
                 _interval(row["change"]),
                 _interval(row["against_topk"], row["verdict"]),
-                "" if row["result"]["kl"] is None else f"{row['result']['kl']:.4f}",
                 f"{row['result']['seconds']:.1f}",
+                _number(row["result"]["kl"], ".4f"),
             ]
             for row in rows
         ]
-        if not any(row[5] for row in cells):
-            columns.remove("KL")
-            cells = [[*row[:5], row[6]] for row in cells]
-        print_table(dataset, columns, cells, spare=("s", "vs full"))
+        if not any(row[-1] for row in cells):
+            columns.pop()
+            cells = [row[:-1] for row in cells]
+        print_table(dataset, columns, cells, spare=("s", "vs full", "MB", "arithmetic"))
         front = [row["result"]["policy"] for row in rows if row["front"]]
         first = rows[0]["result"]
         print()
         common.print_text(
             f"{first['tokens']:,} tokens in windows of {first['window']}, stride {first['stride']}; perplexity per token; "
             "changes of perplexity in % ± half of the 95 % interval (paired bootstrap over 512-token blocks); vs top-k: plain top-k at "
-            "the same number of experts, ~ where the interval holds 0."
+            "the same number of experts, ~ where the interval holds 0. Arithmetic: what experts and compensation multiply, in experts "
+            "per token and layer; MB: of both, read for one token alone."
         )
         common.print_text(f"Pareto front (*): {', '.join(front)}.")
+        ranked = by_arithmetic(rows)
+        if any(abs(row["arithmetic"] - row["experts"]) > 0.005 for row in ranked):
+            print()
+            print_table(
+                f"{dataset}, at equal arithmetic: compare lines beside each other",
+                ["policy", "arithmetic", "experts", "perplexity", "KL"],
+                [
+                    [
+                        ("* " if row["arithmetic_front"] else "  ") + row["result"]["policy"],
+                        f"{row['arithmetic']:.2f}",
+                        f"{row['experts']:.2f}",
+                        "inf" if row["perplexity"] is None else f"{row['perplexity']:.3f}",
+                        _number(row["result"]["kl"], ".4f"),
+                    ]
+                    for row in ranked
+                ],
+            )
+
+
+def _number(value: float | None, form: str, unit: float = 1.0) -> str:
+    return "" if value is None else format(value / unit, form)
 
 
 def _interval(value: Any, verdict: str = "") -> str:

@@ -44,6 +44,13 @@ from .types import RouteNorm, RoutingDecision
 C = TypeVar("C", bound="Compensation")
 
 
+class Cost(NamedTuple):
+    """Of one token in one layer: multiplications (each with its addition), and bytes read where it is alone."""
+
+    multiplications: float
+    bytes: float
+
+
 class Compensation(ABC):
     """What one layer adds in place of its dropped experts.
 
@@ -88,6 +95,10 @@ class Compensation(ABC):
     @abstractmethod
     def addition(self, decision: RoutingDecision) -> Tensor | None:
         """What a decision adds to the output of the layer's experts, [T, H]; None where it is seen that nothing is."""
+
+    @abstractmethod
+    def cost(self, dropped: float) -> Cost:
+        """What it costs where a token drops so many pairs, on average."""
 
     @abstractmethod
     def scaled(self: C, scale: float) -> C:
@@ -169,6 +180,10 @@ class MeanCompensation(Compensation):
         )
         return features_TJ[:, : len(self.vectors_JH)].to(self.vectors_JH.dtype) @ self.vectors_JH
 
+    def cost(self, dropped: float) -> Cost:
+        """The whole matrix, whatever is dropped."""
+        return Cost(self.vectors_JH.numel(), self.vectors_JH.nbytes)
+
     def scaled(self, scale: float) -> MeanCompensation:
         return replace(self, vectors_JH=scale * self.vectors_JH)
 
@@ -244,6 +259,12 @@ class LinearCompensation(Compensation):
         z_TD = logits_TD.double()
         known_TD = torch.clamp(z_TD, self.low_D, self.high_D) - self.center_D
         return torch.addmm(self.one_Q, torch.where(z_TD.isfinite(), known_TD, 0.0), self.whiten_DQ)
+
+    def cost(self, dropped: float) -> Cost:
+        """The coordinates once, and a map for each pair that is dropped."""
+        each = self.maps_EQH[0]
+        once = self.whiten_DQ
+        return Cost(once.numel() + dropped * each.numel(), once.nbytes + dropped * each.nbytes)
 
     def scaled(self, scale: float) -> LinearCompensation:
         return replace(self, whiten_DQ=scale * self.whiten_DQ, one_Q=scale * self.one_Q)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from .. import __version__
+from ..decision.compensation import Cost
 from ..errors import MissingDependencyError
 from ..integration import RoutingIntegration
 from .paired import BLOCK, block_sums
@@ -51,7 +52,11 @@ def result_of(
         "layers": layers,
         **costs(model, integration, layers),
         "alpha": getattr(integration, "alpha", getattr(policy, "alpha", None)),
-        "settings": policy.describe() | {"compensation": bool(integration.compensations)},
+        "settings": policy.describe()
+        | {
+            "compensation": bool(integration.compensations),
+            "compensation_forms": sorted({one.form for one in integration.compensations.values()}),
+        },
         "causal": policy.causal,
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "versions": versions(),
@@ -68,23 +73,36 @@ def _exp(exponent: float) -> float:
 def costs(
     model: Any, integration: RoutingIntegration, layers: Sequence[dict[str, Any]]
 ) -> dict[str, float | None]:
-    """Activated parameters and FLOPs per token, from the mean experts per layer; None where experts are not found.
+    """What a token costs, from the mean counts per layer; None where experts are not found.
 
-    Parameters of everything but the experts that did not run; two FLOPs for each that multiplies (the input
-    embedding does not, unless it is the output layer too). Attention scores and the routing are left out.
+    ``active_parameters``: everything but the experts that did not run. ``flops_per_token``: two for each of these that
+    multiplies (the input embedding does not, unless it is the output layer too) and for what the compensation
+    multiplies; attention scores and the routing are left out. ``arithmetic_per_token``: multiplications of experts and
+    compensation, in experts of the same layer, a mean over layers as the number of experts is: kept experts plus
+    r / (3 I) for each dropped pair of a linear compensation of rank r. ``bytes_per_token``: of experts and compensation,
+    read for one token alone, in all layers; the experts in the model's dtype, the compensation in its own.
     """
+    names = ("active_parameters", "flops_per_token", "arithmetic_per_token", "bytes_per_token")
     active = float(sum(p.numel() for p in model.parameters()))
+    multiplied = read = arithmetic = 0.0
     for layer, counted in zip(integration.plan.layers, layers, strict=True):
         if layer.experts is None:
-            return {"active_parameters": None, "flops_per_token": None}
-        held = sum(p.numel() for p in layer.experts.parameters())
-        active -= held * (1.0 - (counted["mean_experts"] or 0.0) / layer.context.empty)
+            return dict.fromkeys(names)
+        experts, parameters = layer.context.empty, list(layer.experts.parameters())
+        each, kept = sum(p.numel() for p in parameters) / experts, counted["mean_experts"] or 0.0
+        active -= each * (experts - kept)
+        read += kept * sum(p.nbytes for p in parameters) / experts
+        compensation = integration.compensations.get(layer.path)
+        added = Cost(0.0, 0.0)
+        if compensation is not None and counted["decisions"]:
+            added = compensation.cost(sum(counted["dropped_load"]) / counted["decisions"])
+        multiplied += added.multiplications
+        read += added.bytes
+        arithmetic += kept + added.multiplications / each
     embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings()
     tied = head is not None and head.weight is embedding
-    return {
-        "active_parameters": active,
-        "flops_per_token": 2.0 * (active - (0 if tied else embedding.numel())),
-    }
+    flops = 2.0 * (active + multiplied - (0 if tied else embedding.numel()))
+    return dict(zip(names, (active, flops, arithmetic / len(integration.plan.layers), read), strict=True))
 
 
 def versions() -> dict[str, str]:

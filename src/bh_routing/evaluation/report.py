@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import ResultsError
 from .report_plots import adaptive_rows, counts_plot, inline_svg, layers_plot, load_plot, pareto_plot, percent
 from .results import FORMAT, check_result, check_run
-from .summary import datasets_of, summarise
+from .summary import by_arithmetic, datasets_of, summarise
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -93,9 +93,11 @@ def _section(results: Sequence[dict[str, Any]], run: dict[str, Any], dataset: st
         "perplexity with 95 % intervals of a paired bootstrap over 512-token blocks: what another stretch of the same "
         "kind of text would have given, nothing more. <em>vs top-k</em>: against plain top-k at the same number of "
         "experts; <em>within noise</em> where the interval holds 0. ★ marks the Pareto front: no policy has both fewer "
-        "experts and a lower perplexity. FLOPs: two per activated parameter that multiplies, attention scores left "
-        "out.</p>",
+        "experts and a lower perplexity. Arithmetic: what experts and compensation multiply, in experts per token and layer; MB: "
+        "of both, read for one token alone, in all layers. FLOPs: two per activated parameter that multiplies, attention "
+        "scores left out.</p>",
         _plot(pareto_plot(rows, dataset)),
+        _arithmetic(rows),
     ]
     if shown := adaptive_rows(rows):
         parts += [_plot(layers_plot(shown)), _plot(counts_plot(shown)), _balance(shown)]
@@ -112,7 +114,19 @@ def _section(results: Sequence[dict[str, Any]], run: dict[str, Any], dataset: st
 
 def _policies(rows: Sequence[dict[str, Any]]) -> str:
     kl = any(r["result"].get("kl") is not None for r in rows)
-    heads = ["policy", "experts", "±", "perplexity", "per word", "vs full", "vs top-k", "", "accuracy"]
+    heads = [
+        "policy",
+        "experts",
+        "±",
+        "arithmetic",
+        "MB",
+        "perplexity",
+        "per word",
+        "vs full",
+        "vs top-k",
+        "",
+        "accuracy",
+    ]
     heads += (["KL"] if kl else []) + ["M parameters", "MFLOPs", "tokens/s"]
     cells = []
     for row in rows:
@@ -122,6 +136,8 @@ def _policies(rows: Sequence[dict[str, Any]]) -> str:
                 ("★ " if row["front"] else "") + r["policy"],
                 _number(row["experts"], ".2f"),
                 _number(r["std_experts_per_token"], ".2f"),
+                _number(r.get("arithmetic_per_token"), ".2f"),
+                _number(r.get("bytes_per_token"), ".3g", 1e6),
                 _number(row["perplexity"], ".3f"),
                 _number(r["word_perplexity"], ".4g"),
                 percent(row["change"]),
@@ -135,6 +151,30 @@ def _policies(rows: Sequence[dict[str, Any]]) -> str:
             ]
         )
     return _table(heads, cells)
+
+
+def _arithmetic(rows: Sequence[dict[str, Any]]) -> str:
+    """The policies by what they multiply, where that is said."""
+    ranked = by_arithmetic(rows)
+    if not ranked:
+        return ""
+    cells = [
+        [
+            ("★ " if row["arithmetic_front"] else "") + row["result"]["policy"],
+            _number(row["arithmetic"], ".2f"),
+            _number(row["experts"], ".2f"),
+            _number(row["result"].get("bytes_per_token"), ".3g", 1e6),
+            _number(row["perplexity"], ".3f"),
+            percent(row["change"]),
+            _number(row["result"].get("kl"), ".4f"),
+        ]
+        for row in ranked
+    ]
+    return (
+        "<h3>At equal arithmetic</h3><p class='note'>The same policies by arithmetic: compare those that stand beside each "
+        "other. ★: no policy has both less arithmetic and a lower perplexity.</p>"
+        + _table(["policy", "arithmetic", "experts", "MB", "perplexity", "vs full", "KL"], cells)
+    )
 
 
 _BALANCE = {  # heading -> (figure of a layer, format)

@@ -75,6 +75,7 @@ _RESULT = record(
         "threads": _SETTING,
         "seed": _SETTING,
     },
+    {"arithmetic_per_token": optional(_SIZE), "bytes_per_token": optional(_SIZE)},  # not in older results
     others=True,
 )
 _RUN = record(

@@ -48,6 +48,22 @@ def summarise(results: Sequence[dict[str, Any]], dataset: str) -> list[dict[str,
     return sorted(rows, key=lambda r: (-r["experts"], r["perplexity"] or 0.0))
 
 
+def by_arithmetic(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows of `summarise` that say their arithmetic, the most first, each with ``arithmetic`` and ``arithmetic_front``.
+
+    A compensation multiplies too: at the same number of experts it is more arithmetic. ``arithmetic_front``: no policy has
+    both less of it and a lower perplexity.
+    """
+    known = [row for row in rows if row["result"].get("arithmetic_per_token") is not None]
+    points = [(row["result"]["arithmetic_per_token"], row["perplexity"] or math.nan) for row in known]
+    front = pareto_front(points)
+    added = [
+        row | {"arithmetic": arithmetic, "arithmetic_front": i in front}
+        for i, (row, (arithmetic, _)) in enumerate(zip(known, points, strict=True))
+    ]
+    return sorted(added, key=lambda row: (-row["arithmetic"], row["perplexity"] or 0.0))
+
+
 def _verdict(result: dict[str, Any], cut: dict[str, Any], difference: Interval) -> str:
     """In a word, by the 95 % interval; empty where more experts bought the lower perplexity."""
     if not difference.known:
