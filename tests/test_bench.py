@@ -113,4 +113,4 @@ def test_command_prints_a_table_for_each_number_of_tokens(capsys, loaded):
 
 def test_command_refuses_no_rounds(capsys):
     assert main(["bench", "olmoe-nano", "--rounds", "0"]) == 2
-    assert "rounds must be at least 1, got 0." in capsys.readouterr().err
+    assert "argument --rounds: expected a whole number of at least 1, got '0'" in capsys.readouterr().err

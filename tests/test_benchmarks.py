@@ -43,7 +43,7 @@ def test_the_calibration_benchmark_prints_its_tables(tmp_path):
     result = json.loads((tmp_path / "result.json").read_text())
     assert [row["tokens"] for row in result["documents"]["document_tokens"]] == [11073] * 5
     assert len(result["documents"]["books"]) == 4
-    assert len(result["comparison"]["second half"]["rows"]) == 3 * 7
+    assert len(result["comparison"]["second half"]["rows"]) == 3 * 8
     by_scale = [result["scale"][0][s][0] for s in ("0", "0.5", "1")]
     assert by_scale[1] < min(by_scale[0], by_scale[2])
     assert [row["budget"] for row in result["budgets"]] == [4.0, 3.0, 2.0]

@@ -131,7 +131,7 @@ def test_as_a_module():
             "1.0 leaves the logits alone.",
         ),
         (
-            ["generate", "olmoe-nano", "-p", "x", "--min-k", "0"],
+            ["generate", "olmoe-nano", "-p", "x", "--min-k", "0", "--compensation", "none"],
             "bh-routing generate: min_k must be at least 1, got 0; every token needs an expert.",
         ),
         (

@@ -107,8 +107,17 @@ def test_change_of_the_perplexity():
     change = other.change_from(own)
     assert change.value == pytest.approx(math.exp(0.1) - 1, rel=1e-6)
     assert change.value == pytest.approx(other.perplexity / own.perplexity - 1, rel=1e-6)
-    assert change.low == pytest.approx(0.0, abs=1e-6)  # the second window alone
-    assert change.high == pytest.approx(math.exp(0.2) - 1, rel=1e-6)  # the first window alone
+    assert math.isnan(change.low)  # three windows are too few for an interval
+    assert math.isnan(change.high)
+
+
+def test_interval_of_the_change_of_the_perplexity():
+    own = measured(*[[1.0, 2.0], [3.0, 4.0]] * 5)
+    change = measured(*[[1.2, 2.2], [3.0, 4.0]] * 5).change_from(own)
+    assert change.value == pytest.approx(math.exp(0.1) - 1, rel=1e-6)
+    assert (
+        0.0 <= change.low < change.value < change.high <= math.exp(0.2) - 1
+    )  # one kind of window alone: the ends
     assert own.change_from(own) == (0.0, 0.0, 0.0)
 
 

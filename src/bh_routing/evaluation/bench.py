@@ -24,6 +24,7 @@ from ..decision.table import DecisionTable
 from ..errors import InvalidInputError, InvalidParameterError
 from ..integration import RoutingIntegration
 from ..patching import PatchPlan, make_plan
+from ..patching.expert_math import left_out
 from ..patching.forward import CACHES
 from ..patching.instance import find_patch
 from ..policies import TablePolicy
@@ -240,9 +241,9 @@ class _Work:
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if experts:  # it looks at the routing before the clock starts
                 tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
-                self._look(
-                    module, next(x for x in tensors if not x.is_floating_point() and x.dtype != torch.bool)
-                )
+                index = next(x for x in tensors if not x.is_floating_point() and x.dtype != torch.bool)
+                weights = next((x for x in tensors if x.is_floating_point() and x.shape == index.shape), None)
+                self._look(module, index if weights is None else index[~left_out(weights)])
             self.start = now()
 
         def after(module: nn.Module, args: Any, output: Any) -> None:
@@ -251,12 +252,12 @@ class _Work:
         stack.callback(module.register_forward_pre_hook(before, with_kwargs=True).remove)
         stack.callback(module.register_forward_hook(after).remove)
 
-    def _look(self, experts: Any, index_TK: Tensor) -> None:
-        """Count the work that these indices ask of the experts."""
+    def _look(self, experts: Any, index_P: Tensor) -> None:
+        """Count the work that these indices ask of the experts; those that name none are empty slots."""
         num_experts = getattr(experts, "num_experts", None)
         if not isinstance(num_experts, int):
             num_experts = next((p.shape[0] for p in experts.parameters() if p.dim() == 3), 0)
-        kept_P = index_TK[index_TK < num_experts]
+        kept_P = index_P[index_P < num_experts]
         distinct = int(kept_P.unique().numel())
         weights = [p for p in experts.parameters() if p.shape[:1] == (num_experts,)]
         self.pairs += kept_P.numel()
