@@ -126,6 +126,7 @@ def loop(calls, slots=K, empty=E):
         "max_experts": max(counts),
         "share_at_min": counts.count(min(counts)) / n,
         "share_at_max": counts.count(max(counts)) / n,
+        "share_without_expert": counts.count(0) / n,
         "mean_raw_count": statistics.fmean(raws),
         "floor_tokens": floor,
         "ceiling_tokens": ceiling,

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from .decision.compensation import Compensation
     from .policies import PValuePolicy, RoutingPolicy, TablePolicy
     from .stats.procedures import Procedure
+    from .support import Feature
 
 logger = logging.getLogger(__name__)
 
@@ -313,6 +314,21 @@ class RoutingSettings:
             return 1
         own = sum(layer.top_k for layer in calibration.layers) / calibration.num_layers
         return 0 if sum(budgets) / len(budgets) <= own / 4 else 1
+
+    def features(self, calibration: Calibration | None) -> list[Feature]:
+        """What these settings ask of an engine (`bh_routing.support`); not widening, which the model's own number decides."""
+        from .stats.procedures import get_procedure
+
+        form = self.form(calibration)
+        asked: dict[Feature, bool] = {
+            "levels and budgets": True,
+            "p-values per token": calibration is None or not get_procedure(self.procedure).has_table,
+            "mean compensation": form == "mean",
+            "linear compensation": form == "linear",
+            "token size": self.size == "token" or (self.size is None and form == "linear"),
+            "min_k = 0": self.least_kept(calibration) == 0,
+        }
+        return [feature for feature, is_asked in asked.items() if is_asked]
 
     def policy(self, calibration: Calibration | None = None) -> TablePolicy | PValuePolicy:
         """The policy: from the calibration's table, else from p-values. Warns about settings that have no effect.

@@ -287,6 +287,7 @@ def figures(parts: Sequence[LayerSums]) -> dict[str, Any]:
         "max_experts": seen[-1],
         "share_at_min": _ratio(histogram[seen[0]] if histogram else 0, decisions),
         "share_at_max": _ratio(histogram[seen[-1]] if histogram else 0, decisions),
+        "share_without_expert": _ratio(histogram[0] if histogram else 0, decisions),
         "mean_raw_count": _ratio(raw_total, decisions - fallback),
         "floor_tokens": total("floor_tokens"),
         "ceiling_tokens": total("ceiling_tokens"),

@@ -64,6 +64,7 @@ class Telemetry:
     min_experts, max_experts smallest and largest count seen
     share_at_min             share of tokens with the smallest count seen
     share_at_max             share of tokens with the largest count seen
+    share_without_expert     share of tokens that ran without any expert (min_k = 0)
     mean_raw_count           what the procedure rejected, before the clamp (without fallback tokens)
     floor_tokens             tokens where min_k bound: count above the raw count (without fallback tokens)
     ceiling_tokens           tokens where max_k bound: count below the raw count (without fallback tokens)

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ... import support
 from ...calibration.calibration import Calibration
 from ...calibration.fingerprint import check_complete, check_layer
 from ...decision.compensation import Compensation, compensated_norm
@@ -158,6 +159,7 @@ class EngineRouting:
         self.settings = settings
         with _plain_tensors():
             self.calibration = settings.load_calibration()
+            support.check("vLLM", settings.features(self.calibration))
             self.compensations = settings.compensations(self.calibration)
             self.policy: RoutingPolicy | None = None  # of top_k: made when the layers are known
             if settings.top_k is None:
