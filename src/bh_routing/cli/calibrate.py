@@ -15,6 +15,7 @@ from typing import Any
 
 from ..errors import CalibrationError, InvalidParameterError, MissingDependencyError
 from . import common
+from .tables import print_table
 
 DATASET_TOKENS = 1_000_000  # where --max-tokens does not say: a data set may have no end
 
@@ -187,11 +188,13 @@ def show_calibration(calibration: Any) -> None:
     common.print_text(head)
     rows = calibration.summary()
     columns = {title: key for title, key in COLUMNS.items() if key in rows[0]}
-    table = common.make_table(None, "router", *columns)
-    for row in rows:
-        values = [row[key] for key in columns.values()]
-        table.add_row(row["router"], *(f"{v:.3g}" if isinstance(v, float) else str(v) for v in values))
-    common.print_table(common.make_console(), table)
+    cells = [[row[key] for key in ("router", *columns.values())] for row in rows]
+    print_table(
+        None,
+        ("router", *columns),
+        [[f"{v:.3g}" if isinstance(v, float) else str(v) for v in row] for row in cells],
+        spare=[title for title in ("unused", "deviation", "output") if title in columns],
+    )
     print()
     common.print_text(
         "passed, selected: mean log routing score of the experts that the model passed over, and of those it selected; "

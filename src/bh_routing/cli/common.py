@@ -19,7 +19,6 @@ from ..settings import TEXT_OPTIONS
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.table import Table
 
     from ..calibration.calibration import Calibration
 
@@ -305,43 +304,6 @@ def make_progress() -> Any:
         transient=True,
         disable=not sys.stderr.isatty(),
     )
-
-
-def make_table(title: str | None, *columns: str, left: int = 1) -> Table:
-    """A plain table: the first ``left`` columns are text, the others numbers."""
-    from rich import box
-    from rich.markup import escape
-    from rich.table import Table
-
-    table = Table(
-        title=None if title is None else escape(title),
-        title_justify="left",
-        title_style="bold",
-        header_style="",
-        box=box.SIMPLE_HEAD,
-        show_edge=False,
-        pad_edge=False,
-        padding=(0, 2, 0, 0),
-    )
-    for i, name in enumerate(columns):
-        table.add_column(
-            name, justify="left" if i < left else "right", overflow="fold", no_wrap=i < left == 1
-        )
-    return table
-
-
-def print_table(console: Console, table: Table) -> None:
-    """Print a table after an empty line, narrower where it would not fit, without blanks at the ends of its lines."""
-    unbounded = console.options.update(width=10_000)
-    for blanks in (2, 1, 0):
-        table.padding = (0, blanks, 0, 0)
-        if console.measure(table, options=unbounded).maximum <= console.width:
-            break
-    else:
-        table.padding = (0, 2, 0, 0)  # its cells are folded anyway
-    with console.capture() as capture:
-        console.print(table)
-    print("\n" + "\n".join(line.rstrip() for line in capture.get().rstrip().split("\n")))
 
 
 def print_text(text: str) -> None:

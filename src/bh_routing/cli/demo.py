@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from . import common
+from .tables import print_table
 
 if TYPE_CHECKING:
     from ..calibration.calibration import Calibration
@@ -95,11 +96,10 @@ def run(args: argparse.Namespace) -> None:
         }
         print(json.dumps(report, indent=2))
         return
-    console = common.make_console()
     common.print_text(common.describe_model(common.model_name(args.model), model))
-    _show_measured(console, measured, tokens, source, windows[0].shape[1])
-    _show_layers(console, measured)
-    _show_answers(console, answers)
+    _show_measured(measured, tokens, source, windows[0].shape[1])
+    _show_layers(measured)
+    _show_answers(answers)
     if calibration is None:
         print()
         common.print_text(
@@ -195,23 +195,26 @@ def _continue(
 # ------------------------------------------------------------------------------------------------- tables
 
 
-def _show_measured(console: Any, measured: list[Measured], tokens: int, source: str, window: int) -> None:
+def _show_measured(measured: list[Measured], tokens: int, source: str, window: int) -> None:
     own = measured[0]
     columns = ("routing", "experts", "saved", "perplexity", "change", "95 % interval", "ms")
-    table = common.make_table(f"Perplexity on {source}, experts and time", *columns)
+    cells = []
     for row in measured:
         change = row.change_from(own)
         interval = f"[{100 * change.low:+.1f}, {100 * change.high:+.1f}]" if change.known else ""
         compared = (f"{change.value:+.1%}", interval)
-        table.add_row(
-            row.label,
-            f"{row.mean_experts:.2f} ± {row.std_experts:.2f}",
-            f"{row.share_saved:.0%}",
-            f"{row.perplexity:.2f}",
-            *(("", "") if row is own else compared),
-            f"{row.median_seconds * 1e3:.0f}",
+        cells.append(
+            (
+                row.label,
+                f"{row.mean_experts:.2f} ± {row.std_experts:.2f}",
+                f"{row.share_saved:.0%}",
+                f"{row.perplexity:.2f}",
+                *(("", "") if row is own else compared),
+                f"{row.median_seconds * 1e3:.0f}",
+            )
         )
-    common.print_table(console, table)
+    title = f"Perplexity on {source}, experts and time"
+    print_table(title, columns, cells, spare=("saved", "95 % interval", "perplexity"))
     print()
     if any(row.label == NO_CALIBRATION for row in measured):
         common.print_text(f"{NO_CALIBRATION}: BH at alpha {UNCALIBRATED:g}, every token being its own null.")
@@ -222,25 +225,38 @@ def _show_measured(console: Any, measured: list[Measured], tokens: int, source: 
     )
 
 
-def _show_layers(console: Any, measured: list[Measured]) -> None:
+def _show_layers(measured: list[Measured]) -> None:
     shown = [row for row in measured if row.std_experts > 0]
     layers = range(len(measured[0].layers))
     picked = [*layers] if len(layers) <= 6 else sorted({round(i * (len(layers) - 1) / 5) for i in range(6)})
-    table = common.make_table(
-        "Experts per token by layer (mean ± standard deviation)", "routing", *(f"layer {i}" for i in picked)
+    print_table(
+        "Experts per token by layer (mean ± standard deviation)",
+        ("routing", *(f"layer {i}" for i in picked)),
+        [(row.label, *(f"{row.layers[i][0]:.1f} ± {row.layers[i][1]:.1f}" for i in picked)) for row in shown],
     )
-    for row in shown:
-        table.add_row(row.label, *(f"{row.layers[i][0]:.1f} ± {row.layers[i][1]:.1f}" for i in picked))
-    common.print_table(console, table)
 
 
-def _show_answers(console: Any, answers: list[Answers]) -> None:
+def _show_answers(answers: list[Answers]) -> None:
+    """One answer beside the other: columns of running text, which `print_table` does not fold."""
+    from rich import box
+    from rich.table import Table
     from rich.text import Text
 
+    console = common.make_console()
     for answer in answers:
-        table = common.make_table(f"{answer.tier}: {answer.prompt}", *answer.texts, left=len(answer.texts))
-        table.expand = True
-        for column in table.columns:
-            column.ratio = 1
+        print()
+        console.print(f"{answer.tier}: {answer.prompt}", style="bold", markup=False)
+        table = Table(
+            box=box.SIMPLE_HEAD,
+            show_edge=False,
+            pad_edge=False,
+            padding=(0, 2, 0, 0),
+            header_style="",
+            expand=True,
+        )
+        for name in answer.texts:
+            table.add_column(name, ratio=1, overflow="fold")
         table.add_row(*(Text(" ".join(text.split())) for text in answer.texts.values()))
-        common.print_table(console, table)
+        with console.capture() as capture:
+            console.print(table)
+        print("\n".join(line.rstrip() for line in capture.get().rstrip().split("\n")))

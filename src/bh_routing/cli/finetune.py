@@ -17,6 +17,7 @@ from .._files import write_atomically, write_folder
 from ..errors import InvalidParameterError
 from ..training.settings import TEXT_OPTIONS, FinetuneSettings
 from . import common
+from .tables import print_table
 
 if TYPE_CHECKING:
     from ..calibration.calibration import Calibration
@@ -194,26 +195,20 @@ def _table(before: Any, after: Any, settings: FinetuneSettings) -> list[dict[str
 
 
 def _show(rows: list[dict[str, Any]], done: Any, settings: FinetuneSettings, tokens: int, out: Path) -> None:
-    table = common.make_table(
-        None,
-        "routing",
-        "experts",
-        "perplexity before",
-        "after",
-        "change [95 % interval]",
-        "over own before",
-        "after",
-    )
+    columns = ("routing", "experts", "before", "after", "change [95 % interval]", "over own")
+    cells = []
     for row in rows:
         value, low, high = ("" if x is None else f"{100 * x:+.2f}" for x in row["change"])
-        table.add_row(
-            row["routing"],
-            f"{row['experts'][1]:.2f}",
-            *(f"{x:.2f}" for x in row["perplexity"]),
-            f"{value}% [{low}, {high}]" if low else f"{value}%",
-            *(f"{100 * x:+.2f}%" for x in row["over_own"]),
+        cells.append(
+            (
+                row["routing"],
+                f"{row['experts'][1]:.2f}",
+                *(f"{x:.2f}" for x in row["perplexity"]),
+                f"{value}% [{low}, {high}]" if low else f"{value}%",
+                " → ".join(f"{100 * x:+.2f}%" for x in row["over_own"]),
+            )
         )
-    common.print_table(common.make_console(), table)
+    print_table("Perplexity", columns, cells)
     print()
     how = (
         f"at {settings.experts_per_token:g} experts"
@@ -223,7 +218,7 @@ def _show(rows: list[dict[str, Any]], done: Any, settings: FinetuneSettings, tok
     common.print_text(
         f"{settings.steps} steps of {settings.batch_tokens} tokens {how} in {done.seconds:.0f} s; judged by {tokens:,} "
         "tokens that were set aside, each time with a calibration of its own. over own: against the same weights with "
-        "the model's own routing."
+        "the model's own routing, before and after."
     )
     common.print_text(
         f"saved to {out}; use it with `bh-routing generate {out} -p TEXT --calibration {out / 'calibration.safetensors'} "

@@ -12,6 +12,7 @@ from typing import Any
 
 from ..settings import TEXT_OPTIONS, RoutingSettings
 from . import common
+from .tables import print_table
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -89,12 +90,11 @@ def _show(result: dict[str, Any], heading: str) -> None:
     common.print_text(heading)
     common.print_text(settings_line(stats))
     who = "BH would select" if stats["mode"] == "analyze" else "BH selected"
-    table = common.make_table(None, "router", who, "std", "own top-k", "saved", "weight lost")
-    for layer in layers:
-        table.add_row(layer["path"], *_figures(layer), end_section=layer is layers[-1])
     own = {layer["top_k"] for layer in layers}
-    table.add_row("all", *_figures(total | {"top_k": own.pop() if len(own) == 1 else ""}))
-    common.print_table(common.make_console(), table)
+    rows = [(layer["path"], *_figures(layer)) for layer in layers]
+    rows.append(("all", *_figures(total | {"top_k": own.pop() if len(own) == 1 else ""})))
+    columns = ("router", who, "std", "own top-k", "saved", "weight lost")
+    print_table(None, columns, rows, spare=("own top-k", "std", "weight lost"), total=True)
     print()
     common.print_text(
         f"{result['new_tokens']} new tokens in {result['seconds']:.2f} s; experts per token over the "

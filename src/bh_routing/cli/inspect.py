@@ -8,6 +8,7 @@ import argparse
 
 from . import common
 from .calibrate import show_calibration
+from .tables import print_table
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,10 +32,7 @@ def run(args: argparse.Namespace) -> None:
     plan = make_plan(model)
     common.print_text(common.describe_model(common.model_name(args.what), model))
     rows = plan.rows()
-    table = common.make_table(None, *rows[0], left=2)
-    for row in rows:
-        table.add_row(*(str(value) for value in row.values()))
-    common.print_table(common.make_console(), table)
+    print_table(None, [*rows[0]], [[str(v) for v in row.values()] for row in rows], text=2, spare=("class",))
     print()
     common.print_text(
         "weights: none = the selected experts' scores as they are; renormalised = rescaled to a fixed sum."

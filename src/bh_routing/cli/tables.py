@@ -18,6 +18,7 @@ def print_table(
     *,
     text: int = 1,
     spare: Sequence[str] = (),
+    total: bool = False,
 ) -> None:
     """Print a table after an empty line.
 
@@ -32,6 +33,8 @@ def print_table(
         The first so many columns are text, on the left; the others are numbers, on the right.
     spare : sequence of str
         Columns that may be left out, the first of them first; a line below the table names those that were.
+    total : bool
+        The last row stands below a line: it sums up the others.
     """
     from rich import box
     from rich.cells import cell_len
@@ -57,8 +60,8 @@ def print_table(
     )
     for i in shown:
         table.add_column(columns[i], justify="left" if i < text else "right", no_wrap=True)
-    for row in rows:
-        table.add_row(*(row[i] for i in shown))
+    for number, row in enumerate(rows):
+        table.add_row(*(row[i] for i in shown), end_section=total and number == len(rows) - 2)
     with console.capture() as capture:
         console.print(table, markup=False)
     print("\n".join(line.rstrip() for line in capture.get().rstrip().split("\n")))
