@@ -236,17 +236,22 @@ CHECKS: tuple[Callable[[], None], ...] = (
 
 def main() -> int:
     """Run the seven checks; 0 if all pass, else 1."""
-    logging.getLogger("bh_routing").setLevel(logging.ERROR)  # the hint that mocks are not calibrated
+    logger = logging.getLogger("bh_routing")
+    level = logger.level
+    logger.setLevel(logging.ERROR)  # the hint that mocks are not calibrated
     passed = 0
-    for number, check in enumerate(CHECKS, 1):
-        try:
-            check()
-        except Exception:
-            traceback.print_exc()
-            print(f"[{number}/{len(CHECKS)}] FAILED  {check.__doc__}")
-        else:
-            passed += 1
-            print(f"[{number}/{len(CHECKS)}] passed  {check.__doc__}")
+    try:
+        for number, check in enumerate(CHECKS, 1):
+            try:
+                check()
+            except Exception:
+                traceback.print_exc()
+                print(f"[{number}/{len(CHECKS)}] FAILED  {check.__doc__}")
+            else:
+                passed += 1
+                print(f"[{number}/{len(CHECKS)}] passed  {check.__doc__}")
+    finally:
+        logger.setLevel(level)
     print(f"{passed}/{len(CHECKS)} tests passed")
     return 0 if passed == len(CHECKS) else 1
 
