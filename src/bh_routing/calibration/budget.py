@@ -16,7 +16,8 @@ from ..decision.types import Limits
 from ..errors import BudgetError, CalibrationError, InvalidParameterError, InvalidTypeError
 from ..stats.procedures import Procedure
 from .data import CalibrationData, some_of
-from .fit import NullSettings, p_values, table_at
+from .fit import p_values, table_at
+from .null_settings import NullSettings
 
 TOLERANCE = 0.02  # how far from a budget the mean may be, relative to it
 

@@ -5,6 +5,8 @@ Shape legend: L routed layers, E experts, T tokens.
 `bh_routing.calibration.passes.calibrate` makes one from a model and text. Nothing here needs the model. The fields are
 those of `bh_routing.calibration.data`; everything is computed by functions of them: `fit` (nulls, p-values, tables),
 `budget`, `file`, `fingerprint`, `summary`, `kde_pickles`.
+
+Over 350 lines: the one class that people hold, and most of it says what they may ask; what computes is elsewhere.
 """
 
 from __future__ import annotations
@@ -29,7 +31,8 @@ from ..stats.nulls import Null
 from ..stats.procedures import Procedure, check_alpha, get_procedure
 from . import budget, file, fingerprint, fit, kde_pickles, summary
 from .data import CalibrationData, GivenNulls
-from .fit import Fitted, NullSettings
+from .fit import Fitted
+from .null_settings import NullSettings, resolve
 
 
 class _PValues:
@@ -145,8 +148,8 @@ class Calibration(CalibrationData):
         return replace(self, given=GivenNulls(nulls=each, statistic=statistic, size=size))
 
     def settings(self, **settings: Any) -> NullSettings:
-        """Statistic and null with their defaults resolved (`bh_routing.calibration.fit.resolve`)."""
-        return fit.resolve(self, **settings)
+        """Statistic and null with their defaults resolved (`bh_routing.calibration.null_settings.resolve`)."""
+        return resolve(self, **settings)
 
     def fit(self, settings: NullSettings) -> Fitted:
         """Null distributions per layer and the statistic's offsets (`bh_routing.calibration.fit.fit`)."""
@@ -173,7 +176,7 @@ class Calibration(CalibrationData):
             As in `settings`.
         """
         fit.check_temperature(self, temperature)
-        return fit.p_values(self, logits_TE, fit.layer_index(self, layer), fit.resolve(self, **settings))
+        return fit.p_values(self, logits_TE, fit.layer_index(self, layer), resolve(self, **settings))
 
     # -- tables, levels, budgets -------------------------------------------------------------------------
 
@@ -206,7 +209,7 @@ class Calibration(CalibrationData):
             If no threshold that the model's own choice could reach is finite: the text was too short.
         """
         fit.check_temperature(self, temperature)
-        return fit.table(self, alpha, get_procedure(procedure), fit.resolve(self, **settings))
+        return fit.table(self, alpha, get_procedure(procedure), resolve(self, **settings))
 
     def solve(
         self,
@@ -246,7 +249,7 @@ class Calibration(CalibrationData):
         check_k(min_k, max_k, self.num_experts, least=0)
         check_word("clamp", clamp, Clamp)
         limits = Limits(min_k, max_k, clamp)
-        chosen = fit.resolve(self, **settings)
+        chosen = resolve(self, **settings)
         return budget.solve(self, experts_per_token, get_procedure(procedure), chosen, limits)
 
     def mean_counts(
@@ -261,7 +264,7 @@ class Calibration(CalibrationData):
     ) -> dict[str, float]:
         """Mean number of experts per token that a level selects, per layer, on the reservoir."""
         check_alpha(alpha)
-        limits, chosen = Limits(min_k, max_k, clamp), fit.resolve(self, **settings)
+        limits, chosen = Limits(min_k, max_k, clamp), resolve(self, **settings)
         counters = budget.counters(self, get_procedure(procedure), chosen, limits)
         return {path: counter.mean(alpha) for path, counter in zip(self.paths, counters, strict=True)}
 
@@ -296,7 +299,7 @@ class Calibration(CalibrationData):
         rule = get_procedure(procedure)
         limits: dict[str, Any] = {"min_k": min_k, "max_k": max_k, "clamp": clamp}
         table: DecisionTable | None = None
-        chosen = fit.resolve(self, **settings)
+        chosen = resolve(self, **settings)
         if experts_per_token is not None:
             level, _, table, chosen = self.solve(
                 experts_per_token, rule, temperature=temperature, **limits, **settings

@@ -91,7 +91,7 @@ class GivenNulls:
     nulls : tuple of Null
         One per layer; the same object for layers that share one.
     statistic, size, null, estimator : str
-        Of what they are the null, as in `bh_routing.calibration.fit.NullSettings`; other settings are refused.
+        Of what they are the null, as in `bh_routing.calibration.null_settings.NullSettings`; other settings are refused.
     source : str
         What they are, for people.
     in_order : bool

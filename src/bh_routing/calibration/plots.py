@@ -22,7 +22,7 @@ from ..stats.procedures import get_procedure
 from . import fit
 from .accumulate import recount
 from .data import CalibrationData, Data
-from .fit import NullSettings
+from .null_settings import NullSettings, resolve
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -81,7 +81,7 @@ def calibration_figure(calibration: CalibrationData, **settings: Any) -> Figure:
         raise MissingDependencyError(
             "drawing a calibration needs matplotlib, which is not installed; pip install 'bh-routing[plot]'."
         ) from None
-    chosen = fit.resolve(calibration, **settings)
+    chosen = resolve(calibration, **settings)
     has_tokens = calibration.reservoir is not None and bool(calibration.histograms)
     columns = 4 if has_tokens else 2
     figure = Figure(
