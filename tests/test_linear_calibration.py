@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from bh_routing._hashing import document_digest
 from bh_routing._tensor_files import tensors_digest
 from bh_routing.calibration import checkpoint, third_pass
 from bh_routing.calibration.calibration import Calibration
@@ -28,11 +30,12 @@ from bh_routing.errors import (
     CalibrationWarning,
     InvalidParameterError,
 )
-from bh_routing.models import bundled_calibration
 from bh_routing.patching import make_plan
 from bh_routing.stats.statistic import full_statistic, token_size
 from bh_routing.text import TextStream
 from test_linear_fit import E, H, sums_of, tokens
+
+FIXTURES = Path(__file__).parent / "fixtures"
 
 
 def documents(num: int = 24, length: int = 96) -> list[list[int]]:
@@ -273,6 +276,17 @@ def test_the_reservoir_knows_its_documents(calibrated):
     assert min(held.values()) >= 0
 
 
+def test_the_text_is_known_by_its_documents(calibrated):
+    """Whatever the seed; a merged calibration knows the documents of both."""
+    expected = sorted(document_digest(torch.tensor(ids).numpy().tobytes()) for ids in documents())
+    assert calibrated.document_digests_C.tolist() == expected
+    assert 0 <= expected[0] < expected[-1] < 2**63
+    half = replace(calibrated, document_digests_C=calibrated.document_digests_C[:12])
+    assert calibrated.merge(half).document_digests_C.tolist() == expected
+    assert half.merge(replace(calibrated, document_digests_C=None)).document_digests_C is None
+    assert document_digest("as it\n was ") == document_digest("as it was") != document_digest("as it is")
+
+
 def digest_of(path) -> str:
     """Of everything that the file holds."""
     with safe_open(str(path), framework="pt") as file:
@@ -290,6 +304,7 @@ def test_round_trip(calibrated, tmp_path):
             assert torch.equal(value, getattr(getattr(loaded, part), name)), name
     assert loaded.linear_scale == calibrated.linear_scale
     assert torch.equal(loaded.reservoir.document_N, calibrated.reservoir.document_N)
+    assert torch.equal(loaded.document_digests_C, calibrated.document_digests_C)
     settings = calibrated.settings()
     assert settings.size == "token"
     assert loaded.solve(3.0).alpha == calibrated.solve(3.0).alpha
@@ -315,17 +330,19 @@ def test_half_of_a_part_is_refused(calibrated, tmp_path):
         CalibrationFileError, match=r"linear\.rank must be at most the width of linear\.whiten"
     ):
         Calibration.load(rewritten(tensors | {"linear.rank": tensors["linear.rank"] + 1}))
+    with pytest.raises(CalibrationFileError, match=r"document_digests must ascend, each of them once"):
+        Calibration.load(rewritten(tensors | {"document_digests": torch.tensor([3, 3])}))
 
 
 def test_files_of_format_1_decide_bit_for_bit_as_before(sha256_of):
     """Hashes taken before format 2 was there, of the calibration that shipped then."""
-    loaded = Calibration.load(bundled_calibration())
-    if loaded.linear is not None:
-        pytest.skip("the bundled calibration is of format 2")
+    loaded = Calibration.load(FIXTURES / "olmoe-nano-format-1.safetensors")
+    assert loaded.forms == ("none", "mean")
     assert sha256_of(loaded.table(0.05).thresholds_LE, loaded.table(0.05).offset_LE) == "ae93c3076d097061"
     for budget, expected in ((4.0, "38d620ceb9cb38ac"), (3.0, "48249b1676e91fef"), (2.0, "5927596c32d4ed6d")):
         assert sha256_of(loaded.solve(budget).table.thresholds_LE) == expected
     assert loaded.reservoir.document_N is None
+    assert loaded.document_digests_C is None
 
 
 # -- resuming --------------------------------------------------------------------------------------------------

@@ -18,6 +18,16 @@ def document_key(content: bytes, seed: int) -> tuple[int, int]:
     return digest, int.from_bytes(keyed.digest(), "little")
 
 
+def document_digest(document: str | bytes) -> int:
+    """63 bits that tell a document of a text from others, whatever the seed; of a string without regard to white space.
+
+    >>> document_digest("so it\nwas. ") == document_digest("so it was.")
+    True
+    """
+    content = " ".join(document.split()).encode() if isinstance(document, str) else document
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little") >> 1
+
+
 def token_hashes(key: int, first: int, num: int) -> Ids:
     """Hashes of a document's tokens first..first + num - 1, non-negative int64."""
     position = np.arange(first, first + num, dtype=np.uint64)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ._files import read_lines
-from ._hashing import Ids, document_key, token_hashes
+from ._hashing import Ids, document_digest, document_key, token_hashes
 from .errors import DatasetError, InvalidInputError, InvalidParameterError, InvalidTypeError
 
 Document = str | Sequence[int] | Tensor
@@ -303,6 +303,7 @@ class TextStream:
         """Set to the beginning."""
         self.max_tokens, self.rank, self.world = max_tokens, rank, world
         self.documents = self.digest = 0
+        self.document_digests: set[int] = set()
 
     def __iter__(self) -> Iterator[Batch]:
         for index, windows in enumerate(self._grouped()):
@@ -348,6 +349,7 @@ class TextStream:
             digest, key = document_key(content, self.seed)
             self.documents += 1
             self.digest = (self.digest + digest) % 2**128
+            self.document_digests.add(document_digest(document if isinstance(document, str) else content))
             for first in self._starts(len(ids)):
                 part = ids[first : first + self.window][:left]
                 if not len(part):

@@ -1,6 +1,13 @@
 """What a calibration is made of: the frozen fields of it, and how two are added up. Nothing here computes a level.
 
-Shape legend: L routed layers, E experts, K slots of the router's own choice, N tokens kept, D projections.
+Which document a token or a text is of, in files of format 2 (None in format 1):
+
+- ``reservoir.document_N``, int64 [N], non-negative: a hash of the document that each kept token comes from, in the order of
+  ``reservoir.hash_N``; equal where the document is the same. It depends on the calibration's seed.
+- ``document_digests_C``, int64 [C], non-negative, ascending, distinct: `bh_routing._hashing.document_digest` of every document
+  that was read (of a string without regard to white space, of token ids of their int64 bytes), whatever the seed.
+
+Shape legend: L routed layers, E experts, K slots of the router's own choice, N tokens kept, D projections, C documents.
 """
 
 from __future__ import annotations
@@ -139,6 +146,8 @@ class CalibrationData:
         How many were seen.
     text_digest : str
         Of the documents, whatever their order.
+    document_digests_C : Tensor or None
+        int64, of each document (above); None where they are not known, as in files of format 1.
     seed, window : int
         Seed of the reservoir's hash; the longest run of tokens in one forward.
     compensation_scale : float
@@ -169,6 +178,7 @@ class CalibrationData:
     tokens: int = 0
     documents: int = 0
     text_digest: str = "0" * 32
+    document_digests_C: Tensor | None = None
     seed: int = 0
     window: int = 0
     compensation_scale: float = 1.0
@@ -222,6 +232,9 @@ class CalibrationData:
             moments = self.moments + other.moments
         if self.reservoir is not None and other.reservoir is not None:
             reservoir = (self.reservoir + other.reservoir).smallest(self.reservoir_size)
+        documents = None
+        if self.document_digests_C is not None and other.document_digests_C is not None:
+            documents = torch.cat((self.document_digests_C, other.document_digests_C)).unique()
         tokens = self.tokens + other.tokens
         weighed = self.tokens * self.compensation_scale + other.tokens * other.compensation_scale
         digest = (int(self.text_digest, 16) + int(other.text_digest, 16)) % 2**128
@@ -236,6 +249,7 @@ class CalibrationData:
             tokens=tokens,
             documents=self.documents + other.documents,
             text_digest=f"{digest:032x}",
+            document_digests_C=documents,
             compensation_scale=weighed / max(1, tokens),
             linear=None,
             linear_scale=1.0,

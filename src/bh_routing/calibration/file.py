@@ -2,7 +2,8 @@
 
 A calibration file is a file of tensors (`bh_routing._tensor_files`); its header holds model, layers, settings, text.
 Tensors: ``hist.<statistic>.<set>.<layer>`` integer counts [E, B] in the narrowest type that holds them; ``moments.*``;
-``reservoir.*``; ``linear.*`` (A in bfloat16); ``token_sizes.*``; ``fingerprint``. What a file may hold is said here, once: `HEADER`, `LAYER` and `_expect`.
+``reservoir.*``; ``linear.*`` (A in bfloat16); ``token_sizes.*``; ``fingerprint``;
+``document_digests``. What a file may hold is said here, once: `HEADER`, `LAYER` and `_expect`.
 
 Shape legend: L routed layers, E experts, B bins, D projections, H hidden size, J = 2E, N tokens kept, K slots.
 """
@@ -32,7 +33,7 @@ from .token_sizes import TokenSizes
 FORMAT, FORMAT_VERSION = (
     "bh-routing calibration",
     2,
-)  # 1: without linear.*, token_sizes.* and reservoir.document
+)  # 1: without linear.*, token_sizes.*, reservoir.document and document_digests
 READABLE = (1, FORMAT_VERSION)
 
 IN_FLOAT32 = ("mean_LEH", "gram_LJJ", "cross_LJH")  # of the moments, which are float64 in memory
@@ -50,6 +51,7 @@ MOST_COUNTS = (
 _COUNT, _LARGE = (0.0, float(LONGEST)), (0.0, 1e30)
 TENSORS = {  # key -> what it must be; of moments and reservoir, each part as a whole may be absent
     "fingerprint": Expected("LD", (torch.float64,)),
+    "document_digests": Expected("*", (torch.int64,), 0.0, 2.0**63),
     "moments.tokens": Expected("LE", (torch.int64,), *_COUNT),
     "moments.square": Expected("LE", (torch.float64,), *_LARGE),
     "moments.mean_square": Expected("LE", (torch.float64,), *_LARGE),
@@ -143,6 +145,8 @@ def save(data: CalibrationData, path: str | os.PathLike[str]) -> None:
             "and module paths; keep the pickles, or calibrate the model."
         )
     tensors: dict[str, Tensor] = {"fingerprint": data.fingerprint_LD.double()}
+    if data.document_digests_C is not None:
+        tensors["document_digests"] = data.document_digests_C
     starts: dict[str, int] = {}
     for kind, sets in data.histograms.items():
         for name, held in sets.items():
@@ -262,7 +266,11 @@ def _fields(header: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, Any
         raise ValueError("linear.rank must be at most the width of linear.whiten")
     if "reservoir" in found:
         _check_reservoir(found["reservoir"], layers, header)
+    documents_C = tensors.get("document_digests")
+    if documents_C is not None and bool((documents_C.diff() <= 0).any()):
+        raise ValueError("document_digests must ascend, each of them once")
     return found | {
+        "document_digests_C": documents_C,
         "left_out": tuple(header.get("left_out", ())),
         "layers": tuple(layers),
         "histograms": histograms,

@@ -232,7 +232,12 @@ def calibrate(
         read("calibrating", "first", max_tokens, counts=first, windows=spread)
         found: Calibration = functools.reduce(operator.add, gather(first.result(blank)))
         # Every process reads all documents and runs its own batches: what describes the text is counted once.
-        found = replace(found, documents=stream.documents, text_digest=f"{stream.digest:032x}")
+        found = replace(
+            found,
+            documents=stream.documents,
+            text_digest=f"{stream.digest:032x}",
+            document_digests_C=torch.tensor(sorted(stream.document_digests), dtype=torch.int64),
+        )
         if found.tokens == 0:
             raise CalibrationError("the text is empty: expected at least one token to calibrate on.")
         if sensitivity:

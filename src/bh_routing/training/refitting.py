@@ -139,6 +139,7 @@ def recounted(old: Calibration, layers: list[Held], seed: int) -> Calibration:
         tokens=tokens,
         documents=0,
         text_digest="0" * 32,
+        document_digests_C=None,
     )
 
 
