@@ -9,6 +9,7 @@ import sys
 from importlib import metadata
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -21,6 +22,7 @@ from bh_routing.engines.vllm.paths import match_layer
 from bh_routing.engines.vllm.ragged import kept_only
 from bh_routing.engines.vllm.routing import EngineRouting, LayerFacts, filled
 from bh_routing.engines.vllm.settings import Settings, read_settings
+from bh_routing.engines.vllm.step import DECODE, PADDING, PREFILL, REPEATED, watch
 from bh_routing.errors import (
     BHRoutingError,
     CalibrationMismatchError,
@@ -389,6 +391,91 @@ def test_filled_keeps_what_is_kept():
     experts = torch.tensor([[5, 6, 7, 0], [1, 2, 3, 4]])
     decision = TopKPolicy(2).decide(torch.zeros(2, 8), weights, experts, context)
     assert filled(decision).tolist() == [[6, 6, 7, 6], [1, 2, 1, 1]]
+
+
+# ------------------------------------------------------------------------------------------------ steps
+
+
+def runner_v1(**changes):
+    """What `watch` reads in vLLM's model runner."""
+    batch = {
+        "req_ids": ["a", "b", "c"],
+        "num_reqs": 3,
+        "num_computed_tokens_cpu": np.array(
+            [5, 0, 9, 77], dtype=np.int32
+        ),  # longer than the batch, as vLLM's
+        "num_prompt_tokens": np.array([5, 2, 10, 77], dtype=np.int32),
+    }
+    return SimpleNamespace(
+        max_num_tokens=16,
+        input_batch=SimpleNamespace(**batch | changes),
+        _prepare_inputs=lambda output, scheduled: ("prepared", scheduled),
+    )
+
+
+def test_a_step_says_each_token_s_request_and_phase():
+    runner = runner_v1()
+    step = watch(runner, torch.device("cpu"))
+    held = step.request_T.data_ptr(), step.phase_T.data_ptr()
+    output = SimpleNamespace(num_scheduled_tokens={"c": 3, "a": 1, "b": 2})
+    assert runner._prepare_inputs(output, "scheduled") == ("prepared", "scheduled")
+    assert step.requests == ("a", "b", "c")
+    assert (step.tokens, step.decoding) == (6, 1)
+    request_T, phase_T = step.at(8)  # two rows of padding
+    assert request_T.tolist() == [0, 1, 1, 2, 2, 2, 0, 0]
+    assert phase_T.tolist() == [DECODE, PREFILL, PREFILL, PREFILL, REPEATED, REPEATED, PADDING, PADDING]
+    runner.input_batch.num_reqs, runner.input_batch.req_ids = 1, ["a"]
+    runner._prepare_inputs(output, "scheduled")
+    assert step.phase_T.tolist() == [DECODE] + [PADDING] * 15  # what the step before wrote is gone
+    assert (step.request_T.data_ptr(), step.phase_T.data_ptr()) == held  # a recorded graph reads these
+
+
+def test_a_step_of_the_second_model_runner():
+    lengths = SimpleNamespace(np=np.array([0, 4, 0, 9]))
+    batch = SimpleNamespace(
+        req_ids=["a", "b"], num_computed_tokens_np=np.array([0, 4]), idx_mapping_np=np.array([3, 1])
+    )
+    runner = SimpleNamespace(
+        max_num_tokens=4,
+        req_states=SimpleNamespace(prompt_len=lengths),
+        prepare_inputs=lambda output, description: batch,
+    )
+    step = watch(runner, torch.device("cpu"))
+    assert runner.prepare_inputs(SimpleNamespace(num_scheduled_tokens={"a": 2, "b": 1}), None) is batch
+    assert step.phase_T.tolist() == [PREFILL, PREFILL, DECODE, PADDING]
+
+
+@pytest.mark.parametrize(
+    ("changes", "what"),
+    [
+        ({"data_parallel_size": 2}, "the tokens of several ranks are gathered"),
+        ({"use_sequence_parallel_moe": True}, "ranks share the tokens of a step"),
+        ({"use_ubatching": True}, "two batches run at a time"),
+    ],
+)
+def test_steps_whose_tokens_are_not_in_order_are_refused(changes, what):
+    plain = {"data_parallel_size": 1, "prefill_context_parallel_size": 1}
+    plain |= {"use_sequence_parallel_moe": False, "use_ubatching": False}
+    checks.check_step(SimpleNamespace(parallel_config=SimpleNamespace(**plain)), "a price")
+    with pytest.raises(
+        UnsupportedModelError, match=rf"^a price needs .*, but here {what}.*; start without\.$"
+    ):
+        checks.check_step(SimpleNamespace(parallel_config=SimpleNamespace(**plain | changes)), "a price")
+
+
+@pytest.mark.parametrize(
+    ("runner", "missing"),
+    [
+        (SimpleNamespace(), r"a method _prepare_inputs or prepare_inputs"),
+        (SimpleNamespace(_prepare_inputs=1, max_num_tokens=1), r"its input_batch\.req_ids"),
+        (SimpleNamespace(prepare_inputs=1, max_num_tokens=1, req_states=1), r"its req_states\.prompt_len\.np"),
+    ],
+)  # fmt: skip
+def test_a_model_runner_that_does_not_say_is_refused(runner, missing):
+    with pytest.raises(
+        MissingDependencyError, match=rf"^vLLM's SimpleNamespace does not say .*expected {missing}, "
+    ):
+        watch(runner, torch.device("cpu"))
 
 
 # ---------------------------------------------------------------------------------------------- ragged

@@ -40,6 +40,7 @@ def vllm_environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]
         "HF_HUB_OFFLINE": "1",
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         "VLLM_CPU_KVCACHE_SPACE": "1",
+        "PYTHONPATH": os.pathsep.join([str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])]),
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_CACHE_ROOT": str(tmp_path_factory.mktemp("vllm_cache")),
     }

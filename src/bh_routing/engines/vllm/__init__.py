@@ -5,6 +5,7 @@ vLLM loads `plugin.register` by the entry point ``vllm.general_plugins``; nobody
     settings.py   what a person configures, checked; its digest
     paths.py      a calibration's module paths -> vLLM's layer names
     routing.py    the routers of one engine: decide, count, fill unused slots; pure PyTorch, no vLLM
+    step.py       which request a token of a step belongs to, and its phase; pure PyTorch, no vLLM
     ragged.py     the experts' kernel called with the kept pairs only; pure PyTorch, no vLLM
     ops.py        both as operations that torch.compile does not look into (needs vLLM)
     checks.py     what is refused at start-up

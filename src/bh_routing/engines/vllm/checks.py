@@ -54,6 +54,29 @@ def check_engine(config: Any) -> None:
         )
 
 
+def check_step(config: Any, what: str) -> None:
+    """Refuse what needs each token's request (`step`) where a layer does not see the step's tokens, in their order.
+
+    Parameters
+    ----------
+    config : vllm.config.VllmConfig
+    what : str
+        Who asks, the subject of the sentence.
+    """
+    parallel = config.parallel_config
+    obstacles = {
+        "the tokens of several ranks are gathered (data parallelism)": parallel.data_parallel_size > 1,
+        "a prompt is split over ranks (context parallelism)": parallel.prefill_context_parallel_size > 1,
+        "ranks share the tokens of a step (sequence parallelism)": parallel.use_sequence_parallel_moe,
+        "two batches run at a time (dual batch overlap)": parallel.use_ubatching,
+    }
+    for obstacle, there in obstacles.items():
+        if there:
+            raise UnsupportedModelError(
+                f"{what} needs to know each token's request, but here {obstacle}; start without."
+            )
+
+
 def read_facts(runner: Any) -> LayerFacts:
     """What a runner says about its router.
 

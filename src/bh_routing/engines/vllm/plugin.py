@@ -6,7 +6,8 @@ Three places, each of which does nothing for an engine that is not configured:
   error is seen, its digest becomes part of the compile-cache key, and the workers get `worker.WorkerExtension`.
 - ``MoERunner.__init__``, in every worker: the only place that knows the layer's name and its router, before weights
   are loaded and anything is compiled. Its router *instance* is wrapped.
-- ``Worker.load_model``: the model is complete, so that missing layers and other weights can be refused.
+- ``Worker.load_model``: the model is complete, so that missing layers and other weights can be refused, and the model
+  runner is there, whose description of each step is read (`step`).
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from .checks import (
 )
 from .routing import ATTRIBUTE, EngineRouting, LayerRouting
 from .settings import DIGEST_KEY, KEY, Settings, read_settings
+from .step import watch
 
 EXTENSION = "bh_routing.engines.vllm.worker.WorkerExtension"
 REFUSED = "bh-routing refuses to start: "  # in front of the one sentence that says why
@@ -79,7 +81,7 @@ def _init_runner(original: Any, self: Any, *args: Any, **kwargs: Any) -> None:
 
 def _load_model(original: Any, self: Any, *args: Any, **kwargs: Any) -> None:
     original(self, *args, **kwargs)
-    _told(finish, self.vllm_config, self.get_model(), torch.device(self.device))
+    _told(finish, self.vllm_config, self.get_model(), torch.device(self.device), self.model_runner)
 
 
 def _told(step: Callable[..., None], *args: Any) -> None:
@@ -159,13 +161,13 @@ def attach(runner: Any, config: Any) -> None:
         runner.forward = ops.CompensatedForward(runner.forward, facts.name)
 
 
-def finish(config: Any, model: torch.nn.Module, device: torch.device) -> None:
+def finish(config: Any, model: torch.nn.Module, device: torch.device, model_runner: Any = None) -> None:
     """Bind the routing to a loaded model, or refuse it.
 
     Raises
     ------
-    UnsupportedModelError, CalibrationMismatchError
-        If a layer is not routed, or the calibration is of another model.
+    UnsupportedModelError, CalibrationMismatchError, MissingDependencyError
+        If a layer is not routed, the calibration is of another model, or the model runner does not describe its steps.
     """
     settings = read_settings(config.additional_config)
     if settings is None:
@@ -188,6 +190,7 @@ def finish(config: Any, model: torch.nn.Module, device: torch.device) -> None:
     if not partial:
         engine.check_complete()
     engine.bind(device)
+    engine.step = watch(model_runner, device)
     for layer in engine.layers:
         check_weights(engine, layer, model, device)
     ragged = [_make_ragged(runner) for runner in runners_of(config).values() if layer_of(runner) is not None]

@@ -31,6 +31,7 @@ from ...stats.procedures import get_procedure
 from ...telemetry.figures import Telemetry
 from .paths import match_layer
 from .settings import Settings
+from .step import Step
 
 ATTRIBUTE = "bh_routing"  # of a vLLM runner: its LayerRouting
 
@@ -167,6 +168,9 @@ class EngineRouting:
             if settings.top_k is None:
                 self.policy = settings.policy(self.calibration)
         self.telemetry: Telemetry | None = None
+        self.step: Step | None = (
+            None  # which request and phase each token of a step has; None before vLLM's model is loaded
+        )
         self.layers: list[LayerRouting] = []
         self.left_out: list[str] = []  # names of layers that the calibration left out
         self.compensates = bool(self.compensations)
