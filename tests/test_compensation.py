@@ -10,6 +10,7 @@ import torch
 from bh_routing import RoutingIntegration, TopKPolicy
 from bh_routing.calibration.moments import Moments
 from bh_routing.calibration.passes import calibrate
+from bh_routing.decision import linear_products
 from bh_routing.decision.compensation import Compensation, lost_and_kept
 from bh_routing.decision.types import RoutingDecision
 from bh_routing.errors import InvalidInputError
@@ -220,14 +221,16 @@ def test_linear_in_grouped_products(routed, logits_TD, monkeypatch):
             out[a:b] = x_PQ[a:b] @ maps_EQH[e]
         return out
 
-    monkeypatch.setattr("bh_routing.decision.compensation.grouped_mm", grouped)
+    monkeypatch.setattr("bh_routing.decision.linear_products.grouped_mm", grouped)
     parts = linear_parts()
     made = Compensation.linear(**parts)
     found = with_logits(routed, logits_TD)
-    added_TH = made._grouped(made.regressors(logits_TD), found)
+    added_TH = linear_products.grouped(made.maps_EQH, made.regressors(logits_TD), found)
     assert_rounded(added_TH.double(), by_definition(parts, 1.0, logits_TD, routed))
     kept = replace(found, dropped_TK=torch.zeros_like(found.dropped_TK))
-    assert torch.equal(made._grouped(made.regressors(logits_TD), kept), torch.zeros(40, H))
+    assert torch.equal(
+        linear_products.grouped(made.maps_EQH, made.regressors(logits_TD), kept), torch.zeros(40, H)
+    )
 
 
 def test_linear_compiled(routed, logits_TD):
@@ -256,7 +259,10 @@ def test_linear_is_finite_outside_of_what_was_seen(routed, logits_TD):
         made.addition(with_logits(routed, logits_TD)).double(), expected_TH, rtol=1e-5, atol=1e-5
     )
     assert_rounded(
-        made._rows(made.regressors(logits_TD), with_logits(routed, logits_TD)).double(), expected_TH
+        linear_products.weighted_rows(
+            made.maps_EQH, made.regressors(logits_TD), with_logits(routed, logits_TD)
+        ).double(),
+        expected_TH,
     )
     for t in range(4):
         one = with_logits([x[t : t + 1] for x in routed], logits_TD[t : t + 1])
@@ -270,7 +276,10 @@ def test_linear_gradients(routed, logits_TD):
     made = Compensation.linear(**linear_parts())
     logits_TD[0, 1], logits_TD[1, 2] = float("-inf"), 50.0
     gradients = []
-    for way in (made.addition, lambda d: made._rows(made.regressors(d.logits_TE), d)):
+    for way in (
+        made.addition,
+        lambda d: linear_products.weighted_rows(made.maps_EQH, made.regressors(d.logits_TE), d),
+    ):
         weights = weights_TK.clone().requires_grad_()
         logits = logits_TD.clone().requires_grad_()
         way(with_logits((weights, experts_TK, dropped_TK), logits)).square().sum().backward()

@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from bh_routing import BHRoutingIntegration, RoutingIntegration, TopKPolicy
+from bh_routing._words import wanted
 from bh_routing.calibration import compensation_scale
 from bh_routing.calibration.calibration import Calibration
 from bh_routing.calibration.compensation_scale import SpreadWindows, divergence, measure_scale, vertex
 from bh_routing.calibration.passes import calibrate
 from bh_routing.data import sample_text
-from bh_routing.decision.compensation import wanted
 from bh_routing.errors import CalibrationError, InvalidParameterError
 from bh_routing.evaluation.specs import parse_policy
 from bh_routing.patching import is_patched, make_plan

@@ -20,7 +20,7 @@ from bh_routing import (
     unpatch,
 )
 from bh_routing.errors import InvalidParameterError, InvalidTypeError, PatchError, UnsupportedModelError
-from bh_routing.patching.forward import token_mask
+from bh_routing.patching.calls import token_mask
 from bh_routing.policies import RoutingPolicy
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -105,3 +106,14 @@ def test_no_circle_between_files():
 
 def test_every_package_has_a_place():
     assert {name.split(".")[1] for name in files() if name != "bh_routing"} == LEVEL.keys() - {"_version"}
+
+
+def test_long_files_give_their_reason():
+    """A line of the docstring, ``Over 350 lines: ...``, where a file is longer than a reader takes in at once."""
+    silent = [
+        str(path.relative_to(ROOT))
+        for path in files().values()
+        if len(path.read_text(encoding="utf-8").splitlines()) > 350
+        and not re.search(r"^Over 350 lines: \S", ast.get_docstring(ast.parse(path.read_bytes())) or "", re.M)
+    ]
+    assert not silent, f"over 350 lines without a reason in their docstrings: {', '.join(silent)}"

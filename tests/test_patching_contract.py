@@ -16,7 +16,8 @@ from bh_routing.patching.adapters import (
     router_call,
     with_logits_again,
 )
-from bh_routing.patching.contract import Reading, match_outputs, probe, read_weighting
+from bh_routing.patching.contract import match_outputs, probe
+from bh_routing.patching.weighting import Reading, read_weighting
 from bh_routing.policies import TopKPolicy
 
 T, E, K = 128, 16, 4

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 from difflib import get_close_matches
 from typing import Any, Literal, NamedTuple, get_args
 
-from .errors import InvalidParameterError
+from .errors import InvalidParameterError, InvalidTypeError
 
 Mode = Literal["patch", "analyze"]
 WeightRule = Literal["model", "preserve", "sum"]
@@ -59,3 +59,83 @@ class Option(NamedTuple):
     help: str
     read: Callable[[str], Any] = str
     field: str = ""
+
+
+class Wanted(NamedTuple):
+    """What a person says of the compensation.
+
+    Attributes
+    ----------
+    form : "none", "mean", "linear" or None
+        None: the best that the calibration holds.
+    strength : float or None
+        0 to 1; None: what the calibration measured for the form.
+    insists : bool
+        Whether it is an error where the calibration does not hold it.
+    """
+
+    form: CompensationForm | None
+    strength: float | None
+    insists: bool
+
+
+def wanted(compensation: Any) -> Wanted:
+    """Read what a person says of the compensation.
+
+    None: what the calibration holds. True, a form ("none", "mean", "linear"), a strength from 0 to 1, or both: a pair,
+    or text with a colon. False, "none" and a strength of 0 are none at all.
+
+    Raises
+    ------
+    InvalidParameterError, InvalidTypeError
+        For anything else.
+
+    Examples
+    --------
+    >>> wanted("linear:0.9")
+    Wanted(form='linear', strength=0.9, insists=True)
+    >>> wanted(0).form
+    'none'
+    """
+    form, strength = _parts(compensation)
+    if strength is not None and not 0.0 <= strength <= 1.0:
+        raise InvalidParameterError(
+            f"compensation must be true, false or a scale from 0 to 1, got {compensation!r}."
+        )
+    if form is not None:
+        check_word("compensation", form, CompensationForm)
+    if strength == 0.0 or form == "none":
+        if form == "none" and strength:
+            raise InvalidParameterError(
+                f"compensation 'none' has no strength, got {compensation!r}; leave it out."
+            )
+        return Wanted("none", None, False)
+    return Wanted(form, strength, compensation is not None)
+
+
+def _parts(compensation: Any) -> tuple[Any, float | None]:
+    """Form and strength, neither of them checked."""
+    if compensation is None or compensation is True:
+        return None, None
+    if compensation is False:
+        return "none", None
+    if isinstance(compensation, (int, float)):
+        return None, float(compensation)
+    if isinstance(compensation, str):
+        form, colon, rest = compensation.partition(":")
+        if not colon:
+            return form, None
+        try:
+            return form, float(rest)
+        except ValueError:
+            raise InvalidParameterError(
+                f"compensation must have a number after the colon, as in linear:0.9, got {compensation!r}."
+            ) from None
+    if isinstance(compensation, (tuple, list)) and len(compensation) == 2:
+        form, strength = compensation
+        if isinstance(strength, (int, float)) and not isinstance(strength, bool):
+            return form, float(strength)
+    raise InvalidTypeError(
+        "compensation must be true, false, a form ('none', 'mean' or 'linear'), a strength from 0 to 1, or both as a "
+        f"pair, got {compensation!r}."
+    )

@@ -27,6 +27,7 @@ from ._words import (
     WeightRule,
     check_word,
     did_you_mean,
+    wanted,
 )
 from .errors import InvalidParameterError, InvalidTypeError
 
@@ -151,7 +152,6 @@ class RoutingSettings:
     strict: bool = True
 
     def __post_init__(self) -> None:
-        from .decision.compensation import wanted
         from .decision.types import check_k, check_temperature
         from .stats.kde import BANDWIDTHS, KERNELS
         from .stats.procedures import check_alpha, get_procedure
@@ -240,7 +240,6 @@ class RoutingSettings:
             return
         if self.min_k == 0:
             self.least_kept(None)  # raises
-        from .decision.compensation import wanted
 
         insists = wanted(self.compensation).insists
         needs = {
@@ -259,7 +258,6 @@ class RoutingSettings:
         InvalidParameterError
             If the compensation was asked for and the calibration does not hold it.
         """
-        from .decision.compensation import wanted
 
         form, _, insists = wanted(self.compensation)
         forms = ("none",) if calibration is None else calibration.forms
@@ -288,7 +286,6 @@ class RoutingSettings:
         InvalidParameterError
             If the compensation was asked for and the calibration does not hold it.
         """
-        from .decision.compensation import wanted
 
         form = self.form(calibration)
         if calibration is None or form == "none":

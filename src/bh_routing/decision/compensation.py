@@ -31,14 +31,15 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from math import isfinite
-from typing import Any, ClassVar, NamedTuple, TypeVar
+from typing import ClassVar, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
-from torch.nn.functional import embedding_bag, grouped_mm, pad
+from torch.nn.functional import pad
 
-from .._words import CompensationForm, WeightRule, check_word
-from ..errors import InvalidInputError, InvalidParameterError, InvalidTypeError
+from .._words import CompensationForm, WeightRule
+from ..errors import InvalidInputError
+from .linear_products import grouped, looped, weighted_rows
 from .types import RouteNorm, RoutingDecision
 
 C = TypeVar("C", bound="Compensation")
@@ -245,13 +246,13 @@ class LinearCompensation(Compensation):
                 "use dataclasses.replace(decision, logits_TE=...)."
             )
         if logits_TD.device.type != "cpu":
-            return self._grouped(self.regressors(logits_TD), decision)
+            return grouped(self.maps_EQH, self.regressors(logits_TD), decision)
         if torch.compiler.is_compiling():
-            return self._rows(self.regressors(logits_TD), decision)
+            return weighted_rows(self.maps_EQH, self.regressors(logits_TD), decision)
         differentiated = torch.is_grad_enabled() and (logits_TD.requires_grad or weights_TK.requires_grad)
         if logits_TD.shape[0] == 1 and not differentiated:
             return self._one_token(decision, logits_TD)
-        return self._loop(decision, logits_TD)
+        return looped(self.maps_EQH, lambda: self.regressors(logits_TD), decision)
 
     def regressors(self, logits_TD: Tensor) -> Tensor:
         """1 and z~, times the strength, float64 [T, Q]."""
@@ -321,63 +322,6 @@ class LinearCompensation(Compensation):
         )
         return each_PH.sum(0, keepdim=True)
 
-    # -- many tokens --------------------------------------------------------------------------------------
-
-    def _loop(self, decision: RoutingDecision, logits_TD: Tensor) -> Tensor | None:
-        """One product per expert that was dropped, in float32."""
-        tokens, slots = decision.dropped_TK.shape
-        num, _, hidden = self.maps_EQH.shape
-        pair_P = (decision.dropped_TK & (decision.own_experts_TK < num)).flatten().nonzero().squeeze(-1)
-        if not pair_P.numel():
-            return None
-        expert_P, order_P = decision.own_experts_TK.flatten()[pair_P].sort(stable=True)
-        pair_P = pair_P[order_P]
-        token_P = pair_P.div(slots, rounding_mode="floor")
-        weight_P1 = decision.own_weights_TK.flatten()[pair_P].unsqueeze(-1)
-        x_PQ = (weight_P1 * self.regressors(logits_TD)[token_P]).float()
-        out_TH = x_PQ.new_zeros(tokens, hidden)
-        with torch.autocast("cpu", enabled=False):
-            parts, start = [], 0
-            for expert, count in enumerate(expert_P.bincount().tolist()):
-                if count:
-                    parts.append(x_PQ[start : start + count] @ self.maps_EQH[expert].float())
-                    start += count
-        return out_TH.index_add(0, token_P, torch.cat(parts))
-
-    def _rows(self, phi_TQ: Tensor, decision: RoutingDecision) -> Tensor:
-        """Compiled for a CPU: a weighted sum over the rows of all experts' maps, 0 for those that were kept."""
-        tokens, _ = decision.dropped_TK.shape
-        num, wide, _ = self.maps_EQH.shape
-        weight_TK = decision.dropped_weights_TK.double()
-        factor_TN = (weight_TK.unsqueeze(-1) * phi_TQ.unsqueeze(1)).reshape(tokens, -1)
-        first_TK1 = (decision.own_experts_TK.clamp(max=num - 1) * wide).unsqueeze(-1)
-        row_TN = (first_TK1 + torch.arange(wide)).reshape(tokens, -1)
-        table = self.maps_EQH.flatten(0, 1)
-        return embedding_bag(row_TN, table, per_sample_weights=factor_TN.to(table.dtype), mode="sum").float()
-
-    def _grouped(self, phi_TQ: Tensor, decision: RoutingDecision) -> Tensor:
-        """Sort, offsets, one grouped product over the dropped pairs; the others lie behind the last offset.
-
-        Rows there, which the product leaves unwritten, are removed by ``where`` (0 * NaN is NaN), as in
-        `bh_routing.patching.expert_math.grouped_forward`.
-        """
-        tokens, slots = decision.dropped_TK.shape
-        num = self.maps_EQH.shape[0]
-        group_P = decision.own_experts_TK.clamp(max=num).masked_fill(~decision.dropped_TK, num).flatten()
-        sorted_P, order_P = group_P.sort()
-        gone_P1 = (sorted_P < num).unsqueeze(-1)
-        offsets_E = torch.searchsorted(
-            sorted_P, torch.arange(num, device=sorted_P.device), right=True, out_int32=True
-        )
-        weight_P1 = decision.own_weights_TK.flatten()[order_P].unsqueeze(-1)
-        x_PQ = torch.where(gone_P1, weight_P1 * phi_TQ[order_P // slots], 0.0).to(self.maps_EQH.dtype)
-        y_PH = grouped_mm(x_PQ, self.maps_EQH, offs=offsets_E)
-        y_PH = torch.where(gone_P1, y_PH, torch.zeros((), dtype=y_PH.dtype, device=y_PH.device))
-        back_P = torch.empty_like(order_P).scatter_(
-            0, order_P, torch.arange(order_P.numel(), device=order_P.device)
-        )
-        return y_PH[back_P].view(tokens, slots, -1).sum(1, dtype=torch.float32)
-
 
 def compensated_norm(route_norm: RouteNorm, weights: WeightRule) -> RouteNorm:
     """A model's ``route_norm`` where there is a compensation: with ``weights="model"`` kept experts keep their weights.
@@ -385,83 +329,3 @@ def compensated_norm(route_norm: RouteNorm, weights: WeightRule) -> RouteNorm:
     The weight of what is dropped is still used then, by what stands in for it.
     """
     return "none" if weights == "model" else route_norm
-
-
-class Wanted(NamedTuple):
-    """What a person says of the compensation.
-
-    Attributes
-    ----------
-    form : "none", "mean", "linear" or None
-        None: the best that the calibration holds.
-    strength : float or None
-        0 to 1; None: what the calibration measured for the form.
-    insists : bool
-        Whether it is an error where the calibration does not hold it.
-    """
-
-    form: CompensationForm | None
-    strength: float | None
-    insists: bool
-
-
-def wanted(compensation: Any) -> Wanted:
-    """Read what a person says of the compensation.
-
-    None: what the calibration holds. True, a form ("none", "mean", "linear"), a strength from 0 to 1, or both: a pair,
-    or text with a colon. False, "none" and a strength of 0 are none at all.
-
-    Raises
-    ------
-    InvalidParameterError, InvalidTypeError
-        For anything else.
-
-    Examples
-    --------
-    >>> wanted("linear:0.9")
-    Wanted(form='linear', strength=0.9, insists=True)
-    >>> wanted(0).form
-    'none'
-    """
-    form, strength = _parts(compensation)
-    if strength is not None and not 0.0 <= strength <= 1.0:
-        raise InvalidParameterError(
-            f"compensation must be true, false or a scale from 0 to 1, got {compensation!r}."
-        )
-    if form is not None:
-        check_word("compensation", form, CompensationForm)
-    if strength == 0.0 or form == "none":
-        if form == "none" and strength:
-            raise InvalidParameterError(
-                f"compensation 'none' has no strength, got {compensation!r}; leave it out."
-            )
-        return Wanted("none", None, False)
-    return Wanted(form, strength, compensation is not None)
-
-
-def _parts(compensation: Any) -> tuple[Any, float | None]:
-    """Form and strength, neither of them checked."""
-    if compensation is None or compensation is True:
-        return None, None
-    if compensation is False:
-        return "none", None
-    if isinstance(compensation, (int, float)):
-        return None, float(compensation)
-    if isinstance(compensation, str):
-        form, colon, rest = compensation.partition(":")
-        if not colon:
-            return form, None
-        try:
-            return form, float(rest)
-        except ValueError:
-            raise InvalidParameterError(
-                f"compensation must have a number after the colon, as in linear:0.9, got {compensation!r}."
-            ) from None
-    if isinstance(compensation, (tuple, list)) and len(compensation) == 2:
-        form, strength = compensation
-        if isinstance(strength, (int, float)) and not isinstance(strength, bool):
-            return form, float(strength)
-    raise InvalidTypeError(
-        "compensation must be true, false, a form ('none', 'mean' or 'linear'), a strength from 0 to 1, or both as a "
-        f"pair, got {compensation!r}."
-    )

@@ -1,7 +1,8 @@
 """Patching: discovery, contract probe, plan, apply, undo."""
 
 from .apply import RoutingPatch, is_patched, unpatch
-from .plan import LayerPlan, PatchPlan, make_plan
+from .plan import LayerPlan, PatchPlan
+from .planning import make_plan
 from .watch import reached_by_text, special_ids, watch
 
 __all__ = [

@@ -19,11 +19,15 @@ from ..errors import PatchError, UnsupportedModelError
 from ..policies import RoutingPolicy
 from ..telemetry.figures import Telemetry
 from . import experts as skip_aware
+from .calls import Forwards
+from .checkpointing import forget_carried
 from .discovery import replaced_forward
-from .forward import CriteriaPatch, ForwardPatch, Forwards, GeneratePatch, forget_carried, way_to
+from .forward import ForwardPatch, way_to
+from .generation import CriteriaPatch, GeneratePatch
 from .implementation import ImplementationPatch
 from .instance import InstancePatch, execution_device, find_patch
 from .plan import LayerPlan, PatchPlan
+from .planning import refresh
 from .reach import marks_arrive
 from .router import Link, RouterPatch, Watchers
 
@@ -103,7 +107,7 @@ class RoutingPatch:
             raise PatchError("this patch is applied already; remove() it first.")
         if self.forwards.reopen():  # taken off, but for a forward in another thread
             return
-        self.plan.refresh()
+        refresh(self.plan)
         for layer in self.plan.layers:
             for path, module in ((layer.path, layer.call.module), (layer.experts_path, layer.experts)):
                 if module is not None and (found := find_patch(module)) is not None:

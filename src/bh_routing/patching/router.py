@@ -20,7 +20,7 @@ from ..policies import RoutingContext, RoutingPolicy, check_decision
 from ..telemetry.counters import in_graph, recomputing
 from ..telemetry.figures import Telemetry
 from . import experts as skip_aware
-from .forward import Forwards
+from .calls import Forwards
 from .instance import InstancePatch
 from .plan import LayerPlan
 

@@ -21,8 +21,9 @@ from ..errors import InvalidParameterError, InvalidTypeError
 from ..integration import BHRoutingIntegration
 from ..policies import RoutingContext
 from ..telemetry.counters import recomputing
-from .loss import AdaptiveRoutingLoss, real_tokens
+from .loss import AdaptiveRoutingLoss
 from .refitting import RecentChoices, recalibrate, refit
+from .tape import real_tokens
 
 logger = logging.getLogger(__name__)
 

@@ -24,7 +24,7 @@ from ..errors import CalibrationError
 from ..integration import BHRoutingIntegration
 from ..policies import RoutingContext
 from ..telemetry.counters import recomputing
-from .loss import real_tokens
+from .tape import real_tokens
 
 
 class Held(NamedTuple):
