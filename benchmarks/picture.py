@@ -113,9 +113,7 @@ def main() -> None:
     figure, (above, below) = plt.subplots(
         2, 1, figsize=(8.6, 6.2), layout="constrained", height_ratios=(1.0, 1.5), dpi=150
     )
-    ids_1S = tokenizer(sample_sections()["narrative"], return_tensors="pt", verbose=False).input_ids[
-        :, :WINDOW
-    ]
+    ids_1S = tokenizer(sample_sections()["fiction"], return_tensors="pt", verbose=False).input_ids[:, :WINDOW]
     counts_S = counts_per_token(model, bh(experts_per_token=BUDGET, calibration=calibration), ids_1S)
     tokens = [tokenizer.decode([i]).replace("\n", " ") for i in ids_1S[0].tolist()]
     draw_text(above, tokens, counts_S, columns=96, rows=8)

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from bh_routing.data import sample_documents
+
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
 
@@ -18,7 +20,9 @@ BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 )
 def test_the_calibration_benchmark_prints_its_tables(tmp_path):
     """On a little text: every table but that of the configurations and that of the times."""
-    text = str(BENCHMARKS.parent / "src" / "bh_routing" / "data" / "sample.txt")
+    pieces = [sample_documents()[domain][0] for domain in ("fiction", "encyclopaedia", "dialogue", "simple")]
+    text = str(tmp_path / "text.txt")
+    Path(text).write_text("\n\n".join("\n".join(5 * [piece]) for piece in pieces))
     run = subprocess.run(
         [
             *(
@@ -41,7 +45,7 @@ def test_the_calibration_benchmark_prints_its_tables(tmp_path):
     )
     assert run.returncode == 0, run.stderr
     result = json.loads((tmp_path / "result.json").read_text())
-    assert [row["tokens"] for row in result["documents"]["document_tokens"]] == [11073] * 5
+    assert [row["tokens"] for row in result["documents"]["document_tokens"]] == [11177] * 5
     assert len(result["documents"]["books"]) == 4
     assert len(result["comparison"]["second half"]["rows"]) == 3 * 8
     by_scale = [result["scale"][0][s][0] for s in ("0", "0.5", "1")]

@@ -506,10 +506,11 @@ def test_calibrate(calibrated):
 
 
 def test_calibrate_on_equal_parts_of_books(run, loaded, tmp_path):
-    """The bundled text is four pieces joined by blank lines."""
-    from bh_routing.data import sample_text
+    """Four pieces joined by blank lines, of more than 512 tokens each."""
+    from bh_routing.data import sample_documents
 
-    (tmp_path / "text.txt").write_text(sample_text())
+    fiction = [*sample_documents()["fiction"], *sample_documents()["fiction"]]
+    (tmp_path / "text.txt").write_text("\n\n".join("\n".join(fiction[i : i + 2]) for i in range(0, 8, 2)))
     argv = ["--split-on-blank-lines", "--document-tokens", 600, "--window", 256, "--no-outputs"]
     result = run(
         "calibrate", "olmoe-nano", "--text", tmp_path / "text.txt", "-o", tmp_path / "c.safetensors", *argv

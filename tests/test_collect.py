@@ -424,7 +424,7 @@ if world > 1:
 def test_two_processes_write_what_one_writes(tmp_path):
     """torchrun with two processes over gloo: counts and reservoir equal, thresholds within 1e-4."""
     nano = Path(bh_routing.__file__).parent / "models" / "olmoe-nano"
-    sample = Path(bh_routing.__file__).parent / "data" / "sample.txt"
+    sample = Path(bh_routing.__file__).parent / "data" / "sample.jsonl"
     (tmp_path / "worker.py").write_text(WORKER)
     arguments = [str(tmp_path / "worker.py"), str(nano), str(sample), str(tmp_path)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}

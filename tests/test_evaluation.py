@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from bh_routing import RoutingIntegration, TopKPolicy, is_patched
-from bh_routing.data import sample_text
+from bh_routing.data import sample_sections, sample_text
 from bh_routing.errors import InvalidInputError
 from bh_routing.evaluation import Measured, compare, cut_windows, perplexity, window_losses
 
@@ -55,7 +55,7 @@ def test_perplexity():
 
 
 def test_compare(nano_model, nano_tokenizer):
-    windows = cut_windows(nano_tokenizer, sample_text(), 64, limit=3)
+    windows = cut_windows(nano_tokenizer, sample_sections()["fiction"], 64, limit=3)
     steps = []
     routings = {
         "own": None,

@@ -46,7 +46,7 @@ def test_content(wheel):
         metadata = archive.read(f"bh_routing-{__version__}.dist-info/METADATA").decode()
     for name in (
         "bh_routing/py.typed",
-        "bh_routing/data/sample.txt",
+        "bh_routing/data/sample.jsonl",
         "bh_routing/data/prompts.json",
         "bh_routing/models/families.json",
         "bh_routing/models/olmoe-nano/README.md",

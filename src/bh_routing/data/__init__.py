@@ -1,37 +1,39 @@
 """Bundled sample text and prompts.
 
-``sample.txt`` is original prose in four registers and ``prompts.json`` holds short openings for a language
-model to continue, in four tiers of difficulty.  Both belong to this project and are distributed under its
-licence, Apache-2.0.
+``sample.jsonl`` is original text in six domains and ``prompts.json`` holds short openings for a language model to continue.
+Both belong to this project and are distributed under its licence, Apache-2.0.
 
-Layout of ``sample.txt``: a line ``== name ==`` opens the section ``name``; every other line is one paragraph
-(in the section ``code`` a line indented by four or more spaces is a line of a Python snippet); a blank line
-ends a section.  The file is pure ASCII.
+A line of ``sample.jsonl`` is one document, ``{"text", "source", "domain"}``, of a few hundred words; documents of one source
+belong together.  The file is pure ASCII, and `bh_routing.text.TextFile` reads it.
 """
 
 from __future__ import annotations
 
 import json
-import re
 from importlib.resources import files
 
-__all__ = ["prompts", "sample_sections", "sample_text"]
-
-_HEADER = re.compile(r"^== (\w+) ==\n", re.MULTILINE)
+__all__ = ["prompts", "sample_documents", "sample_sections", "sample_text"]
 
 
 def _read(name: str) -> str:
     return files(__name__).joinpath(name).read_text(encoding="utf-8")
 
 
+def sample_documents() -> dict[str, list[str]]:
+    """Return the documents by domain: fiction, encyclopaedia, docs, code, dialogue and simple, in this order."""
+    documents: dict[str, list[str]] = {}
+    for row in map(json.loads, _read("sample.jsonl").splitlines()):
+        documents.setdefault(row["domain"], []).append(row["text"])
+    return documents
+
+
 def sample_sections() -> dict[str, str]:
-    """Return the sample text by section: narrative, technical, dialogue and code, in this order."""
-    _, *parts = _HEADER.split(_read("sample.txt"))
-    return {name: body.strip("\n") for name, body in zip(parts[::2], parts[1::2], strict=True)}
+    """Return the text of each domain, its documents joined by blank lines."""
+    return {domain: "\n\n".join(texts) for domain, texts in sample_documents().items()}
 
 
 def sample_text() -> str:
-    """Return the whole sample text, without section headers and with a blank line between sections."""
+    """Return the whole sample text, all documents joined by blank lines."""
     return "\n\n".join(sample_sections().values()) + "\n"
 
 

@@ -53,7 +53,7 @@ def expert_usage(
     >>> integration = RoutingIntegration(getfixture("nano_model"), TopKPolicy(4))
     >>> usage = expert_usage(integration, getfixture("nano_tokenizer"), sample_sections(), limit=1)
     >>> list(usage), tuple(usage["code"].shape), float(usage["code"][0].sum().round(decimals=6))
-    (['narrative', 'technical', 'dialogue', 'code'], (4, 64), 4.0)
+    (['fiction', 'encyclopaedia', 'docs', 'code', 'dialogue', 'simple'], (4, 64), 4.0)
     """
     model: Any = integration.model
     usage = {}
