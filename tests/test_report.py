@@ -127,7 +127,9 @@ def test_loads_are_ordered_by_the_models_own() -> None:
 
 def test_without_matplotlib(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(MissingDependencyError, match=r"need matplotlib, .* pip install 'bh-routing\[plot\]'"):
+    with pytest.raises(
+        MissingDependencyError, match=r"needs matplotlib, .* pip install 'bh-routing\[plot\]'"
+    ):
         make_report(make_results(), make_run())
 
 

@@ -1,10 +1,12 @@
-"""Packages whose names are imported when somebody asks for them, so that importing the package stays cheap."""
+"""Imports that happen when somebody asks: names of a package, so that importing it stays cheap, and optional packages."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from importlib import import_module
 from typing import Any
+
+from .errors import MissingDependencyError
 
 
 def lazy_names(
@@ -32,3 +34,19 @@ def lazy_names(
         return sorted({*public, *(name for name in namespace if name.startswith("__"))})
 
     return get, names
+
+
+def needed(module: str, what: str, extra: str, otherwise: str = "") -> Any:
+    """A module of an optional package, which ``what`` needs and this library's ``extra`` brings.
+
+    Raises
+    ------
+    MissingDependencyError
+        Where it is not installed.
+    """
+    try:
+        return import_module(module)
+    except ImportError as error:
+        raise MissingDependencyError(
+            f"{what} needs {module.partition('.')[0]}, which is not installed; pip install 'bh-routing[{extra}]'{otherwise}."
+        ) from error

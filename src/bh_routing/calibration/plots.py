@@ -16,7 +16,8 @@ import numpy as np
 import torch
 
 from .._files import write_atomically
-from ..errors import CalibrationError, CalibrationWarning, InvalidParameterError, MissingDependencyError
+from .._lazy import needed
+from ..errors import CalibrationError, CalibrationWarning, InvalidParameterError
 from ..stats.histogram import Histogram, pool_counts
 from ..stats.procedures import get_procedure
 from . import fit
@@ -75,16 +76,10 @@ def calibration_figure(calibration: CalibrationData, **settings: Any) -> Figure:
     MissingDependencyError
         Without matplotlib.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise MissingDependencyError(
-            "drawing a calibration needs matplotlib, which is not installed; pip install 'bh-routing[plot]'."
-        ) from None
     chosen = resolve(calibration, **settings)
     has_tokens = calibration.reservoir is not None and bool(calibration.histograms)
     columns = 4 if has_tokens else 2
-    figure = Figure(
+    figure: Figure = needed("matplotlib.figure", "drawing a calibration", "plot").Figure(
         figsize=(3.7 * columns, 2.3 * calibration.num_layers + 0.9), dpi=110, layout="constrained"
     )
     axes = figure.subplots(calibration.num_layers, columns, squeeze=False)

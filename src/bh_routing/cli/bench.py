@@ -31,11 +31,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="T",
         help="tokens per forward, 1 is decoding; several times (default: 1, 8, 64 and 512)",
     )
-    parser.add_argument("--rounds", type=common.whole(1), default=7, metavar="N", help="rounds (default 7)")
+    common.add_number(parser, "rounds", "rounds", default=7)
     parser.add_argument("--text", metavar="FILE", help="UTF-8 text to run on (default: the bundled one)")
-    parser.add_argument(
-        "--calibration", metavar="FILE", help="olmoe-nano comes with one, `none` turns it off"
-    )
+    common.add_calibration_argument(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     common.add_model_arguments(parser)
 

@@ -66,6 +66,19 @@ def whole(least: int) -> Callable[[str], int]:
     return read
 
 
+def add_number(
+    parser: argparse._ActionsContainer, name: str, help: str, *, default: int | None = None, least: int = 1
+) -> None:
+    """``--name N``, a whole number of at least this; its default is told."""
+    told = help if default is None else f"{help} (default {default})"
+    parser.add_argument(f"--{name}", type=whole(least), default=default, metavar="N", help=told)
+
+
+def add_window_argument(parser: argparse.ArgumentParser) -> None:
+    """--window, as `window_of` reads it."""
+    add_number(parser, "window", "tokens per window (default: the context, at most 512)", least=2)
+
+
 def positive(text: str) -> float:
     """Reads a finite number above 0, or says so."""
     try:

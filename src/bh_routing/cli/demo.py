@@ -36,15 +36,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     level.add_argument(
         "--experts", type=float, nargs="+", metavar="N", help="budgets, N experts per token each"
     )
-    parser.add_argument("--calibration", metavar="FILE", help="calibrated null; `none` for no calibration")
+    common.add_calibration_argument(parser)
     parser.add_argument("--text", metavar="FILE", help="measure on this text instead of the bundled one")
-    parser.add_argument(
-        "--max-new-tokens",
-        type=common.whole(1),
-        default=24,
-        metavar="N",
-        help="tokens per answer (default 24)",
-    )
+    common.add_number(parser, "max-new-tokens", "tokens per answer", default=24)
     parser.add_argument("--quick", action="store_true", help="a tenth of the text, two levels, two prompts")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
     common.add_model_arguments(parser)

@@ -27,29 +27,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--text", action="append", metavar="FILE", help="UTF-8 text, plain or compressed; several times"
     )
     parser.add_argument("-o", "--output", metavar="FOLDER", help="where results are kept")
-    parser.add_argument(
-        "--calibration", metavar="FILE", help="olmoe-nano comes with one, `none` turns it off"
-    )
+    common.add_calibration_argument(parser)
     parser.add_argument(
         "--solve-text",
         metavar="FILE",
         help="calibration text for layer profiles, and for budgets without one",
     )
-    parser.add_argument(
-        "--window",
-        type=common.whole(2),
-        metavar="N",
-        help="tokens per window (default: the context, at most 512)",
-    )
-    parser.add_argument(
-        "--stride", type=common.whole(1), metavar="N", help="step between windows (default: no overlap)"
-    )
-    parser.add_argument(
-        "--max-tokens", type=common.whole(2), metavar="N", help="only the first N tokens of each text"
-    )
-    parser.add_argument(
-        "--batch-tokens", type=common.whole(1), metavar="N", help="tokens per forward (default 4096)"
-    )
+    common.add_window_argument(parser)
+    common.add_number(parser, "stride", "step between windows (default: no overlap)")
+    common.add_number(parser, "max-tokens", "only the first N tokens of each text", least=2)
+    common.add_number(parser, "batch-tokens", "tokens per forward", default=4096)
     parser.add_argument(
         "--kl", action="store_true", help="also KL divergence from the full model (twice the time)"
     )
@@ -103,7 +90,7 @@ def run(args: argparse.Namespace) -> None:
             solve_text=solve_text,
             window=window,
             stride=args.stride,
-            batch_tokens=args.batch_tokens or 4096,
+            batch_tokens=args.batch_tokens,
             max_tokens=args.max_tokens,
             kl=args.kl,
             seed=args.seed,
@@ -132,29 +119,21 @@ def _list_policies() -> None:
 
 def show(results: list[dict[str, Any]]) -> None:
     """Tables of what was measured, one per text."""
-    from ..evaluation.summary import by_arithmetic, datasets_of, summarise
+    from ..evaluation.summary import by_arithmetic, cells, datasets_of, measured_kl, summarise
+
+    def starred(row: dict[str, Any], front: str) -> str:
+        return ("* " if row[front] else "  ") + str(row["result"]["policy"])
 
     for dataset in datasets_of(results):
         rows = summarise(results, dataset)
-        columns = ["policy", "experts", "arithmetic", "MB", "perplexity", "vs full", "vs top-k", "s", "KL"]
-        cells = [
-            [
-                ("* " if row["front"] else "  ") + row["result"]["policy"],
-                f"{row['experts']:.2f}",
-                _number(row["result"].get("arithmetic_per_token"), ".2f"),
-                _number(row["result"].get("bytes_per_token"), ".3g", 1e6),
-                "inf" if row["perplexity"] is None else f"{row['perplexity']:.3f}",
-                _interval(row["change"]),
-                _interval(row["against_topk"], row["verdict"]),
-                f"{row['result']['seconds']:.1f}",
-                _number(row["result"]["kl"], ".4f"),
-            ]
-            for row in rows
-        ]
-        if not any(row[-1] for row in cells):
-            columns.pop()
-            cells = [row[:-1] for row in cells]
-        print_table(dataset, columns, cells, spare=("s", "vs full", "MB", "arithmetic"))
+        kl = measured_kl(rows)
+        left, right = ("experts", "arithmetic", "MB", "perplexity"), ("s", *kl)
+        lines = []
+        for row in rows:
+            changes = [_interval(row["change"]), _interval(row["against_topk"], row["verdict"])]
+            lines.append([starred(row, "front"), *cells(row, *left), *changes, *cells(row, *right)])
+        columns = ["policy", *left, "vs full", "vs top-k", *right]
+        print_table(dataset, columns, lines, spare=("s", "vs full", "MB", "arithmetic"))
         front = [row["result"]["policy"] for row in rows if row["front"]]
         first = rows[0]["result"]
         print()
@@ -168,24 +147,12 @@ def show(results: list[dict[str, Any]]) -> None:
         ranked = by_arithmetic(rows)
         if any(abs(row["arithmetic"] - row["experts"]) > 0.005 for row in ranked):
             print()
+            columns = ["arithmetic", "experts", "perplexity", *kl]
             print_table(
                 f"{dataset}, at equal arithmetic: compare lines beside each other",
-                ["policy", "arithmetic", "experts", "perplexity", "KL"],
-                [
-                    [
-                        ("* " if row["arithmetic_front"] else "  ") + row["result"]["policy"],
-                        f"{row['arithmetic']:.2f}",
-                        f"{row['experts']:.2f}",
-                        "inf" if row["perplexity"] is None else f"{row['perplexity']:.3f}",
-                        _number(row["result"]["kl"], ".4f"),
-                    ]
-                    for row in ranked
-                ],
+                ["policy", *columns],
+                [[starred(row, "arithmetic_front"), *cells(row, *columns)] for row in ranked],
             )
-
-
-def _number(value: float | None, form: str, unit: float = 1.0) -> str:
-    return "" if value is None else format(value / unit, form)
 
 
 def _interval(value: Any, verdict: str = "") -> str:

@@ -39,20 +39,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--calibration-text", nargs="+", metavar="FILE", help="calibrate on this text")
     parser.add_argument("--eval-text", nargs="+", metavar="FILE", help="judge by this text")
-    parser.add_argument(
-        "--calibration-tokens",
-        type=int,
-        default=65_536,
-        metavar="N",
-        help="at most so many (default 65536)",
-    )
-    parser.add_argument(
-        "--eval-tokens",
-        type=int,
-        default=16_384,
-        metavar="N",
-        help="at most so many (default 16384)",
-    )
+    common.add_number(parser, "calibration-tokens", "at most so many", default=65_536, least=2)
+    common.add_number(parser, "eval-tokens", "at most so many", default=16_384, least=2)
     parser.add_argument(
         "--control",
         action="store_true",
@@ -69,11 +57,6 @@ def run(args: argparse.Namespace) -> None:
     _check_output(out)
     from ..text import TextFile
 
-    for name in ("calibration_tokens", "eval_tokens"):
-        if getattr(args, name) < 2:
-            raise InvalidParameterError(
-                f"{name} must be an integer of at least 2, got {getattr(args, name)}."
-            )
     if not args.experts >= 1:
         raise InvalidParameterError(f"experts must be a number of at least 1, got {args.experts:g}.")
     files = {

@@ -18,13 +18,7 @@ from .tables import print_table
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="olmoe-nano, a folder, or a hub id")
     parser.add_argument("-p", "--prompt", required=True, metavar="TEXT", help="the text to continue")
-    parser.add_argument(
-        "--max-new-tokens",
-        type=common.whole(1),
-        default=40,
-        metavar="N",
-        help="tokens to generate (default 40)",
-    )
+    common.add_number(parser, "max-new-tokens", "tokens to generate", default=40)
     parser.add_argument("--sample", action="store_true", help="sample (default: greedy)")
     parser.add_argument("--json", action="store_true", help="print one JSON object: text, stats, telemetry")
     common.add_routing_arguments(parser)

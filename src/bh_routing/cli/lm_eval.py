@@ -19,16 +19,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--policy", action="append", metavar="POLICY", help="several times; default: full")
     parser.add_argument("--tasks", required=True, metavar="TASK,TASK", help="hellaswag,lambada_openai,...")
     parser.add_argument("--include-path", metavar="FOLDER", help="a folder of one's own task files")
-    parser.add_argument(
-        "--calibration", metavar="FILE", help="olmoe-nano comes with one, `none` turns it off"
-    )
-    parser.add_argument(
-        "--limit", type=common.whole(1), metavar="N", help="only the first N items of each task"
-    )
-    parser.add_argument("--num-fewshot", type=common.whole(0), metavar="N", help="examples before each item")
-    parser.add_argument(
-        "--batch-size", type=common.whole(1), default=8, metavar="N", help="items per forward (default 8)"
-    )
+    common.add_calibration_argument(parser)
+    common.add_number(parser, "limit", "only the first N items of each task")
+    common.add_number(parser, "num-fewshot", "examples before each item", least=0)
+    common.add_number(parser, "batch-size", "items per forward", default=8)
     parser.add_argument("-o", "--output", metavar="FILE.json", help="also write the results there")
     common.add_model_arguments(parser)
 

@@ -15,19 +15,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="olmoe-nano, a folder, or a hub id")
     parser.add_argument("--text", required=True, metavar="FILE", help="UTF-8 text, plain or compressed")
     parser.add_argument("-o", "--output", required=True, metavar="LOG.safetensors", help="the file to write")
-    parser.add_argument(
-        "--max-tokens",
-        type=common.whole(1),
-        default=8192,
-        metavar="N",
-        help="keep N tokens, spread over the text (default 8192)",
-    )
-    parser.add_argument(
-        "--window",
-        type=common.whole(2),
-        metavar="N",
-        help="tokens per window (default: the context, at most 512)",
-    )
+    common.add_number(parser, "max-tokens", "keep N tokens, spread over the text", default=8192)
+    common.add_window_argument(parser)
     common.add_model_arguments(parser)
 
 

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from .. import __version__
+from .._lazy import needed
 from ..decision.compensation import Cost
-from ..errors import MissingDependencyError
 from ..integration import RoutingIntegration
 from .paired import BLOCK, block_sums
 from .scoring import TextScores
@@ -125,11 +125,5 @@ def to_frame(results: Sequence[dict[str, Any]]) -> Any:
     MissingDependencyError
         Without pandas.
     """
-    try:
-        import pandas
-    except ImportError as error:
-        raise MissingDependencyError(
-            "a DataFrame needs pandas, which is not installed; pip install 'bh-routing[frame]'."
-        ) from error
     rows = [{k: v for k, v in r.items() if not isinstance(v, (list, dict))} for r in results]
-    return pandas.DataFrame(rows)
+    return needed("pandas", "a DataFrame", "frame").DataFrame(rows)

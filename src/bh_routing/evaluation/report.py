@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import ResultsError
 from .report_plots import adaptive_rows, counts_plot, inline_svg, layers_plot, load_plot, pareto_plot, percent
 from .results import FORMAT, check_result, check_run
-from .summary import by_arithmetic, datasets_of, summarise
+from .summary import by_arithmetic, cells, datasets_of, measured_kl, summarise
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -113,44 +113,17 @@ def _section(results: Sequence[dict[str, Any]], run: dict[str, Any], dataset: st
 
 
 def _policies(rows: Sequence[dict[str, Any]]) -> str:
-    kl = any(r["result"].get("kl") is not None for r in rows)
-    heads = [
-        "policy",
-        "experts",
-        "±",
-        "arithmetic",
-        "MB",
-        "perplexity",
-        "per word",
-        "vs full",
-        "vs top-k",
-        "",
-        "accuracy",
-    ]
-    heads += (["KL"] if kl else []) + ["M parameters", "MFLOPs", "tokens/s"]
-    cells = []
+    left = ("experts", "±", "arithmetic", "MB", "perplexity", "per word")
+    right = ("accuracy", *measured_kl(rows), "M parameters", "MFLOPs", "tokens/s")
+    lines = []
     for row in rows:
-        r = row["result"]
-        cells.append(
-            [
-                ("★ " if row["front"] else "") + r["policy"],
-                _number(row["experts"], ".2f"),
-                _number(r["std_experts_per_token"], ".2f"),
-                _number(r.get("arithmetic_per_token"), ".2f"),
-                _number(r.get("bytes_per_token"), ".3g", 1e6),
-                _number(row["perplexity"], ".3f"),
-                _number(r["word_perplexity"], ".4g"),
-                percent(row["change"]),
-                percent(row["against_topk"]),
-                row["verdict"],
-                _number(r["token_accuracy"], ".2%"),
-                *([_number(r["kl"], ".4f")] if kl else []),
-                _number(r["active_parameters"], ".2f", 1e6),
-                _number(r["flops_per_token"], ".2f", 1e6),
-                _number(r["tokens_per_second"], ",.0f"),
-            ]
-        )
-    return _table(heads, cells)
+        changes = [percent(row["change"]), percent(row["against_topk"]), row["verdict"]]
+        lines.append([_starred(row, "front"), *cells(row, *left), *changes, *cells(row, *right)])
+    return _table(["policy", *left, "vs full", "vs top-k", "", *right], lines)
+
+
+def _starred(row: dict[str, Any], front: str) -> str:
+    return ("★ " if row[front] else "") + str(row["result"]["policy"])
 
 
 def _arithmetic(rows: Sequence[dict[str, Any]]) -> str:
@@ -158,22 +131,15 @@ def _arithmetic(rows: Sequence[dict[str, Any]]) -> str:
     ranked = by_arithmetic(rows)
     if not ranked:
         return ""
-    cells = [
-        [
-            ("★ " if row["arithmetic_front"] else "") + row["result"]["policy"],
-            _number(row["arithmetic"], ".2f"),
-            _number(row["experts"], ".2f"),
-            _number(row["result"].get("bytes_per_token"), ".3g", 1e6),
-            _number(row["perplexity"], ".3f"),
-            percent(row["change"]),
-            _number(row["result"].get("kl"), ".4f"),
-        ]
+    left, kl = ("arithmetic", "experts", "MB", "perplexity"), measured_kl(ranked)
+    lines = [
+        [_starred(row, "arithmetic_front"), *cells(row, *left), percent(row["change"]), *cells(row, *kl)]
         for row in ranked
     ]
     return (
         "<h3>At equal arithmetic</h3><p class='note'>The same policies by arithmetic: compare those that stand beside each "
         "other. ★: no policy has both less arithmetic and a lower perplexity.</p>"
-        + _table(["policy", "arithmetic", "experts", "MB", "perplexity", "vs full", "KL"], cells)
+        + _table(["policy", *left, "vs full", *kl], lines)
     )
 
 
@@ -190,15 +156,19 @@ _BALANCE = {  # heading -> (figure of a layer, format)
 
 
 def _balance(rows: Sequence[dict[str, Any]]) -> str:
-    cells = [
-        ["" if i else row["result"]["policy"], str(i), *(_number(layer[k], f) for k, f in _BALANCE.values())]
+    lines = [
+        [
+            "" if i else row["result"]["policy"],
+            str(i),
+            *("" if layer[k] is None else format(layer[k], f) for k, f in _BALANCE.values()),
+        ]
         for row in rows
         for i, layer in enumerate(row["result"]["layers"])
     ]
     return (
         "<h3>Expert load and balance</h3><p class='note'>kept of own: overlap (Jaccard) of the experts that ran with "
         "the model's own top-k; weight lost: share of the router's own weight on experts that were dropped.</p>"
-        + _table(["policy", "layer", *_BALANCE], cells)
+        + _table(["policy", "layer", *_BALANCE], lines)
     )
 
 
@@ -215,10 +185,6 @@ def _plot(figure: Figure) -> str:
 def _said(value: object) -> str:
     """A setting, as text of a page."""
     return escape(str(value))
-
-
-def _number(value: float | None, form: str, unit: float = 1) -> str:
-    return "" if value is None else format(value if unit == 1 else value / unit, form)
 
 
 def _token_view(rows: Sequence[dict[str, Any]], tokens: Sequence[str]) -> str:

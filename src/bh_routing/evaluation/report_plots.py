@@ -9,7 +9,7 @@ import io
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ..errors import MissingDependencyError
+from .._lazy import needed
 from .paired import Interval
 from .summary import datasets_of, summarise
 
@@ -38,14 +38,8 @@ def new_figure(title: str, *, height: float, width: float = 7.5) -> Figure:
     MissingDependencyError
         Without matplotlib.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise MissingDependencyError(
-            "plots, and the report that holds them, need matplotlib, which is not installed; pip install "
-            "'bh-routing[plot]'."
-        ) from None
-    figure = Figure(figsize=(width, height), dpi=110, layout="constrained")
+    made = needed("matplotlib.figure", "a plot, and the report that holds it,", "plot")
+    figure: Figure = made.Figure(figsize=(width, height), dpi=110, layout="constrained")
     # A dollar sign would begin a formula.
     figure.suptitle(title.replace("$", r"\$"), fontsize=11, x=0.01, ha="left", wrap=True)
     return figure

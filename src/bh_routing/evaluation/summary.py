@@ -64,6 +64,39 @@ def by_arithmetic(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return sorted(added, key=lambda row: (-row["arithmetic"], row["perplexity"] or 0.0))
 
 
+# Columns of a table of policies: the figure of a result, its format and its unit.
+COLUMNS: dict[str, tuple[str, str, float]] = {
+    "experts": ("mean_experts_per_token", ".2f", 1),
+    "±": ("std_experts_per_token", ".2f", 1),
+    "arithmetic": ("arithmetic_per_token", ".2f", 1),
+    "MB": ("bytes_per_token", ".3g", 1e6),
+    "perplexity": ("perplexity", ".3f", 1),
+    "per word": ("word_perplexity", ".4g", 1),
+    "accuracy": ("token_accuracy", ".2%", 1),
+    "KL": ("kl", ".4f", 1),
+    "M parameters": ("active_parameters", ".2f", 1e6),
+    "MFLOPs": ("flops_per_token", ".2f", 1e6),
+    "tokens/s": ("tokens_per_second", ",.0f", 1),
+    "s": ("seconds", ".1f", 1),
+}
+
+
+def cells(row: dict[str, Any], *columns: str) -> list[str]:
+    """Figures of a row as text, by their titles in `COLUMNS`; empty where it has none."""
+    found = []
+    for title in columns:
+        name, form, unit = COLUMNS[title]
+        missing = "inf" if title == "perplexity" else ""  # JSON knows no infinity
+        value = row["result"].get(name)
+        found.append(missing if value is None else format(value / unit, form))
+    return found
+
+
+def measured_kl(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """The title of the divergence's column, where it was measured."""
+    return ["KL"] if any(row["result"].get("kl") is not None for row in rows) else []
+
+
 def _verdict(result: dict[str, Any], cut: dict[str, Any], difference: Interval) -> str:
     """In a word, by the 95 % interval; empty where more experts bought the lower perplexity."""
     if not difference.known:

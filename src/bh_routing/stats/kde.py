@@ -9,8 +9,9 @@ import math
 
 import numpy as np
 
+from .._lazy import needed
 from .._words import check_word
-from ..errors import InvalidParameterError, MissingDependencyError
+from ..errors import InvalidParameterError
 from .histogram import PooledCounts
 
 KERNELS = {"gaussian": "gaussian", "epanechnikov": "epa", "tophat": "box", "triangular": "tri"}
@@ -29,13 +30,7 @@ def smoothed_counts(
     of bins for n. Parameters and errors as in `bh_routing.stats.nulls.kde_null`.
     """
     check_word("kernel", kernel, KERNELS)
-    try:
-        from KDEpy import FFTKDE
-    except ImportError:
-        raise MissingDependencyError(
-            "estimator='kde' needs KDEpy, which is not installed; pip install 'bh-routing[kde]', or use "
-            "estimator='empirical'."
-        ) from None
+    kdepy = needed("KDEpy", "estimator='kde'", "kde", ", or use estimator='empirical'")
     width = pooled.width
     size = resolve_bandwidth(pooled, bandwidth)
     # every kernel here ends (or is below 1e-30) within 12 of its std
@@ -43,7 +38,9 @@ def smoothed_counts(
     num = len(pooled.counts_G)
     grid = pooled.edges_G[0] + (np.arange(-pad, num + pad) + 0.5) * width
     used = pooled.counts_G > 0
-    kde = FFTKDE(kernel=KERNELS[kernel], bw=size).fit(grid[pad:-pad][used], weights=pooled.counts_G[used])
+    kde = kdepy.FFTKDE(kernel=KERNELS[kernel], bw=size).fit(
+        grid[pad:-pad][used], weights=pooled.counts_G[used]
+    )
     density = np.maximum(kde.evaluate(grid), 0.0)
     edges = pooled.edges_G[0] + np.arange(-pad, num + pad + 1) * width
     return edges, density * (pooled.num / density.sum())

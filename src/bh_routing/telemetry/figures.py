@@ -24,8 +24,9 @@ from typing import Any
 
 from torch import Tensor
 
+from .._lazy import needed
 from ..decision.types import RoutingDecision
-from ..errors import InvalidInputError, MissingDependencyError
+from ..errors import InvalidInputError
 from ..policies import RoutingContext
 from .counters import LayerCounters, LayerSums, defined, figures, layer_figures, recomputing, total_figures
 
@@ -195,12 +196,7 @@ class Telemetry:
         MissingDependencyError
             Without pandas.
         """
-        try:
-            import pandas
-        except ImportError as error:
-            raise MissingDependencyError(
-                "to_frame needs pandas, which is not installed; pip install 'bh-routing[frame]', or use to_dict."
-            ) from error
+        pandas = needed("pandas", "to_frame", "frame", ", or use to_dict")
         rows = [layer_figures(s) for s in self._read()]
         return pandas.DataFrame(
             [{key: value for key, value in row.items() if not isinstance(value, list)} for row in rows]
