@@ -10,18 +10,23 @@ import pytest
 import torch
 
 from bh_routing import RoutingIntegration, TopKPolicy
+from bh_routing.decision.price import Step
 from bh_routing.errors import BudgetError, InvalidInputError, InvalidParameterError
 from bh_routing.evaluation import baselines
 from bh_routing.evaluation.baselines import (
     AdaptivePolicy,
     AllocatedPolicy,
     Baseline,
+    BatchRule,
+    BatchTopKPolicy,
     DynamicSkippingPolicy,
     EntropyPolicy,
     MinPPolicy,
+    OpportunisticPolicy,
     PerLayerPolicy,
     RandomPolicy,
     SequenceTopKPolicy,
+    SharedExpertsPolicy,
     ThresholdPolicy,
     TopPPolicy,
     UniformPolicy,
@@ -332,3 +337,64 @@ def test_a_layer_of_fewer_experts_in_a_routing_log() -> None:
     log = RoutingLog(contexts=contexts, logits_NLE=logits, experts_NLK=own, weights_NLK=torch.ones(1, 2, 1))
     assert [log.layer(i)[0].tolist() for i in range(2)] == [[[1.0, 2.0, 3.0, 4.0]], [[3.0, 2.0, 1.0]]]
     assert [ratios.tolist() for ratios in log.score_ratios()] == [[[1.0]], [[1.0]]]
+
+
+# Three tokens of one step, five experts, two slots each; the step wants expert 1 most, then 0 (0.70), 2 (0.45), 3, 4.
+STEP = torch.tensor([[0.2, 0.5, 0.15, 0.1, 0.05], [0.4, 0.3, 0.1, 0.15, 0.05], [0.1, 0.6, 0.2, 0.06, 0.04]])
+STEP_OWN = torch.tensor([[1, 0], [0, 1], [1, 2]])
+SHARED = replace(CONTEXT, top_k=2, can_widen=True, step=Step(shape=(3, 1), tokens=3))
+
+
+@pytest.mark.parametrize(
+    ("policy", "chosen"),
+    [
+        (
+            OpportunisticPolicy(1),
+            [{0, 1}, {0, 1}, {0, 1}],
+        ),  # 0 and 1 are loaded; the third fills up with 0, not its own
+        (OpportunisticPolicy(2), [{0, 1}, {0, 1}, {1, 2}]),
+        (SharedExpertsPolicy(1), [{0, 1}, {0, 1}, {0, 1}]),  # its tokens' best are more than one
+        (SharedExpertsPolicy(1, k0=0), [{1}, {1}, {1}]),
+        (SharedExpertsPolicy(3), [{0, 1}, {0, 1}, {1, 2}]),
+        (BatchTopKPolicy(1), [{1}, {1}, {1}]),
+        (BatchTopKPolicy(2), [{0, 1}, {0, 1}, {1}]),
+    ],
+)
+def test_shared_loads_by_hand(policy: BatchRule, chosen: list[set[int]]) -> None:
+    policy.bind([SHARED])
+    asked = (STEP.log() + 3.0, STEP.gather(-1, STEP_OWN), STEP_OWN)
+    decision = policy.decide(*asked, SHARED)
+    for t, experts in enumerate(chosen):
+        assert set(decision.experts_TK[t].tolist()) - {5} == experts
+        kept = decision.experts_TK[t][decision.experts_TK[t] < 5]
+        assert torch.allclose(decision.weights_TK[t][decision.experts_TK[t] < 5], STEP[t, kept])
+    columns = replace(
+        SHARED, step=Step(shape=(1, 3), tokens=1)
+    )  # each token a step of its own: nothing to share
+    alone = policy.decide(*asked, columns)
+    most = 2 if (policy.takes_others and policy.k0 != 0) or getattr(policy, "loads", 2) > 1 else 1
+    assert all(len(set(row) - {5}) <= most for row in alone.experts_TK.tolist())
+    prompt = policy.decide(*asked, replace(SHARED, step=None))  # the model's own
+    assert torch.equal(prompt.experts_TK, STEP_OWN)
+    assert torch.equal(prompt.weights_TK, asked[1])
+
+
+def test_padding_asks_for_no_loads() -> None:
+    real = torch.tensor([True, False, True])
+    for policy in (OpportunisticPolicy(1), SharedExpertsPolicy(1), BatchTopKPolicy(1)):
+        policy.bind([SHARED])
+        decision = policy.decide(
+            STEP.log(), STEP.gather(-1, STEP_OWN), STEP_OWN, replace(SHARED, mask_T=real)
+        )
+        assert set(decision.experts_TK.flatten().tolist()) == {1, 5}
+
+
+def test_shared_loads_refuse() -> None:
+    with pytest.raises(InvalidParameterError, match="oea chooses experts that router r did not select"):
+        OpportunisticPolicy(1).bind([CONTEXT])
+    with pytest.raises(InvalidParameterError, match="k0=3 is more than the 2 experts that router r selects"):
+        OpportunisticPolicy(3).bind([SHARED])
+    with pytest.raises(
+        InvalidParameterError, match=r"xshare loads a whole number of experts, got loads=2\.5"
+    ):
+        SharedExpertsPolicy(2.5)

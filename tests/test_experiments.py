@@ -339,6 +339,27 @@ def test_batches_change_no_figure(tiny_olmoe: Any) -> None:
     assert torch.allclose(one.losses_C, many.losses_C, atol=1e-4)  # float32 sums in another order
 
 
+def test_streams_are_scored_in_step(make_runner: Any) -> None:
+    """The same windows in other batches; what is shared is shared by the windows of one column."""
+    policies = ["topk:k=2", "batchtopk:loads=4"]
+    apart = make_runner(["topk:k=2"], folder="apart", max_tokens=768, kl=True).run()
+    full, few, shared = make_runner(policies, streams=3, kl=True).run()
+    for one, other in zip(apart, (full, few), strict=True):
+        for name in ("perplexity", "kl", "mean_experts_per_token"):
+            assert one[name] == pytest.approx(other[name], rel=1e-4, abs=1e-7)  # products of other batches
+        assert torch.allclose(torch.tensor(one["blocks"]), torch.tensor(other["blocks"]))
+        assert (one["steps"], one["mean_loads"], other["tokens"]) == (0, None, 768)
+    assert full["steps"] == 2 * 4 * 64  # layers, batches, columns
+    assert full["mean_loads"] == full["own_mean_loads"] > few["mean_loads"] > shared["mean_loads"]
+    assert 3.5 < shared["mean_loads"] <= 4
+    with pytest.raises(InvalidParameterError, match="streams are windows that do not overlap, got stride 32"):
+        make_runner(policies, streams=3, stride=32)
+    with pytest.raises(
+        InvalidInputError, match="64 streams of windows of 64 need a text of at least 4096 tokens, got 888"
+    ):
+        make_runner(policies, streams=64)
+
+
 def test_bootstrap_covers_the_truth() -> None:
     """Mean differences with known truth: the 95 % interval holds it in about 95 % of 300 repetitions."""
     generator, covered, truth = np.random.default_rng(0), 0, math.expm1(0.02)

@@ -183,7 +183,12 @@ def test_the_integration_takes_the_original_order_and_every_field():
 
 def test_text_can_say_every_field_but_switches_of_python():
     said = {option.field or name for name, option in TEXT_OPTIONS.items()}
-    assert {field.name for field in fields(RoutingSettings)} - said == {"collect_stats", "strict"}
+    assert {field.name for field in fields(RoutingSettings)} - said == {
+        "collect_stats",
+        "strict",
+        "resident",
+        "batch_invariant",
+    }
     assert set(WORDS) <= said
 
 

@@ -9,9 +9,11 @@ import torch
 
 from bh_routing.calibration.passes import calibrate
 from bh_routing.errors import BudgetError, InvalidParameterError, UnknownPolicyError
+from bh_routing.evaluation.baselines import OpportunisticPolicy, mean_loads
 from bh_routing.evaluation.entries import POLICIES
 from bh_routing.evaluation.specs import make_routing, parse_policy
 from bh_routing.evaluation.workbench import Workbench
+from bh_routing.patching.calls import as_steps
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +81,9 @@ GIVEN = {
     "regular": "k=3",
     "normalised": "k=3",
     "uniform": "k=3",
+    "oea": "k0=2",
+    "xshare": "loads=9",
+    "batchtopk": "loads=9",
 } | dict.fromkeys(["bh", "by", "bonferroni", "holm", "hochberg", "storey", "higher_criticism"], "alpha=0.2")
 
 
@@ -91,10 +96,11 @@ def test_every_policy_routes(name: str, bench: Workbench, token_ids: torch.Tenso
 
 
 # At any level the one selects nothing but min_k, the other nearly all: the error tells what is reachable.
+SHARING = ("oea", "xshare", "batchtopk")  # these have a budget of loads
 UNMET = ("original", "higher_criticism")
 
 
-@pytest.mark.parametrize("name", sorted(set(POLICIES) - {"full", "perlayer", "adaptive", *UNMET}))
+@pytest.mark.parametrize("name", sorted(set(POLICIES) - {"full", "perlayer", "adaptive", *SHARING, *UNMET}))
 def test_every_budget_is_met(name: str, bench: Workbench, ids: torch.Tensor) -> None:
     """On the text that it was solved on, within the solver's 2 %."""
     with make_routing(f"{name}:experts=3", bench) as routing, torch.no_grad():
@@ -106,6 +112,22 @@ def test_every_budget_is_met(name: str, bench: Workbench, ids: torch.Tensor) -> 
 def test_a_budget_out_of_reach(name: str, bench: Workbench) -> None:
     with pytest.raises(BudgetError, match=r"3 experts per token .* are reachable"):
         make_routing(f"{name}:experts=3", bench)
+
+
+@pytest.mark.parametrize("name", [*SHARING, "bh"])
+def test_every_budget_of_loads_is_met(name: str, bench: Workbench, ids: torch.Tensor) -> None:
+    """In steps of twelve sequences of the text that it was solved on, in which tokens of one document are often together."""
+    bench.streams = len(ids)
+    loads = mean_loads(OpportunisticPolicy(2), bench.log, len(ids)) if name == "oea" else 9.0
+    with make_routing(f"{name}:loads={loads:g}", bench) as routing, torch.no_grad(), as_steps():
+        bench.model(ids)
+        assert routing.telemetry.to_dict()["total"]["mean_loads"] == pytest.approx(loads, rel=0.1)
+    if name == "oea":
+        with pytest.raises(
+            BudgetError,
+            match=r"oea reads as many experts as its whole number k0 says, for 12 sequences .* at k0=2",
+        ):
+            make_routing("oea:loads=99", bench)
 
 
 def test_budgets_without_a_calibration(tiny_olmoe: Any, ids: torch.Tensor) -> None:
@@ -140,4 +162,15 @@ def test_unmeetable_budgets(bench: Workbench) -> None:
 
 def test_what_is_inspired_says_so() -> None:
     inspired = {name for name, entry in POLICIES.items() if entry.inspired}
-    assert inspired == {"topp", "minp", "entropy", "adaptive", "naee", "seqtopk", "lexi", "allocmoe"}
+    assert inspired == {
+        "topp",
+        "minp",
+        "entropy",
+        "adaptive",
+        "naee",
+        "seqtopk",
+        "lexi",
+        "allocmoe",
+        "xshare",
+        "batchtopk",
+    }

@@ -326,15 +326,23 @@ class BHRoutingIntegration(RoutingIntegration):
         *,
         alpha: float | None = None,
         experts_per_token: float | Mapping[str, float] | None = None,
+        distinct_experts: float | None = None,
+        price_load: float | None = None,
     ) -> None:
-        """Change the level or the budget, also while patched (and compiled): the same buffers are rewritten.
+        """Change the level or the budget, or the price, also while patched (and compiled): the same buffers are rewritten.
 
         Raises
         ------
         InvalidParameterError, BudgetError
-            Unless exactly one of the two is given and can be served; nothing has changed then.
+            Unless one of the first two is given, or of the last two (of an integration that was made with a price), or of
+            both, and can be served; nothing has changed then.
         """
-        settings = self.settings.with_level(alpha=alpha, experts_per_token=experts_per_token)
+        settings = self.settings.with_level(
+            alpha=alpha,
+            experts_per_token=experts_per_token,
+            distinct_experts=distinct_experts,
+            price_load=price_load,
+        )
         settings.rewrite(self.policy, self.calibration)
         self.settings = settings
 

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
     from .calibration.calibration import Calibration
     from .decision.compensation import Compensation
-    from .policies import PValuePolicy, RoutingPolicy, TablePolicy
+    from .policies import PricePolicy, PValuePolicy, RoutingPolicy, TablePolicy
     from .stats.procedures import Procedure
     from .support import Feature
 
@@ -110,6 +110,16 @@ class RoutingSettings:
         How a dropped expert is kept out (`bh_routing.RoutingIntegration`).
     backend : {"auto", "torch", "triton"}
         What computes a calibrated decision: one fused kernel on a GPU with Triton, else PyTorch.
+    distinct_experts : float, optional
+        A budget of loads: experts that a layer reads in a decoding step, on average over the model, at the number of
+        sequences in use (`bh_routing.decision.price`). What ``alpha`` or ``experts_per_token`` beside it drops stays
+        dropped; without either all of the model's own choice is priced.
+    price_load : float, optional
+        The price of a load itself, in the units of the drop losses; 0 changes nothing.
+    resident : mapping of router path to bool [E], or callable of the path that gives one, optional
+        Experts that are in memory: with a price, their loads are free.
+    batch_invariant : bool
+        Refuse what makes a token's output depend on the other sequences of its batch.
     strict : bool
         False: a calibration whose router weights differ from the model's only warns.
 
@@ -149,6 +159,10 @@ class RoutingSettings:
     compensation: bool | float | str | tuple[str, float] | None = None
     skip: Skip = "auto"
     backend: Backend = "auto"
+    distinct_experts: float | None = None
+    price_load: float | None = None
+    resident: Mapping[str, Tensor] | Callable[[str], Tensor] | None = None
+    batch_invariant: bool = False
     strict: bool = True
 
     def __post_init__(self) -> None:
@@ -175,6 +189,7 @@ class RoutingSettings:
                 raise InvalidParameterError(
                     f"experts_per_token must be a number of experts per token above 0, or one for each router, got {budget!r}."
                 )
+        self._check_price()
         check_temperature(self.temperature)
         check_k(1 if self.min_k is None else self.min_k, self.max_k, least=0)
         if wanted(self.compensation).form == "none" and self.min_k == 0:
@@ -186,6 +201,37 @@ class RoutingSettings:
             check_word("kernel", self.kernel, KERNELS)
         if isinstance(self.bandwidth, str):
             check_word("bandwidth", self.bandwidth, BANDWIDTHS)
+
+    def _check_price(self) -> None:
+        """Raise for a price that is none, and for what a batch-invariant routing cannot have."""
+        for name, value, least in (
+            ("distinct_experts", self.distinct_experts, "a number of experts per layer and step above 0"),
+            ("price_load", self.price_load, "a finite number of at least 0"),
+        ):
+            number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            in_range = number and (0.0 < value < float("inf") or (value == 0.0 and name == "price_load"))  # type: ignore[operator]
+            if value is not None and not in_range:
+                raise InvalidParameterError(f"{name} must be {least}, got {value!r}.")
+        if self.distinct_experts is not None and self.price_load is not None:
+            raise InvalidParameterError(
+                f"expected a budget of loads or their price, got both distinct_experts={self.distinct_experts!r} and "
+                f"price_load={self.price_load!r}; give one of them."
+            )
+        if self.resident is not None and not self.priced:
+            raise InvalidParameterError(
+                "resident says which loads are free, which needs a price on loads; give distinct_experts or price_load."
+            )
+        if self.batch_invariant and (self.priced or self.pvalues == "batch"):
+            what = "a price on loads" if self.priced else "pvalues='batch'"
+            raise InvalidParameterError(
+                f"batch_invariant=True asks for outputs that do not depend on the other sequences of a batch, and {what} "
+                "makes them depend on those; leave one of the two out."
+            )
+
+    @property
+    def priced(self) -> bool:
+        """Whether loads have a price."""
+        return self.distinct_experts is not None or self.price_load is not None
 
     # -- other forms --------------------------------------------------------------------------------------
 
@@ -212,19 +258,29 @@ class RoutingSettings:
         return f"RoutingSettings({', '.join(f'{name}={value!r}' for name, value in self.to_dict().items())})"
 
     def with_level(
-        self: S, *, alpha: float | None = None, experts_per_token: float | Mapping[str, float] | None = None
+        self: S,
+        *,
+        alpha: float | None = None,
+        experts_per_token: float | Mapping[str, float] | None = None,
+        distinct_experts: float | None = None,
+        price_load: float | None = None,
     ) -> S:
-        """The same settings at another level or budget.
+        """The same settings at another level or budget, or another price: of the two, what is not named stays.
 
         Raises
         ------
         InvalidParameterError
-            Unless exactly one of the two is given, and in range.
+            Unless exactly one of the first two is given, or of the last two, or of both, and in range.
         """
         from .stats.procedures import check_one_level
 
-        check_one_level(alpha, experts_per_token)
-        return replace(self, alpha=alpha, experts_per_token=experts_per_token)
+        changes: dict[str, Any] = {}
+        if distinct_experts is not None or price_load is not None:
+            changes = {"distinct_experts": distinct_experts, "price_load": price_load}
+        if not changes or alpha is not None or experts_per_token is not None:
+            check_one_level(alpha, experts_per_token)
+            changes |= {"alpha": alpha, "experts_per_token": experts_per_token}
+        return replace(self, **changes)
 
     # -- what they mean -----------------------------------------------------------------------------------
 
@@ -245,6 +301,8 @@ class RoutingSettings:
         needs = {
             "experts_per_token": self.experts_per_token,
             "compensation": self.compensation if insists else None,
+            "distinct_experts": self.distinct_experts,
+            "price_load": self.price_load,
         }
         for name, value in (needs | self.null_settings).items():
             if value is not None:
@@ -326,6 +384,7 @@ class RoutingSettings:
             "linear compensation": form == "linear",
             "token size": self.size == "token" or (self.size is None and form == "linear"),
             "min_k = 0": self.least_kept(calibration) == 0,
+            "price": self.priced,
         }
         return [feature for feature, is_asked in asked.items() if is_asked]
 
@@ -367,6 +426,8 @@ class RoutingSettings:
                 **self.null_settings,
                 **limits,
             )
+            if self.priced:
+                made = self._with_price(made, calibration)
             if self.pvalues != "robust":
                 logger.warning("pvalues=%r has no effect: the calibration's are used.", self.pvalues)
         if isinstance(made, TablePolicy):
@@ -378,6 +439,29 @@ class RoutingSettings:
             )
         return made
 
+    def _with_price(self, policy: RoutingPolicy, calibration: Calibration) -> PricePolicy:
+        """The same policy under the price of these settings."""
+        from .calibration.loads import price_policy
+        from .policies import TablePolicy
+
+        if not isinstance(policy, TablePolicy):
+            raise InvalidParameterError(
+                f"a price on loads acts on a decision table, which the procedure {self.procedure!r} does not have; use 'bh'."
+            )
+        whole = self.alpha is None and self.experts_per_token is None
+        return price_policy(
+            calibration,
+            None if whole else policy.table,
+            calibration.settings(compensated=self.form(calibration), **self.null_settings),
+            distinct_experts=self.distinct_experts,
+            price_load=self.price_load,
+            resident=self.resident,
+            min_k=policy.min_k,
+            max_k=policy.max_k,
+            clamp=policy.clamp,
+            weights=policy.weights,
+        )
+
     def rewrite(self, policy: RoutingPolicy, calibration: Calibration | None) -> None:
         """Write what these settings decide by into a policy that is in use, in the same buffers.
 
@@ -386,12 +470,14 @@ class RoutingSettings:
         InvalidParameterError, CalibrationError, BudgetError
             If they cannot be served, or need another kind of policy; nothing has changed then.
         """
-        from .policies import PValuePolicy, TablePolicy
+        from .policies import PricePolicy, PValuePolicy, TablePolicy
 
         new = self.policy(calibration)
-        if isinstance(policy, TablePolicy) and isinstance(new, TablePolicy):
+        if isinstance(policy, TablePolicy) and type(new) is type(policy):
             policy.min_k = new.min_k  # None means one thing at one budget and another at another
             policy.set_table(new.table)
+            if isinstance(policy, PricePolicy) and isinstance(new, PricePolicy):
+                policy.set_prices(new.prices)
         elif isinstance(policy, PValuePolicy) and isinstance(new, PValuePolicy):
             policy.set_alpha(new.alpha)
             policy.pvalues = new.pvalues
@@ -415,8 +501,10 @@ class RoutingSettings:
             "procedure": get_procedure(self.procedure).name,
             "calibrated": calibrated,
         }
-        budget = self.experts_per_token
-        return told if budget is None else told | {"experts_per_token": budget}
+        budgets = {
+            name: getattr(self, name) for name in ("experts_per_token", "distinct_experts", "price_load")
+        }
+        return told | {name: value for name, value in budgets.items() if value is not None}
 
 
 def counted(mode: Mode, total: Mapping[str, Any]) -> dict[str, Any]:
@@ -483,4 +571,12 @@ TEXT_OPTIONS: dict[str, Option] = {
     ),
     "skip": Option("auto, compact or zero: how dropped experts are kept out"),
     "backend": Option("auto, torch or triton: what computes decisions"),
+    "loads": Option(
+        "a budget: mean number of experts that a layer reads in a decoding step of several sequences (needs a calibration)",
+        float,
+        "distinct_experts",
+    ),
+    "price": Option(
+        "the price of such a load, in squared units of the loss; 0 changes nothing", float, "price_load"
+    ),
 }

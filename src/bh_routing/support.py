@@ -42,7 +42,10 @@ SUPPORT: dict[Feature, tuple[str, tuple[str, ...]]] = {
     "linear compensation": ('`compensation="linear"`', _EVERYWHERE),
     "token size": ('`size="token"`', _EVERYWHERE),
     "min_k = 0": ("tokens without any expert", _EVERYWHERE),
-    "price": ("a price of pairs and loads", _NOWHERE),
+    "price": (
+        "`distinct_experts=`, `price_load=`: what the sequences of a decoding step read together",
+        (_YES, _OTHER, _OTHER, _NO, _NO),
+    ),
     "phases": ("`phases=`: prefill and decoding apart", _NOWHERE),
     "levels per request": ("a level of its own for each request", _NOWHERE),
 }

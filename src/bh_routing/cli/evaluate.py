@@ -37,6 +37,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     common.add_number(parser, "stride", "step between windows (default: no overlap)")
     common.add_number(parser, "max-tokens", "only the first N tokens of each text", least=2)
     common.add_number(parser, "batch-tokens", "tokens per forward", default=4096)
+    common.add_number(
+        parser,
+        "streams",
+        "score so many windows from different places of a text in step, as if decoded together",
+    )
     parser.add_argument(
         "--kl", action="store_true", help="also KL divergence from the full model (twice the time)"
     )
@@ -92,6 +97,7 @@ def run(args: argparse.Namespace) -> None:
             stride=args.stride,
             batch_tokens=args.batch_tokens,
             max_tokens=args.max_tokens,
+            streams=args.streams,
             kl=args.kl,
             seed=args.seed,
             model_id=common.model_name(args.model),
@@ -127,7 +133,8 @@ def show(results: list[dict[str, Any]]) -> None:
     for dataset in datasets_of(results):
         rows = summarise(results, dataset)
         kl = measured_kl(rows)
-        left, right = ("experts", "arithmetic", "MB", "perplexity"), ("s", *kl)
+        loads = ["loads"] if rows[0]["result"].get("streams") else []
+        left, right = (*loads, "experts", "arithmetic", "MB", "perplexity"), ("s", *kl)
         lines = []
         for row in rows:
             changes = [_interval(row["change"]), _interval(row["against_topk"], row["verdict"])]
@@ -143,6 +150,11 @@ def show(results: list[dict[str, Any]]) -> None:
             "the same number of experts, ~ where the interval holds 0. Arithmetic: what experts and compensation multiply, in experts "
             "per token and layer; MB: of both, read for one token alone."
         )
+        if loads:
+            common.print_text(
+                f"Loads: experts that a layer reads in a step of {rows[0]['result']['streams']} windows, from places spread over "
+                "the text."
+            )
         common.print_text(f"Pareto front (*): {', '.join(front)}.")
         ranked = by_arithmetic(rows)
         if any(abs(row["arithmetic"] - row["experts"]) > 0.005 for row in ranked):

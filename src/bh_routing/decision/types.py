@@ -96,6 +96,10 @@ class RoutingDecision:
         Every kept slot is where the router had it, and an empty one has weight -0.0.
     logits_TE : Tensor or None
         The router's raw logits, which a compensation that follows the token reads; the patch sets them.
+    shared_TK : Tensor or None
+        bool, under a price on loads: pairs that run on loads for which others paid (`bh_routing.decision.price`).
+    resident_E : Tensor or None
+        bool, experts whose loads were free.
     """
 
     weights_TK: Tensor
@@ -109,6 +113,8 @@ class RoutingDecision:
     fallback_T: Tensor | None = None
     in_place: bool = False
     logits_TE: Tensor | None = None
+    shared_TK: Tensor | None = None
+    resident_E: Tensor | None = None
 
     @property
     def dropped_weights_TK(self) -> Tensor:

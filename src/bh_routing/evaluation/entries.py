@@ -68,6 +68,7 @@ def _of_settings(*names: str) -> dict[str, tuple[Converter, str]]:
 
 
 _BUDGET, _WEIGHTS, _COMPENSATION = (_of_settings(name) for name in ("experts", "weights", "compensation"))
+_SHARED = _of_settings("loads", "weights", "compensation")
 _COMMON = _BUDGET | _WEIGHTS | _COMPENSATION
 _CALIBRATED = _of_settings(*(name for name in TEXT_OPTIONS if name not in ("mode", "procedure")))
 _LEVEL = _of_settings("alpha", "experts", "min_k", "max_k", "clamp", "temperature", "weights")
@@ -191,7 +192,7 @@ def _uncalibrated(bench: Workbench, settings: RoutingSettings) -> RoutingIntegra
 
 def _rule(
     summary: str,
-    rule: type[baselines.Baseline],
+    rule: type[baselines.Baseline | baselines.BatchRule],
     build: Builder | None = None,
     *,
     common: dict[str, tuple[Converter, str]] = _COMMON,
@@ -312,6 +313,29 @@ POLICIES: dict[str, Entry] = {
         baselines.AllocatedPolicy,
         _from_policy(_alloc),
         needs=("experts",),
+    ),
+    "oea": _rule(
+        "the k0 best experts of every token of a step, and each fills up from what is loaded",
+        baselines.OpportunisticPolicy,
+        _from_policy(lambda bench, p: baselines.OpportunisticPolicy.of(bench, **p)),
+        common=_SHARED,
+        needs=("k0", "loads"),
+        k0=(int, "experts that each token is sure of"),
+    ),
+    "xshare": _rule(
+        "the experts that a step's tokens want most together, and each takes its best of them",
+        baselines.SharedExpertsPolicy,
+        _from_policy(lambda bench, p: baselines.SharedExpertsPolicy(**p)),
+        common=_SHARED,
+        needs=("loads",),
+        k0=(int, "experts that each token is sure of (default 1)"),
+    ),
+    "batchtopk": _rule(
+        "of the router's own choice, the experts that a step's tokens want most together",
+        baselines.BatchTopKPolicy,
+        _from_policy(lambda bench, p: baselines.BatchTopKPolicy(**p)),
+        common=_SHARED,
+        needs=("loads",),
     ),
     "original": _ORIGINAL,
 } | {

@@ -17,7 +17,18 @@ from ..integration import RoutingIntegration
 from .paired import BLOCK, block_sums
 from .scoring import TextScores
 
-_COUNTED = ("share_saved", "share_floor", "share_ceiling", "jaccard", "count_histogram")
+_COUNTED = (
+    "share_saved",
+    "share_floor",
+    "share_ceiling",
+    "jaccard",
+    "count_histogram",
+    "steps",
+    "mean_loads",
+    "own_mean_loads",
+    "bytes_saved",
+    "shared_pairs",
+)
 
 
 def result_of(

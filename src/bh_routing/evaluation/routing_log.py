@@ -83,6 +83,8 @@ class RoutingLog:
     tokens_N, positions_N : Tensor or None
         Token ids, and positions within their window.
     model_id : str
+    document_N : Tensor or None
+        int64, which document each is from, where it comes from a calibration that knows; not saved.
     """
 
     contexts: tuple[RoutingContext, ...]
@@ -92,6 +94,7 @@ class RoutingLog:
     tokens_N: Tensor | None = None
     positions_N: Tensor | None = None
     model_id: str = ""
+    document_N: Tensor | None = None
 
     @property
     def num(self) -> int:
@@ -158,6 +161,7 @@ class RoutingLog:
             experts_NLK=reservoir.experts_NLK,
             weights_NLK=weights,
             model_id=calibration.model_id,
+            document_N=reservoir.document_N,
         )
 
     def save(self, path: str | os.PathLike[str]) -> None:

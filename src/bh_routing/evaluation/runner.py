@@ -25,7 +25,7 @@ from ..policies import RoutingContext, RoutingPolicy
 from ..text import Window, cut_windows, spans
 from .figures import result_of, to_frame
 from .results import FORMAT, ResultsFolder
-from .scoring import TextScores, score_text
+from .scoring import TextScores, score_text, whole_streams
 from .specs import PolicySpec, make_routing, parse_policy
 from .workbench import Workbench
 
@@ -76,8 +76,10 @@ class RoutingExperimentRunner:
         Calibration text: the layer profiles of allocmoe need it, and budgets where there is no calibration.
     window, stride : int
         Tokens per window, and the step between windows (default: no overlap).
+    streams : int, optional
+        Score so many windows from different places of a text, cut to a multiple of that, as if they were decoded together.
     batch_tokens : int
-        Tokens per forward, about.
+        Tokens per forward, about (not with streams, which all go through one).
     max_tokens : int, optional
         Only so many tokens of each text.
     kl : bool
@@ -103,6 +105,7 @@ class RoutingExperimentRunner:
         stride: int | None = None,
         batch_tokens: int = 4096,
         max_tokens: int | None = None,
+        streams: int | None = None,
         kl: bool = False,
         seed: int = 0,
         model_id: str | None = None,
@@ -114,7 +117,11 @@ class RoutingExperimentRunner:
         self.calibration = calibration
         self.policies = _labelled(policies)
         self.window, self.stride, self.batch_tokens = window, stride or window, batch_tokens
-        self.max_tokens, self.kl, self.seed = max_tokens, kl, seed
+        self.max_tokens, self.streams, self.kl, self.seed = max_tokens, streams, kl, seed
+        if streams is not None and self.stride != window:
+            raise InvalidParameterError(
+                f"streams are windows that do not overlap, got stride {stride} for windows of {window}; leave it out."
+            )
         self.folder = ResultsFolder(output_dir)
         self.model_id = model_id or getattr(model.config, "name_or_path", "") or type(model).__name__
         self._step = step
@@ -126,7 +133,7 @@ class RoutingExperimentRunner:
             if solve_text is None
             else cut_windows(tokenizer, solve_text, min(window, 512), limit=SOLVE_WINDOWS)
         )
-        self.bench = Workbench(model, calibration, windows)
+        self.bench = Workbench(model, calibration, windows, streams=streams or 1)
 
     def _read(self, name: str, text: str) -> _Text:
         if not text.strip():
@@ -134,6 +141,8 @@ class RoutingExperimentRunner:
         encoded = self.tokenizer(text, add_special_tokens=False, return_tensors="pt", verbose=False)
         ids_N = encoded.input_ids[0]
         cut_N = ids_N[: self.max_tokens]
+        if self.streams is not None:
+            cut_N = cut_N[: whole_streams(len(cut_N), self.window, self.streams)]
         return _Text(
             ids_N=cut_N,
             windows=spans(len(cut_N), self.window, self.stride),
@@ -223,6 +232,7 @@ class RoutingExperimentRunner:
                     text.ids_N,
                     text.windows,
                     batch_tokens=self.batch_tokens,
+                    streams=self.streams,
                     reference=own_logits if self.kl else None,
                     step=step,
                 )
@@ -254,6 +264,7 @@ class RoutingExperimentRunner:
             "calibration": None if self.calibration is None else self.calibration.text_digest,
             "window": self.window,
             "stride": self.stride,
+            "streams": self.streams,
             "seed": self.seed,
             "tokens_per_second": text.forwarded / scores.seconds,
             "shown_counts": shown,
@@ -272,6 +283,7 @@ class RoutingExperimentRunner:
             self.stride,
             self.max_tokens,
             self.kl,
+            *([] if self.streams is None else [self.streams]),
             self.seed,
             str(self.model.dtype),
             None if calibration is None else (calibration.text_digest, calibration.tokens),

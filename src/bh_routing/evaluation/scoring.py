@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..errors import InvalidInputError
+from ..patching.calls import as_steps
 from ..stats.divergence import kl_divergence
 from ..text import Window
 
@@ -32,6 +35,39 @@ def batches(windows: Sequence[Window], tokens: int) -> Iterator[list[Window]]:
         held.append(window)
     if held:
         yield held
+
+
+def whole_streams(tokens: int, window: int, streams: int) -> int:
+    """The largest number of tokens that so many streams of whole windows use up.
+
+    Raises
+    ------
+    InvalidInputError
+        If that is none.
+    """
+    used = tokens - tokens % (window * streams)
+    if not used:
+        raise InvalidInputError(
+            f"{streams} streams of windows of {window} need a text of at least {window * streams} tokens, got {tokens}."
+        )
+    return used
+
+
+def in_step(windows: Sequence[Window], streams: int) -> list[list[Window]]:
+    """Batches of ``streams`` windows from places spread over the text: of different documents, where it holds so many.
+
+    Raises
+    ------
+    InvalidInputError
+        Unless the windows are of one length and their number is a multiple of ``streams``.
+    """
+    sizes = {(w.end - w.begin, w.score - w.begin) for w in windows}
+    if len(windows) % streams or len(sizes) != 1:
+        raise InvalidInputError(
+            f"{streams} streams need windows of one length, a multiple of {streams} of them, got {len(windows)} of lengths "
+            f"{', '.join(str(size) for size, _ in sorted(sizes))}."
+        )
+    return [list(windows[i :: len(windows) // streams]) for i in range(len(windows) // streams)]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -55,6 +91,7 @@ def score_text(
     windows: Sequence[Window],
     *,
     batch_tokens: int = 4096,
+    streams: int | None = None,
     reference: Callable[[Tensor], Tensor] | None = None,
     step: Callable[[int], None] = lambda tokens: None,
 ) -> TextScores:
@@ -62,6 +99,8 @@ def score_text(
 
     Parameters
     ----------
+    streams : int, optional
+        Score so many windows from different places of the text in step, as if they were decoded together (`in_step`).
     reference : callable, optional
         ``f(input_ids_BS) -> logits_BSV`` of the full model, for the divergence KL(full || this).
     step : callable
@@ -71,12 +110,14 @@ def score_text(
     hits: list[Tensor] = []
     divergences: list[Tensor] = []
     seconds = 0.0
-    for batch in batches(windows, batch_tokens):
+    groups = list(batches(windows, batch_tokens)) if streams is None else in_step(windows, streams)
+    for batch in groups:
         ids_BS = torch.stack([ids_N[w.begin : w.end] for w in batch]).to(model.device)
         first = batch[0].score - batch[0].begin
         reference_BSV = None if reference is None else reference(ids_BS)
         start = time.perf_counter()
-        logits_BSV = model(input_ids=ids_BS, use_cache=False).logits
+        with nullcontext() if streams is None else as_steps():
+            logits_BSV = model(input_ids=ids_BS, use_cache=False).logits
         if ids_BS.device.type == "cuda":
             torch.cuda.synchronize(ids_BS.device)
         seconds += time.perf_counter() - start
@@ -90,10 +131,16 @@ def score_text(
                 own_SV = logits_SV.log_softmax(-1)
                 divergences.append(kl_divergence(full_SV, own_SV).cpu())
         step(ids_BS.numel())
+    # In the order of the text, whatever the order of the batches.
+    order = sorted(range(len(losses)), key=[w.begin for group in groups for w in group].__getitem__)
+
+    def joined(parts: list[Tensor]) -> Tensor:
+        return torch.cat([parts[i] for i in order])
+
     return TextScores(
-        losses_C=torch.cat(losses),
-        hits_C=torch.cat(hits),
-        kl_C=torch.cat(divergences) if divergences else None,
+        losses_C=joined(losses),
+        hits_C=joined(hits),
+        kl_C=joined(divergences) if divergences else None,
         num_tokens=len(ids_N),
         seconds=seconds,
     )

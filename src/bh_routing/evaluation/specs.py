@@ -57,7 +57,7 @@ def parse_policy(text: str) -> PolicySpec:
     Traceback (most recent call last):
     ...
     bh_routing.errors.UnknownPolicyError: policy must be one of full, topk, regular, normalised, uniform, adaptive, \
-topp, minp, threshold, entropy, naee, random, seqtopk, perlayer, lexi, allocmoe, original, bh, by, bonferroni, holm, \
+topp, minp, threshold, entropy, naee, random, seqtopk, perlayer, lexi, allocmoe, oea, xshare, batchtopk, original, bh, by, bonferroni, holm, \
 hochberg, storey, higher_criticism, got 'topq'; did you mean 'topp'?
     """
     name, _, rest = text.strip().partition(":")

@@ -66,6 +66,7 @@ def by_arithmetic(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 # Columns of a table of policies: the figure of a result, its format and its unit.
 COLUMNS: dict[str, tuple[str, str, float]] = {
+    "loads": ("mean_loads", ".1f", 1),
     "experts": ("mean_experts_per_token", ".2f", 1),
     "±": ("std_experts_per_token", ".2f", 1),
     "arithmetic": ("arithmetic_per_token", ".2f", 1),
@@ -135,6 +136,7 @@ def _nearest(cuts: Sequence[dict[str, Any]], experts: float) -> dict[str, Any] |
 MEASURED = {
     "window": "window",
     "stride": "stride",
+    "streams": "streams",
     "tokens": "tokens",
     "text": "text",
     "calibration": "calibration",

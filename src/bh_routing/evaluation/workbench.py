@@ -26,6 +26,8 @@ class Workbench:
         Token windows of calibration text, for the layer profiles, and for budgets without a calibration.
     collect_stats : bool
         Whether the integrations that are made count.
+    streams : int
+        Sequences that are decoded together, for budgets of loads.
     """
 
     def __init__(
@@ -35,7 +37,9 @@ class Workbench:
         windows: Sequence[Tensor] = (),
         *,
         collect_stats: bool = True,
+        streams: int = 1,
     ) -> None:
+        self.streams = streams
         self.model, self.calibration, self.windows = model, calibration, list(windows)
         self.collect_stats = collect_stats
 

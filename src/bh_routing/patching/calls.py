@@ -8,7 +8,8 @@ Shape legend: B sequences, S positions of this call, C positions with the cache,
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 from .._threads import Lock, PerThread
+from ..decision.price import Step
 from ..errors import PatchError
 from ..policies import RoutingContext
 
@@ -35,6 +37,9 @@ class Call:
         Whether `Forwards` waits for its end.
     outer : Call or None
         The forward around it in the same thread.
+    step : Step or None
+        Which tokens are decoded together: those of one query per sequence with a cache; in `as_steps` the columns of a
+        batch.
     """
 
     routed: bool = True
@@ -42,11 +47,47 @@ class Call:
     outer: Call | None = None
     shape: tuple[int, int] | None = None
     mask_T: Tensor | None = None
+    step: Step | None = None
 
     @property
     def phase(self) -> Literal["prefill", "decode"]:
         """What it computes: one token of each sequence, or more."""
         return "decode" if self.shape is not None and self.shape[1] == 1 else "prefill"
+
+
+class _Columns(PerThread):
+    """Whether the running thread is within `as_steps`, and from which column on."""
+
+    def __init__(self) -> None:
+        self.first: int | None = None
+
+
+_columns = _Columns()
+
+
+@contextmanager
+def as_steps(first: int = 0) -> Iterator[None]:
+    """Within it, the columns of a batch [B, S] that comes without a cache are decoding steps, from this one on.
+
+    Of every patched model, in this thread: so a teacher-forced batch is routed and counted as if it were decoded.
+    """
+    before, _columns.first = _columns.first, first
+    try:
+        yield
+    finally:
+        _columns.first = before
+
+
+def step_of(cache: Any, batch: int, length: int, device: torch.device) -> Step | None:
+    """The tokens of one query per sequence with a cache that holds something; in `as_steps` those of each column."""
+    first = _columns.first
+    if first is not None and cache is None:
+        priced_T = (torch.arange(length, device=device) >= first).repeat(batch) if first else None
+        return Step(shape=(batch, length), tokens=batch, priced_T=priced_T)
+    if length != 1 or cache is None:
+        return None
+    past = past_length(cache)
+    return None if isinstance(past, int) and not past else Step(shape=(batch, 1), tokens=batch)
 
 
 class _Here(PerThread):
@@ -71,7 +112,7 @@ class Forwards:
         self._running = 0
         self._afterwards: Callable[[], None] | None = None
         # Those without a mask: (the router's, the same completed), which keeps the identity in the key alive.
-        self._complete: dict[tuple[int, tuple[int, int]], tuple[RoutingContext, RoutingContext]] = {}
+        self._complete: dict[tuple[int, tuple[int, int], bool], tuple[RoutingContext, RoutingContext]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy or a pickle has no forwards under way.
@@ -151,15 +192,23 @@ class Forwards:
         mask_T = call.mask_T
         if mask_T is not None and mask_T.device != logits_TE.device:
             mask_T = mask_T.to(logits_TE.device, non_blocking=True)
-        if mask_T is not None or torch.compiler.is_compiling():
-            return replace(context, shape=call.shape, mask_T=mask_T, phase=call.phase)
+        step = call.step
+        if step is not None and step.priced_T is not None:
+            step = replace(step, priced_T=step.priced_T.to(logits_TE.device))
+        if (
+            mask_T is not None
+            or torch.compiler.is_compiling()
+            or (step is not None and step.priced_T is not None)
+        ):
+            return replace(context, shape=call.shape, mask_T=mask_T, phase=call.phase, step=step)
         # Making one takes longer than looking it up, at every layer of every decoding step.
-        key = (id(context), call.shape)
+        key = (id(context), call.shape, step is not None)
         found = self._complete.get(key)
         if found is None:
             if len(self._complete) >= 4096:
                 self._complete.clear()
-            found = self._complete[key] = (context, replace(context, shape=call.shape, phase=call.phase))
+            known = replace(context, shape=call.shape, phase=call.phase, step=step)
+            found = self._complete[key] = (context, known)
         return found[1]
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import PatchError
-from .calls import Call, Forwards, past_length, token_mask
+from .calls import Call, Forwards, past_length, step_of, token_mask
 from .checkpointing import carry, forget_carried
 from .instance import InstancePatch
 
@@ -88,6 +88,7 @@ class ForwardPatch(InstancePatch):
         if not isinstance(tokens, Tensor) or tokens.dim() < 2:
             return
         batch, length = call.shape = (tokens.shape[0], tokens.shape[1])
+        call.step = step_of(cache, batch, length, tokens.device)
         mask = given.get("attention_mask")
         call.mask_T = None if mask is None else token_mask(mask, batch, length, past_length(cache))
         ended_B = self.forwards.here.ended_B

@@ -86,6 +86,9 @@ def _plan_layer(model: nn.Module, site: RouterSite, index: int, owner: nn.Module
             route_scale=reading.route_scale if reading.route_norm == "none" else 1.0,
             can_widen=reading.plain and contract.num_logits == ids.empty,
             device=execution_device(router),
+            expert_bytes=0
+            if experts is None
+            else sum(p.nbytes for p in experts.parameters()) // max(1, ids.empty),
         ),
     )
 

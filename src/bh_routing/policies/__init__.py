@@ -1,4 +1,4 @@
-"""What decides which experts run: the policy contract, BH from a table or from p-values, top-k.
+"""What decides which experts run: the policy contract, BH from a table or from p-values, a price on loads, top-k.
 
 Shape legend: T tokens, E experts, K slots of the router's own choice.
 
@@ -10,12 +10,16 @@ from __future__ import annotations
 
 from ..decision.select import Kept
 from .base import RoutingContext, RoutingPolicy, TopKPolicy, check_decision
+from .price import FixedPrice, PricePolicy, Prices
 from .pvalue import PValuePolicy
 from .table import TablePolicy
 
 __all__ = [
+    "FixedPrice",
     "Kept",
     "PValuePolicy",
+    "PricePolicy",
+    "Prices",
     "RoutingContext",
     "RoutingPolicy",
     "TablePolicy",

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .._words import Clamp, WeightRule, check_word
+from ..decision.price import Step
 from ..decision.select import Kept, Ranking, keep_own, not_finite, rank_top
 from ..decision.types import Limits, RouteNorm, RoutingDecision, check_k
 from ..decision.weights import apply_weight_rule, plain_rule
@@ -48,11 +49,15 @@ class RoutingContext:
         Whether scores of experts beyond the router's own choice are known (plain softmax or sigmoid).
     device : torch.device
         Where the router's weights are.
+    expert_bytes : int
+        What one of its experts takes in memory; 0 where that is not known.
     shape : (B, S) or None
         The batch's shape, where the model's forward told it.
     mask_T : Tensor or None
         bool [T], False for padding tokens, where known.
     phase : "prefill", "decode" or None
+    step : Step or None
+        Which tokens are decoded together, one of each sequence, and share what they load; None in a prompt.
     """
 
     path: str
@@ -65,9 +70,11 @@ class RoutingContext:
     route_scale: float = 1.0
     can_widen: bool = False
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    expert_bytes: int = 0
     shape: tuple[int, int] | None = None
     mask_T: Tensor | None = None
     phase: Literal["prefill", "decode"] | None = None
+    step: Step | None = None
 
 
 class RoutingPolicy(ABC):
@@ -80,10 +87,13 @@ class RoutingPolicy(ABC):
     ----------------
     causal : bool
         False if the decision for a token looks at other tokens of its sequence (refused by ``generate``).
+    batch_invariant : bool
+        False if it looks at the other sequences of the batch: the same prompt in another batch may get another answer.
     """
 
     name: ClassVar[str] = "policy"
     causal: ClassVar[bool] = True
+    batch_invariant: ClassVar[bool] = True
 
     def __init__(self, *, weights: WeightRule = "model") -> None:
         check_word("weights", weights, WeightRule)

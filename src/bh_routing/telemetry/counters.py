@@ -1,24 +1,26 @@
-"""The buffers behind `bh_routing.telemetry.figures.Telemetry`: one router's bins, calls that wait, figures derived from sums.
+"""The buffers behind `bh_routing.telemetry.figures.Telemetry`: one router's bins, and calls that wait.
 
 Shape legend and layout of the bins: see `bh_routing.telemetry`.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .._threads import Lock
+from ..decision.price import Step
 from ..decision.select import not_finite
 from ..decision.types import RoutingDecision
 from ..errors import InvalidInputError
 from ..policies import RoutingContext
 from ..stats.pvalues import at_least_float32
+from .derived import LayerSums
+from .steps import StepCounts, Waiting
 
 # Calls wait until they are so many, or hold so many tokens: counting them together costs what counting one does.
 CALLS, TOKENS = 64, 512
@@ -43,7 +45,8 @@ class _Call(NamedTuple):
     mask_T: Tensor | None
 
 
-def _call(decision: RoutingDecision, weights_TK: Tensor, fallback_T: Tensor, mask_T: Tensor | None) -> _Call:
+def _call(waiting: Waiting) -> _Call:
+    decision, weights_TK, fallback_T, mask_T, _ = waiting
     return _Call(
         experts_TK=decision.experts_TK,
         weights_TK=weights_TK,
@@ -85,7 +88,8 @@ class LayerCounters:
         self.width = context.num_experts + 2  # raw counts 0..E, then fallback
         cells = 3 * self.stride
         self.padding = cells + (slots + 1) * self.width
-        self.waiting: list[tuple[RoutingDecision, Tensor, Tensor, Tensor | None]] = []
+        self.waiting: list[Waiting] = []
+        self.expert_bytes = context.expert_bytes
         self.waiting_tokens = 0
         self.lock = Lock()  # threads may share the model
         device = context.device
@@ -95,6 +99,7 @@ class LayerCounters:
             dtype = torch.float32 if device.type == "mps" else torch.float64
             self.sums = torch.zeros(self.padding + 1, dtype=dtype, device=device)
             self.calls = torch.zeros((), dtype=torch.int64, device=device)
+            self.steps = StepCounts(self.stride, min(context.num_experts, context.empty), device)
             self.one = torch.ones(1, dtype=torch.int64, device=device)
             self.padding_bin = torch.full((), self.padding, dtype=torch.int64, device=device)
             self.first_bin_N = torch.tensor(
@@ -106,7 +111,13 @@ class LayerCounters:
         """What two layers must share to be added."""
         return (self.path, self.num_experts, self.empty, self.top_k, self.slots)
 
-    def update(self, decision: RoutingDecision, mask_T: Tensor | None, logits_TE: Tensor | None) -> None:
+    def update(
+        self,
+        decision: RoutingDecision,
+        mask_T: Tensor | None,
+        logits_TE: Tensor | None,
+        step: Step | None = None,
+    ) -> None:
         came = (decision.experts_TK.shape[-1], decision.own_experts_TK.shape[-1])
         if came != (self.slots, self.top_k):
             raise InvalidInputError(
@@ -124,15 +135,18 @@ class LayerCounters:
             weights_TK, own_weights_TK = weights_TK.detach(), own_weights_TK.detach()
             decision = replace(decision, weights_TK=weights_TK, own_weights_TK=own_weights_TK)
         tokens = len(fallback_T)
+        came_now = Waiting(decision, weights_TK, fallback_T, mask_T, step)
         if in_graph(self.counts):
-            self.count(_call(decision, weights_TK, fallback_T, mask_T), 1)
+            self.count(_call(came_now), 1)
+            self.steps.count([came_now])
             return
         with self.lock:
             if tokens >= TOKENS:
-                self.count(_call(decision, weights_TK, fallback_T, mask_T), 1)
+                self.count(_call(came_now), 1)
+                self.steps.count([came_now])
                 return
             # A copy: the model may write to the weights it is given.
-            self.waiting.append((decision, weights_TK.clone(), fallback_T, mask_T))
+            self.waiting.append(came_now._replace(weights_TK=weights_TK.clone()))
             self.waiting_tokens += tokens
             if len(self.waiting) >= CALLS or self.waiting_tokens >= TOKENS:
                 self.catch_up()
@@ -141,10 +155,11 @@ class LayerCounters:
         """Count the calls that are waiting."""
         with self.lock:
             if self.waiting:
-                calls = [_call(*waiting) for waiting in self.waiting]
+                waiting = list(self.waiting)
                 self._forget_waiting()
                 with torch.no_grad():
-                    self.count(_together(calls), len(calls))
+                    self.count(_together([_call(one) for one in waiting]), len(waiting))
+                    self.steps.count(waiting)
 
     def _forget_waiting(self) -> None:
         self.waiting.clear()
@@ -174,16 +189,18 @@ class LayerCounters:
     def reset(self) -> None:
         with self.lock:
             self._forget_waiting()
-            for buffer in (self.counts, self.sums, self.calls):
+            for buffer in (self.counts, self.sums, self.calls, self.steps.counts):
                 buffer.zero_()
 
     def add(self, other: LayerCounters) -> None:
         other.catch_up()
         with other.lock:
-            more = [buffer.clone() for buffer in (other.counts, other.sums, other.calls)]
+            held = (other.counts, other.sums, other.calls, other.steps.counts)
+            more = [buffer.clone() for buffer in held]
         with self.lock:
             self.catch_up()
-            for mine, theirs in zip((self.counts, self.sums, self.calls), more, strict=True):
+            held = (self.counts, self.sums, self.calls, self.steps.counts)
+            for mine, theirs in zip(held, more, strict=True):
                 mine.add_(theirs.to(mine))
 
     def read(self) -> LayerSums:
@@ -191,6 +208,7 @@ class LayerCounters:
         with self.lock:
             self.catch_up()
             counts, sums, calls = self.counts.cpu().clone(), self.sums.cpu().double().clone(), int(self.calls)
+            loads, own_loads, shared = self.steps.read()
         load, kept, dropped = counts[: 3 * self.stride].view(3, self.stride).unbind()
         weight, kept_weight, dropped_weight = sums[: 3 * self.stride].view(3, self.stride).unbind()
         cells = counts[3 * self.stride : self.padding].view(self.slots + 1, self.width)
@@ -221,128 +239,8 @@ class LayerCounters:
             own_weight=float(kept_weight.sum() + dropped_weight.sum()),
             lost_weight=float(dropped_weight.sum()),
             entropy=float(entropy.sum()),
+            load_histogram=loads,
+            own_load_histogram=own_loads,
+            shared_pairs=shared,
+            expert_bytes=self.expert_bytes,
         )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LayerSums:
-    """What one layer counted, on the host; names as in `Telemetry` where they are the same thing."""
-
-    path: str
-    index: int
-    num_experts: int
-    top_k: int
-    slots: int
-    router_calls: int
-    padding_tokens: int
-    fallback_tokens: int
-    floor_tokens: int
-    ceiling_tokens: int
-    count_histogram: list[int]
-    raw_count_histogram: list[int]
-    expert_load: list[int]
-    own_expert_load: list[int]
-    dropped_load: list[int]
-    expert_weight: list[float]
-    kept: int  # slots of the router's own choice
-    dropped: int
-    selected_weight: float  # summed over tokens, as are the next three
-    own_weight: float
-    lost_weight: float
-    entropy: float
-
-    @property
-    def tokens(self) -> int:
-        return sum(self.count_histogram)
-
-
-def figures(parts: Sequence[LayerSums]) -> dict[str, Any]:
-    """The figures that a layer and the total share; NaN where one is not defined."""
-    histogram = [0] * max((len(p.count_histogram) for p in parts), default=0)
-    raw_total = 0
-    for part in parts:
-        raw_total += sum(raw * tokens for raw, tokens in enumerate(part.raw_count_histogram))
-        for count, tokens in enumerate(part.count_histogram):
-            histogram[count] += tokens
-    decisions = sum(histogram)
-    run = sum(count * tokens for count, tokens in enumerate(histogram))
-    squares = sum(count**2 * tokens for count, tokens in enumerate(histogram))
-    seen = [count for count, tokens in enumerate(histogram) if tokens] or [0]
-
-    def total(name: str) -> Any:
-        return sum(getattr(p, name) for p in parts)
-
-    fallback, kept = total("fallback_tokens"), total("kept")
-    own = kept + total("dropped")
-    return {
-        "router_calls": total("router_calls"),
-        "tokens": max((p.tokens for p in parts), default=0),
-        "padding_tokens": max((p.padding_tokens for p in parts), default=0),
-        "decisions": decisions,
-        "fallback_tokens": fallback,
-        "mean_experts": _ratio(run, decisions),
-        # in integers until the last step: no cancellation
-        "std_experts": math.sqrt(_ratio(decisions * squares - run**2, decisions**2)),
-        "min_experts": seen[0],
-        "max_experts": seen[-1],
-        "share_at_min": _ratio(histogram[seen[0]] if histogram else 0, decisions),
-        "share_at_max": _ratio(histogram[seen[-1]] if histogram else 0, decisions),
-        "share_without_expert": _ratio(histogram[0] if histogram else 0, decisions),
-        "mean_raw_count": _ratio(raw_total, decisions - fallback),
-        "floor_tokens": total("floor_tokens"),
-        "ceiling_tokens": total("ceiling_tokens"),
-        "share_floor": _ratio(total("floor_tokens"), decisions),
-        "share_ceiling": _ratio(total("ceiling_tokens"), decisions),
-        "share_saved": 1.0 - _ratio(run, own),
-        "mean_selected_weight": _ratio(total("selected_weight"), decisions),
-        "mean_own_weight": _ratio(total("own_weight"), decisions),
-        "mean_lost_weight": _ratio(total("lost_weight"), decisions),
-        "lost_weight_share": _ratio(total("lost_weight"), total("own_weight")),
-        "mean_entropy": _ratio(total("entropy"), decisions - fallback),
-        "own_kept_share": _ratio(kept, own),
-        "decided_own_share": _ratio(kept, run),
-        "jaccard": _ratio(kept, own + run - kept),
-        "unused_experts": sum(p.expert_load.count(0) for p in parts),
-        "own_unused_experts": sum(p.own_expert_load.count(0) for p in parts),
-        "count_histogram": histogram,
-    }
-
-
-def layer_figures(sums: LayerSums) -> dict[str, Any]:
-    names = ("path", "index", "num_experts", "top_k", "slots")
-    lists = ("raw_count_histogram", "expert_load", "own_expert_load", "dropped_load", "expert_weight")
-    return (
-        {name: getattr(sums, name) for name in names}
-        | figures([sums])
-        | _balance("", sums.expert_load)
-        | _balance("own_", sums.own_expert_load)
-        | {name: getattr(sums, name) for name in lists}
-    )
-
-
-def total_figures(sums: Sequence[LayerSums]) -> dict[str, Any]:
-    silent = [s.path for s in sums if not s.router_calls]
-    return figures(sums) | {"layers": len(sums), "silent_layers": silent}
-
-
-def _balance(prefix: str, load_E: Sequence[int]) -> dict[str, float]:
-    """How evenly the experts are used: largest over mean, standard deviation over mean."""
-    num, total = len(load_E), sum(load_E)
-    spread = num * sum(load**2 for load in load_E) - total**2
-    return {
-        f"{prefix}load_imbalance": _ratio(max(load_E) * num, total),
-        f"{prefix}load_cv": math.sqrt(_ratio(spread, total**2)),
-    }
-
-
-def _ratio(numerator: float, denominator: float) -> float:
-    return numerator / denominator if denominator else math.nan
-
-
-def defined(value: Any) -> Any:
-    """The same with None for NaN, which JSON does not know."""
-    if isinstance(value, dict):
-        return {key: defined(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [defined(item) for item in value]
-    return None if isinstance(value, float) and math.isnan(value) else value

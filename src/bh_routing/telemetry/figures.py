@@ -28,7 +28,8 @@ from .._lazy import needed
 from ..decision.types import RoutingDecision
 from ..errors import InvalidInputError
 from ..policies import RoutingContext
-from .counters import LayerCounters, LayerSums, defined, figures, layer_figures, recomputing, total_figures
+from .counters import LayerCounters, recomputing
+from .derived import LayerSums, defined, figures, layer_figures, total_figures
 
 
 class Telemetry:
@@ -92,6 +93,13 @@ class Telemetry:
     own_expert_load*         the same for the router's own choice
     dropped_load*            tokens of which the expert was dropped, [E]
     expert_weight*           sum of decided weights by expert, [E]
+    steps                    decoding steps, added over layers: tokens of different sequences that are computed together
+    mean_loads               experts that a layer reads in a step, resident ones left out
+    own_mean_loads           the same for the router's own choice
+    loads_saved, bytes_saved how many fewer were read, over all layers and steps, and their weights' bytes
+    shared_pairs             pairs that ran on loads for which the step's other tokens paid
+    load_histogram*          layer's steps by loads, [E + 1]
+    own_load_histogram*      the same for the router's own choice
     layers, silent_layers    total only: number of routers; paths of those that saw no call
     ======================== =====================================================================
 
@@ -129,7 +137,7 @@ class Telemetry:
             raise InvalidInputError(
                 f"router {context.path} is none of the {len(self._layers)} that this telemetry was made for."
             )
-        layer.update(decision, context.mask_T, logits_TE)
+        layer.update(decision, context.mask_T, logits_TE, context.step)
 
     def reset(self) -> None:
         """Set every counter to zero, in the same buffers."""
