@@ -60,9 +60,8 @@ def imported(name: str, path: Path, known: dict[str, Path]) -> Iterator[tuple[st
             parents = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
             base = ".".join([*parents, *([node.module] if node.module else [])])
             names = [f"{base}.{alias.name}" for alias in node.names]
-            # `from . import x` imports the file x where there is one, else a name of the package itself. Of the whole
-            # only the version may be taken: its other names are loaded from anywhere.
-            modules = [m if m in known else base for m in names if m != "bh_routing.__version__"]
+            # `from . import x` imports the file x where there is one, else a name of the package itself.
+            modules = [m if m in known else base for m in names]
         else:
             continue
         yield from ((module, node.lineno) for module in modules if module in known and module != name)
@@ -105,7 +104,7 @@ def test_no_circle_between_files():
 
 
 def test_every_package_has_a_place():
-    assert {name.split(".")[1] for name in files() if name != "bh_routing"} == LEVEL.keys() - {"_version"}
+    assert {name.split(".")[1] for name in files() if name != "bh_routing"} == LEVEL.keys()
 
 
 def test_long_files_give_their_reason():

@@ -24,6 +24,7 @@ The names below are loaded when they are first used, so that `bh-routing --help`
 from typing import TYPE_CHECKING
 
 from ._lazy import lazy_names
+from ._version import __version__ as __version__
 
 if TYPE_CHECKING:
     from . import calibration, data, decision, errors, evaluation, models, policies, stats, text, training
@@ -39,8 +40,6 @@ if TYPE_CHECKING:
     from .settings import RoutingSettings
     from .stats.procedures import PROCEDURES, Procedure
     from .telemetry.figures import Telemetry
-
-__version__ = "0.1.0"
 
 _MODULE_OF = {
     "Calibration": "calibration.calibration",

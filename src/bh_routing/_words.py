@@ -40,6 +40,19 @@ def check_word(name: str, value: object, words: Any) -> None:
         raise InvalidParameterError(f"{name} must be {listed}, got {value!r}.")
 
 
+def check_whole(**numbers: tuple[int | None, int]) -> None:
+    """Raise `InvalidParameterError` unless each is None or an integer of at least its second number.
+
+    >>> check_whole(steps=(0, 1))
+    Traceback (most recent call last):
+    ...
+    bh_routing.errors.InvalidParameterError: steps must be an integer of at least 1, got 0.
+    """
+    for name, (value, least) in numbers.items():
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
+            raise InvalidParameterError(f"{name} must be an integer of at least {least}, got {value!r}.")
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """What follows an unknown name: ``did you mean 'alpha'?``, or all the known ones.
 

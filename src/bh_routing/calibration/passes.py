@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from .. import __version__
+from .._version import __version__
+from .._words import check_whole
 from ..decision.types import check_temperature
 from ..errors import CalibrationError, CalibrationWarning, InvalidParameterError, InvalidTypeError
 from ..patching import PatchPlan, is_patched, make_plan, reached_by_text
@@ -136,7 +137,7 @@ def calibrate(
     InvalidParameterError, InvalidTypeError
         For a parameter out of range.
     """
-    _check_numbers(
+    check_whole(
         max_tokens=(max_tokens, 1),
         document_tokens=(document_tokens, 1),
         window=(window, 2),
@@ -288,13 +289,6 @@ def warn_of_few(found: Calibration) -> None:
         CalibrationWarning,
         stacklevel=3,
     )
-
-
-def _check_numbers(**numbers: tuple[int | None, int]) -> None:
-    """Raise unless each is None or an integer of at least its second number."""
-    for name, (value, least) in numbers.items():
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
-            raise InvalidParameterError(f"{name} must be an integer of at least {least}, got {value!r}.")
 
 
 def _plan(model: nn.Module) -> tuple[PatchPlan, tuple[str, ...]]:

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from importlib import import_module
 from typing import NoReturn
 
-from .. import __version__
+from .._version import __version__
 from ..errors import BHRoutingError
 from .common import notes, with_config
 

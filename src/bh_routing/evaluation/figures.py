@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from .. import __version__
 from .._lazy import needed
+from .._version import __version__
 from ..decision.compensation import Cost
 from ..integration import RoutingIntegration
 from .paired import BLOCK, block_sums

@@ -10,56 +10,31 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
+from .._words import check_whole
 from ..calibration.calibration import Calibration
 from ..calibration.forwards import gather
 from ..decision.types import RoutingDecision
 from ..errors import InvalidParameterError, InvalidTypeError
 from ..integration import BHRoutingIntegration
 from ..policies import RoutingContext
-from ..telemetry.counters import recomputing
+from ..telemetry.figures import Telemetry
 from .loss import AdaptiveRoutingLoss
 from .refitting import RecentChoices, recalibrate, refit
-from .tape import real_tokens
 
 logger = logging.getLogger(__name__)
 
 CALIBRATION_FILE = "calibration.safetensors"
 
 
-class TrainingCounts:
-    """A watcher that counts, per layer and in training mode only: tokens, experts, the experts' load."""
-
-    def __init__(self, contexts: list[RoutingContext]) -> None:
-        self.sums = {
-            c.path: torch.zeros(c.num_experts + 2, dtype=torch.int64, device=c.device) for c in contexts
-        }
-
-    def __call__(
-        self, router: nn.Module, context: RoutingContext, decision: RoutingDecision, logits_TE: Tensor
-    ) -> None:
-        if not router.training or recomputing():
-            return
-        sums = self.sums[context.path]
-        real_T = real_tokens(context, logits_TE).long()
-        runs_TK = (decision.experts_TK < context.num_experts).long() * real_T.unsqueeze(-1)
-        index_TK = decision.experts_TK.clamp(max=context.num_experts - 1)
-        sums[2:].index_add_(0, index_TK.flatten(), runs_TK.flatten())
-        sums[0].add_(real_T.sum())
-        sums[1].add_((decision.counts_T * real_T).sum())
-
-    def take(self) -> dict[str, list[int]]:
-        """The counts of all processes since the last call, by router path."""
-        mine = {path: sums.tolist() for path, sums in self.sums.items()}
-        for sums in self.sums.values():
-            sums.zero_()
-        parts = gather(mine)
-        return {
-            path: [sum(column) for column in zip(*(p[path] for p in parts), strict=True)] for path in mine
-        }
+# What is logged: the figure of a layer's telemetry.
+FIGURES = {
+    "experts_per_token": "mean_experts",
+    "load_imbalance": "load_imbalance",
+    "unused_experts": "unused_experts",
+}
 
 
 class AdaptiveRoutingCallback(TrainerCallback):
@@ -125,16 +100,13 @@ class AdaptiveRoutingCallback(TrainerCallback):
                 "expected an integration with a calibration, which the null is refitted into, got one without; make it "
                 "with calibration=..."
             )
-        for name, value in (("refit_every", refit_every), ("refit_tokens", refit_tokens)):
-            if value is None and name == "refit_every":
-                continue
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise InvalidParameterError(f"{name} must be an integer of at least 1, got {value!r}.")
+        check_whole(refit_every=(refit_every, 1), refit_tokens=(refit_tokens, 1))
         self.integrator, self.loss = integrator, loss
         self.refit_every, self.recalibrate = refit_every, recalibrate
         self.history: list[dict[str, float]] = []
         self._recent = RecentChoices(refit_tokens)
-        self._counts = TrainingCounts(integrator.plan.contexts)
+        contexts = integrator.plan.contexts
+        self._counts = Telemetry(contexts, [integrator.policy.slots(context) for context in contexts])
         self._fitted_at = -1
 
     def attach(self, trainer: Any) -> None:
@@ -143,6 +115,13 @@ class AdaptiveRoutingCallback(TrainerCallback):
         if self in callbacks:
             callbacks.remove(self)
         callbacks.insert(0, self)
+
+    def _count(
+        self, router: nn.Module, context: RoutingContext, decision: RoutingDecision, logits_TE: Tensor
+    ) -> None:
+        """A watcher: what runs in training mode. The integration's own statistics are left to whoever made it."""
+        if router.training:
+            self._counts.update(context, decision, logits_TE)
 
     def refit(self, step: int) -> Calibration:
         """Fit the null to the routers as they are, once per step at most; returns the calibration in use."""
@@ -164,7 +143,7 @@ class AdaptiveRoutingCallback(TrainerCallback):
         """Patch, watch, and take up the calibration of the checkpoint that is resumed from."""
         if not self.integrator.is_patched:
             self.integrator.patch_model()
-        for watcher in (self._recent, self._counts):
+        for watcher in (self._recent, self._count):
             if watcher not in self.integrator.watchers:
                 self.integrator.watchers.append(watcher)
         saved = Path(args.output_dir) / f"checkpoint-{state.global_step}" / CALIBRATION_FILE
@@ -200,29 +179,34 @@ class AdaptiveRoutingCallback(TrainerCallback):
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Refit to the final routers, and stop watching."""
         self.refit(state.global_step)
-        for watcher in (self._recent, self._counts):
+        for watcher in (self._recent, self._count):
             if watcher in self.integrator.watchers:
                 self.integrator.watchers.remove(watcher)
         self._recent.held.clear()
 
     def _figures(self) -> dict[str, float]:
         figures: dict[str, float] = {}
-        counts = self._counts.take()
-        tokens, run, load_E = 0, 0, None
-        for index, sums in enumerate(counts.values()):
-            tokens, run = tokens + sums[0], run + sums[1]
-            load_E = sums[2:] if load_E is None else [a + b for a, b in zip(load_E, sums[2:], strict=True)]
-            if sums[0]:
-                for name, value in _load_figures(sums).items():
-                    figures[f"routing/{name}/layer_{index}"] = value
-        if tokens and load_E is not None:
-            figures |= {f"routing/{n}": v for n, v in _load_figures([tokens, run, *load_E]).items()}
+        counts, *others = gather(self._counts)  # of all processes
+        for other in others:
+            counts.merge(other)
+        counted = counts.to_dict()
+        self._counts.reset()
+        layers = counted["layers"]
+        for index, layer in enumerate(layers):
+            if layer["tokens"]:
+                for name, key in FIGURES.items():
+                    figures[f"routing/{name}/layer_{index}"] = float(layer[key])
+        if counted["total"]["tokens"]:
+            load_E = [sum(column) for column in zip(*(x["expert_load"] for x in layers), strict=True)]
+            figures["routing/experts_per_token"] = counted["total"]["mean_experts"]
+            figures["routing/load_imbalance"] = max(load_E) * len(load_E) / max(1, sum(load_E))
+            figures["routing/unused_experts"] = float(load_E.count(0))
         budget, alpha = self.integrator.budget, self.integrator.alpha
         if isinstance(budget, (int, float)):
             figures["routing/budget"] = float(budget)
         elif budget is not None:
-            for index, path in enumerate(counts):
-                figures[f"routing/budget/layer_{index}"] = float(budget[path])
+            for index, layer in enumerate(layers):
+                figures[f"routing/budget/layer_{index}"] = float(budget[layer["path"]])
         if alpha is not None:
             figures["routing/alpha"] = float(alpha)
         if self.loss is not None:
@@ -230,16 +214,6 @@ class AdaptiveRoutingCallback(TrainerCallback):
                 if name in self.loss.parts:
                     figures[f"routing/loss_{name}"] = float(self.loss.parts[name])
         return figures
-
-
-def _load_figures(sums: list[int]) -> dict[str, float]:
-    """Experts per token, largest load over mean load, experts without a token."""
-    tokens, run, *load_E = sums
-    return {
-        "experts_per_token": run / tokens,
-        "load_imbalance": max(load_E) * len(load_E) / max(1, sum(load_E)),
-        "unused_experts": float(load_E.count(0)),
-    }
 
 
 __all__ = ["CALIBRATION_FILE", "AdaptiveRoutingCallback"]

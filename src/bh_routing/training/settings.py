@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .._words import Option, Scope
+from .._words import Option, Scope, check_whole
 from ..errors import InvalidParameterError
 
 
@@ -61,10 +61,8 @@ class FinetuneSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_tokens", "refit_every", "refit_tokens"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise InvalidParameterError(f"{name} must be an integer of at least 1, got {value!r}.")
+        whole = ("steps", "batch_tokens", "refit_every", "refit_tokens")
+        check_whole(**{name: (getattr(self, name), 1) for name in whole})
         if self.window < 2 or self.warmup < 0:
             raise InvalidParameterError(
                 f"window must be at least 2 and warmup at least 0, got {self.window!r} and {self.warmup!r}."

@@ -12,7 +12,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from ... import __version__
+from ..._version import __version__
 from ...calibration.calibration import Calibration
 from ...decision.table import DecisionTable
 from ...errors import InvalidParameterError, InvalidTypeError
