@@ -14,7 +14,16 @@ from safetensors.torch import load_file, save_file
 from bh_routing._files import write_atomically
 from bh_routing._tensor_files import tensors_digest
 from bh_routing.calibration.calibration import Calibration
-from bh_routing.calibration.fingerprint import fingerprint
+from bh_routing.calibration.fingerprint import (
+    EXPERT_TOLERANCE,
+    PROJECTIONS,
+    ROUTER_TOLERANCE,
+    ROWS,
+    distance,
+    fingerprint,
+    matrix_differs,
+    weight_projections,
+)
 from bh_routing.calibration.passes import calibrate
 from bh_routing.errors import CalibrationFileError, CalibrationMismatchError, CalibrationWarning
 from bh_routing.patching import make_plan
@@ -209,9 +218,9 @@ def test_copies_in_other_dtypes_fit(calibrated, dtype):
 
 def test_fingerprints_tell_models_apart(tiny_olmoe):
     gate = [m.model.layers[0].mlp.gate for m in (tiny_olmoe(seed=0), tiny_olmoe(seed=1))]
-    prints = [fingerprint(g) for g in gate]
+    prints = [weight_projections(g) for g in gate]
     assert float((prints[0] - prints[1]).norm() / prints[0].norm()) > 0.5
-    rounded = fingerprint(copy.deepcopy(gate[0]).to(torch.bfloat16))
+    rounded = weight_projections(copy.deepcopy(gate[0]).to(torch.bfloat16))
     # one rounding error is at most 2^-9 of a weight; they add up like the weights do
     assert float((prints[0] - rounded).norm() / prints[0].norm()) < 5e-3
 
@@ -311,12 +320,20 @@ def test_what_cannot_be_compared_is_said(calibrated):
     plan = make_plan(copy.deepcopy(model))
     gate = plan.layers[1].router
     gate.weight = torch.nn.Parameter((gate.weight * 1000).to(torch.int8), requires_grad=False)
-    with pytest.raises(
-        CalibrationMismatchError, match=r"cannot be compared with a calibration's: .* got torch\.int8; pass"
+    older = replace(calibration, fingerprint_LD=torch.zeros(2, PROJECTIONS, dtype=torch.float64))
+    older.fingerprint_LD[0] = weight_projections(plan.layers[0].router)
+    for held, sentence in (
+        (
+            calibration,
+            r"gate cannot be run by itself: whether it is the one that was calibrated is not known",
+        ),
+        (older, r"cannot be compared with a calibration's: .* got torch\.int8; pass"),
+        (replace(calibration, fingerprint_LD=torch.zeros(2, 0)), "holds no fingerprint: whether it was made"),
     ):
-        calibration.check(plan)
-    with pytest.warns(CalibrationWarning, match="cannot be compared with a calibration's"):
-        calibration.check(plan, strict=False)
+        with pytest.raises(CalibrationMismatchError, match=sentence):
+            held.check(plan)
+        with pytest.warns(CalibrationWarning, match=sentence):
+            held.check(plan, strict=False)
 
 
 def test_an_integration_made_in_inference_mode_works_outside(synthetic_calibration, tiny_olmoe):
@@ -340,3 +357,134 @@ def test_an_integration_made_in_inference_mode_works_outside(synthetic_calibrati
         integrator.reset_stats()
         model(input_ids=ids)
         assert integrator.telemetry.mean_experts_per_token == pytest.approx(2.0, abs=0.15)
+
+
+# -- the fingerprint is a function of the model ------------------------------------------------------------------
+
+
+class Int8(torch.nn.Module):
+    """Weights held as int8 with a scale per row, multiplied out when they are read: as quantised kernels answer."""
+
+    def forward(self, q, scale):
+        return q.float() * scale
+
+    def right_inverse(self, weight):
+        scale = weight.abs().amax(-1, keepdim=True) / 127
+        return (weight / scale).round().to(torch.int8), scale
+
+
+def in_int8(model):
+    from torch.nn.utils.parametrize import register_parametrization
+
+    quantised = copy.deepcopy(model)
+    for layer in quantised.model.layers:
+        for module, name in (
+            (layer.mlp.gate, "weight"),
+            (layer.mlp.experts, "gate_up_proj"),
+            (layer.mlp.experts, "down_proj"),
+        ):
+            getattr(module, name).requires_grad_(False)
+            register_parametrization(module, name, Int8())
+    return quantised
+
+
+def test_a_copy_in_8_bits_fits(calibrated):
+    model, calibration = calibrated
+    quantised = in_int8(model)
+    assert quantised.model.layers[0].mlp.gate.parametrizations.weight.original0.dtype == torch.int8
+    calibration.check(make_plan(quantised))
+    prints = [weight_projections(layer.mlp.gate) for layer in model.model.layers]
+    older = replace(calibration, fingerprint_LD=torch.stack(prints))
+    with pytest.raises(CalibrationMismatchError, match="int8"):  # weights would not tell
+        older.check(make_plan(quantised))
+
+
+def permuted_router(model):
+    weight = model.model.layers[1].mlp.gate.weight
+    weight.copy_(weight.roll(1, 0))
+
+
+def two_experts_swapped_in_the_router(model):
+    weight = model.model.layers[1].mlp.gate.weight
+    weight[:2] = weight[:2].flip(0)
+
+
+def experts_moved(model):
+    weight = model.model.layers[1].mlp.experts.down_proj
+    weight.add_(0.5 * weight.std() * torch.randn(weight.shape, generator=torch.Generator().manual_seed(0)))
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        (permuted_router, "router weights"),
+        (two_experts_swapped_in_the_router, "router weights"),
+        (experts_moved, "experts' weights"),
+    ],
+)
+def test_other_models_do_not(calibrated, change, what):
+    model, calibration = calibrated
+    changed = copy.deepcopy(model)
+    with torch.no_grad():
+        change(changed)
+    with pytest.raises(
+        CalibrationMismatchError, match=rf"the {what} of layer model\.layers\.1\.mlp.* differ"
+    ):
+        calibration.check(make_plan(changed))
+
+
+def test_distances_are_the_stated_ones(calibrated):
+    """docs/calibration.md: what rounding does stays well below the tolerances, what another model is well above."""
+    model, calibration = calibrated
+    num = ROWS * calibration.num_experts
+    for copied, router, expert in (
+        (copy.deepcopy(model).bfloat16(), 5e-3, 1e-2),
+        (in_int8(model), 1.5e-2, 3e-2),
+    ):
+        found_LD, expected_LD = fingerprint(make_plan(copied).layers), calibration.fingerprint_LD
+        assert 1e-4 < distance(found_LD[:, :num], expected_LD[:, :num]) < router < ROUTER_TOLERANCE
+        assert 1e-4 < distance(found_LD[:, num:], expected_LD[:, num:]) < expert < EXPERT_TOLERANCE
+
+
+def test_experts_that_cannot_be_run_are_said(calibrated):
+    model, calibration = calibrated
+    packed = copy.deepcopy(model)
+    for layer in packed.model.layers:
+        layer.mlp.experts.down_proj = torch.nn.Parameter(torch.zeros(3))
+    with pytest.warns(
+        CalibrationWarning, match="experts of model.layers.0.mlp.gate, model.layers.1.* not known"
+    ):
+        calibration.check(make_plan(packed))
+
+
+def test_a_router_that_is_one_matrix(calibrated, tiny_olmoe):
+    """For engines that hold other modules: the same verdict from the weights [E, H] alone, by either fingerprint."""
+    model, calibration = calibrated
+    gates = [layer.mlp.gate for layer in model.model.layers]
+    older = replace(calibration, fingerprint_LD=torch.stack([weight_projections(g) for g in gates]))
+    other = tiny_olmoe(seed=5).model.layers[1].mlp.gate.weight
+    for held in (calibration, older):
+        for weight in (gates[1].weight, gates[1].weight.half()):
+            assert matrix_differs(held, 1, weight, "blk.1", "pass strict=False") is None
+        for weight in (other, gates[0].weight):
+            sentence = matrix_differs(held, 1, weight, "blk.1", "pass strict=False")
+            assert sentence.startswith(
+                "the router weights of layer blk.1 differ from those that were calibrated"
+            )
+
+
+def test_files_of_both_kinds_are_read(calibrated, tmp_path):
+    """Format 2 held projections of weights at first; such files still are of the models they were made for."""
+    model, calibration = calibrated
+    routers = [layer.mlp.gate for layer in model.model.layers]
+    older = replace(calibration, fingerprint_LD=torch.stack([weight_projections(r) for r in routers]))
+    for name, held in (("new", calibration), ("old", older)):
+        held.save(tmp_path / name)
+        loaded = Calibration.load(tmp_path / name)
+        assert torch.equal(loaded.fingerprint_LD, held.fingerprint_LD)
+        loaded.check(make_plan(copy.deepcopy(model).bfloat16()))
+        changed = copy.deepcopy(model)
+        with torch.no_grad():
+            permuted_router(changed)
+        with pytest.raises(CalibrationMismatchError, match=r"router weights of layer model\.layers\.1"):
+            loaded.check(make_plan(changed))

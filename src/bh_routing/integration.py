@@ -309,7 +309,7 @@ class BHRoutingIntegration(RoutingIntegration):
         self.calibration = calibration
         self.temperature, self.min_k = asked.temperature, policy.min_k
         self.max_k = asked.max_k or max(c.top_k for c in plan.contexts)
-        self._calibrated_plan, self._told = plan, False
+        self._calibrated_contexts, self._told = plan.contexts, False
 
     @property
     def alpha(self) -> float | None:
@@ -372,7 +372,11 @@ class BHRoutingIntegration(RoutingIntegration):
                 "expected a calibration with mean outputs of the same form as the one in use (the compensation is on), "
                 "got others; calibrate with the same options."
             )
-        calibration.check(self._calibrated_plan, strict=self.settings.strict)
+        layers = zip(
+            self.plan.layers, self._calibrated_contexts, strict=True
+        )  # modules as they are, PEFT's among them
+        plan = replace(self.plan, layers=tuple(replace(layer, context=context) for layer, context in layers))
+        calibration.check(plan, strict=self.settings.strict)
         self.settings.rewrite(self.policy, calibration)
         self.calibration = calibration
         self.compensations = new

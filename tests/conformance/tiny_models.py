@@ -22,6 +22,7 @@ VOCAB = 96
 TINY: dict[str, Any] = {
     # text
     "vocab_size": VOCAB,
+    "unpadded_vocab_size": VOCAB,
     "hidden_size": 32,
     "d_model": 32,
     "intermediate_size": 24,
@@ -183,6 +184,17 @@ RECIPES: dict[str, Recipe] = {
         },
     ),
     "granitemoehybrid": Recipe(config=MAMBA | {"layer_types": HYBRID}),
+    "hy_v4_vl": Recipe(
+        config={
+            "text_config": {
+                "rope_parameters": {
+                    "rope_type": "default",
+                    "rope_theta": 10000.0,
+                    "mrope_section": [2, 1, 1],
+                }
+            }
+        }
+    ),
     "jamba": Recipe(
         config={
             "attn_layer_period": 2,

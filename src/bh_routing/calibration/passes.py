@@ -29,7 +29,7 @@ from .calibration import Calibration
 from .checkpoint import Checkpoint, remove, settings_digest
 from .compensation_scale import SpreadWindows, measure_scale
 from .data import LayerRecord
-from .fingerprint import fingerprint
+from .fingerprint import fingerprint, weights_key
 from .first_pass import FirstPass
 from .forwards import distributed, evaluating, frozen, gather, in_step, progress_bar
 from .moments import ENOUGH
@@ -178,7 +178,7 @@ def calibrate(
         num_experts=num_experts,
         histograms={},
         reservoir_size=reservoir,
-        fingerprint_LD=torch.stack([fingerprint(layer.router) for layer in plan.layers]),
+        fingerprint_LD=fingerprint(plan.layers),
         temperature=temperature,
         trim=min(slots, max(1, (num_experts - 1) // 4)) if trim is None else trim,
         seed=seed,
@@ -188,7 +188,7 @@ def calibrate(
     show = progress if distributed()[0] == 0 else False
     settings = {
         "model": blank.model_id,
-        "routers": settings_digest(repr((blank.layers, blank.fingerprint_LD.tolist())).encode()),
+        "routers": settings_digest(repr((blank.layers, resume and weights_key(plan.layers))).encode()),
         "version": __version__,
         "processes": distributed()[1],
         "max_tokens": max_tokens,

@@ -11,11 +11,9 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from .._checks import either, listed, mapping, number, one_of, optional, read_json, record, text, whole
 from .._files import append_line, write_atomically
-from ..calibration.fingerprint import TOLERANCE, compare, fingerprint
+from ..calibration.fingerprint import fingerprint, same_model
 from ..errors import ResultsError
 
 FORMAT = 1
@@ -81,7 +79,7 @@ _RESULT = record(
 _RUN = record(
     {"format": one_of(FORMAT), "model": _NAME},
     {
-        "fingerprint": listed(listed(number(-1e30, 1e30), 1, 1 << 12), 1, 1 << 12),
+        "fingerprint": listed(listed(number(-1e30, 1e30), 0, 1 << 16), 1, 1 << 12),
         "data": mapping(
             record({}, {"digest": _NAME, "tokens": whole(), "shown": listed(_NAME)}, others=True)
         ),
@@ -116,11 +114,6 @@ def _defined(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_defined(item) for item in value]
     return None if isinstance(value, float) and value - value != 0.0 else value
-
-
-def _tensor(rows: list[list[float]]) -> torch.Tensor:
-    """As a tensor; of none where the rows differ in length, which no fingerprint's do."""
-    return torch.tensor(rows if len(set(map(len, rows))) == 1 else [])
 
 
 class ResultsFolder:
@@ -176,9 +169,9 @@ class ResultsFolder:
             If the folder holds results of another model.
         """
         self.path.mkdir(parents=True, exist_ok=True)
-        prints = [fingerprint(plan.layers[i].router).tolist() for i in (0, -1)]
+        ends = [plan.layers[i] for i in (0, -1)]
         held = self.run()
-        if held and compare(torch.tensor(prints), _tensor(held.get("fingerprint", []))) > TOLERANCE:
+        if held and not same_model(ends, held.get("fingerprint", [])):
             raise ResultsError(
                 f"{self.path} holds results of another model ({held['model']}), this one is {model_id}; give "
                 "another folder."
@@ -186,7 +179,7 @@ class ResultsFolder:
         run = {
             "format": FORMAT,
             "model": held.get("model", model_id),
-            "fingerprint": prints,
+            "fingerprint": held.get("fingerprint") or [fingerprint([layer])[0].tolist() for layer in ends],
             "data": held.get("data", {}) | data,
         }
         write_atomically(self.run_path, json.dumps(run))

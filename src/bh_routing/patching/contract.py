@@ -161,7 +161,7 @@ def probe(
     x_TH = torch.randn(PROBE_TOKENS, width, generator=generator, device="cpu").to(device, parameter.dtype)
     module, attribute = target or (router, "forward")
     with torch.no_grad(), _random_state_kept(device):
-        for call in _calls(module, attribute, parent):
+        for call in calls(module, attribute, parent):
             found = call(x_TH)
             if found is None:
                 continue
@@ -189,7 +189,7 @@ def _random_state_kept(device: torch.device) -> Any:
     return torch.random.fork_rng(devices=devices, device_type=device.type if devices else "cuda")
 
 
-def _calls(module: nn.Module, attribute: str, parent: nn.Module | None) -> Iterator[Call]:
+def calls(module: nn.Module, attribute: str, parent: nn.Module | None) -> Iterator[Call]:
     """Ways to call a router with hidden states, the most direct first."""
     if attribute == "forward":
         own = find_patch(module)

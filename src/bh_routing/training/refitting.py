@@ -123,8 +123,8 @@ def refit(integrator: BHRoutingIntegration, recent: RecentChoices, *, seed: int 
             )
         layers.append(Held(*(torch.cat(column) for column in zip(*found, strict=True))))
     new = recounted(old, layers, seed)
-    routers = {layer.path: layer.router for layer in integrator.plan.layers}
-    new = replace(new, fingerprint_LD=torch.stack([fingerprint(routers[path]) for path in old.paths]))
+    planned = {layer.path: layer for layer in integrator.plan.layers}
+    new = replace(new, fingerprint_LD=fingerprint([planned[path] for path in old.paths]))
     integrator.set_calibration(new)
     return new
 

@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from ...calibration.fingerprint import fingerprint, weights_differ
+from ...calibration.fingerprint import by_weights, logits_differ, matrix_differs
+from ...calibration.responses import inputs
 from ...errors import CalibrationMismatchError, MissingDependencyError, UnsupportedModelError
 from .routing import EngineRouting, LayerFacts, LayerRouting
 from .settings import Settings
@@ -141,49 +142,53 @@ def check_compensation(runner: Any) -> None:
 def check_weights(
     engine: EngineRouting, layer: LayerRouting, model: torch.nn.Module, device: torch.device
 ) -> None:
-    """Compare the fingerprint of a router's weights with the calibration's."""
+    """Compare a router with the calibration's fingerprint: what its gate answers to fixed inputs."""
     calibration = engine.calibration
     if calibration is None:
         return
-    gate = _gate(model, layer, device)
-    if gate is None:
-        logger.warning(
-            "bh-routing: the weights of the router of %s were not found; whether they are those that were "
-            "calibrated is not known.",
-            layer.facts.name,
+    name, index, otherwise = layer.facts.name, layer.context.index, 'configure "strict": false'
+    if by_weights(calibration):
+        weight_EH = _ask(model, layer, torch.eye(layer.facts.hidden_size), device)
+        wrong = (
+            None if weight_EH is None else matrix_differs(calibration, index, weight_EH.T, name, otherwise)
         )
-        return
-    wrong = weights_differ(
-        calibration, layer.context.index, fingerprint(gate), layer.facts.name, 'configure "strict": false'
-    )
+        known = weight_EH is not None
+    else:
+        logits_RE = _ask(model, layer, inputs(layer.facts.hidden_size), device)
+        wrong = None if logits_RE is None else logits_differ(calibration, index, logits_RE, name, otherwise)
+        known = logits_RE is not None
+    if not known:
+        logger.warning(
+            "bh-routing: the router of %s was not found, or cannot be run by itself; whether it is the one that was "
+            "calibrated is not known.",
+            name,
+        )
     if wrong is not None and engine.settings.strict:
         raise CalibrationMismatchError(wrong)
     if wrong is not None:
         logger.warning("bh-routing: %s", wrong)
 
 
-def _gate(model: torch.nn.Module, layer: LayerRouting, device: torch.device) -> torch.nn.Module | None:
-    """A router's weights [E, H] as a module; None where they cannot be had.
+def _ask(
+    model: torch.nn.Module, layer: LayerRouting, x_NH: torch.Tensor, device: torch.device
+) -> torch.Tensor | None:
+    """What a router makes of some inputs, [N, E] float32 on the CPU; None where it cannot be had.
 
-    The router is the module of its calibrated name beside the experts. Backends repack its weights, so that they are
-    read off what it makes of unit vectors.
+    The router is the module of its calibrated name beside the experts. Backends repack its weights, so that it is asked
+    and not read; of unit vectors it makes its weights.
     """
     own = layer.context.path.rpartition(".")[2]
     parent = dict(model.named_modules()).get(layer.facts.name.rpartition(".")[0])
     gate = getattr(parent, own, None)
     if not isinstance(gate, torch.nn.Module):
         return None
-    shape = (layer.facts.num_experts, layer.facts.hidden_size)
-    held = torch.nn.Module()
-    weight_EH = getattr(gate, "weight", None)
-    if not isinstance(weight_EH, torch.Tensor) or weight_EH.shape != shape:
+    for dtype in dict.fromkeys((layer.facts.dtype, torch.float32)):
         try:
-            logits = gate(torch.eye(layer.facts.hidden_size, dtype=layer.facts.dtype, device=device))
-        except Exception:  # whatever it asks for besides hidden states: its weights stay unknown
-            return None
-        weight_EH = (logits[0] if isinstance(logits, tuple) else logits).T
-        if weight_EH.shape != shape:
-            return None
-    # detach: where oneDNN cannot pack them, they are still a parameter class of vLLM's, which no parameter is made of
-    held.weight = torch.nn.Parameter(weight_EH.detach(), requires_grad=False)
-    return held
+            with torch.no_grad():
+                answer = gate(x_NH.to(device, dtype))
+        except Exception:  # whatever it asks for besides hidden states
+            continue
+        logits_NE: torch.Tensor = answer[0] if isinstance(answer, tuple) else answer
+        if logits_NE.shape == (len(x_NH), layer.facts.num_experts):
+            return logits_NE.float().cpu()
+    return None
