@@ -75,7 +75,8 @@ def test_content(wheel):
 
 
 def test_size(wheel):
-    assert wheel.stat().st_size < 25e6
+    # model 15 MB, tokens and counts of its calibration 8, its linear compensation 4 (all 64 router logits)
+    assert wheel.stat().st_size < 32e6
 
 
 def test_demo(environment, tmp_path):

@@ -12,6 +12,7 @@ Over 350 lines: the one class that people hold, and most of it says what they ma
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -23,7 +24,7 @@ from .._words import Clamp, CompensationForm, WeightRule, check_word
 from ..decision.compensation import Compensation
 from ..decision.table import DecisionTable
 from ..decision.types import Limits, check_k
-from ..errors import CalibrationMismatchError, InvalidParameterError
+from ..errors import CalibrationMismatchError, CalibrationWarning, InvalidParameterError
 from ..patching import PatchPlan
 from ..policies import PValuePolicy, RoutingContext, TablePolicy
 from ..stats.histogram import Histogram
@@ -360,13 +361,23 @@ class Calibration(CalibrationData):
     def merge(self, *others: Calibration) -> Calibration:
         """One calibration from several of the same model on different texts.
 
-        Counts add up exactly, moments in float64; the reservoir keeps the tokens with the smallest hashes.
+        Counts add up exactly, moments in float64; the reservoir keeps the tokens with the smallest hashes. The linear
+        compensation and the sizes that follow the token are left out, with a `CalibrationWarning`: they are solutions of sums
+        that were taken under one calibration and are in no file. Processes of one run (``torchrun``) add up those sums exactly.
 
         Raises
         ------
         CalibrationMismatchError
             If they differ in model, layers, temperature, trim, seed or window.
         """
+        if any(one.linear is not None or one.token_sizes is not None for one in (self, *others)):
+            warnings.warn(
+                "a linear compensation and sizes that follow the token cannot be merged from files, which hold their "
+                "solutions and not the sums: the merged calibration is without them; calibrate on all of the text at once "
+                "(several processes, under torchrun, add up the sums exactly).",
+                CalibrationWarning,
+                stacklevel=2,
+            )
         merged = self
         for other in others:
             merged = merged + other

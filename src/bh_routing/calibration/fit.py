@@ -162,15 +162,19 @@ def fit(data: CalibrationData, settings: NullSettings) -> Fitted:
         If a layer (with scope ``model``: the model) has no null samples.
     """
     if settings not in data.memo:
-        if data.given is not None:
-            nulls = data.given.nulls
-        else:
-            counts, offset_LE = counted(data, settings)
-            if settings.scope == "model":
-                nulls = (_null(data, counts, offset_LE, None, settings),) * data.num_layers
+        with (
+            torch.inference_mode(False),
+            torch.device("cpu"),
+        ):  # whatever the caller's, at a policy's first decision
+            if data.given is not None:
+                nulls = data.given.nulls
             else:
-                nulls = tuple(_null(data, counts, offset_LE, i, settings) for i in range(data.num_layers))
-        data.memo[settings] = _sized(data, settings, nulls)
+                counts, offset_LE = counted(data, settings)
+                if settings.scope == "model":
+                    nulls = (_null(data, counts, offset_LE, None, settings),) * data.num_layers
+                else:
+                    nulls = tuple(_null(data, counts, offset_LE, i, settings) for i in range(data.num_layers))
+            data.memo[settings] = _sized(data, settings, nulls)
     found: Fitted = data.memo[settings]
     return found
 

@@ -291,10 +291,10 @@ class LinearCompensation(Compensation):
     def _host(self) -> _Host:
         num, wide, hidden = self.maps_EQH.shape
         return _Host(
-            rows=torch.arange(num * wide).view(num, wide).unbind(0),
+            rows=torch.arange(num * wide, device="cpu").view(num, wide).unbind(0),
             table_NH=self.maps_EQH.view(-1, hidden),
             base_Q=self.one_Q - self.center_D @ self.whiten_DQ,
-            starts=[torch.arange(0, count * wide, wide) for count in range(num + 1)],
+            starts=[torch.arange(0, count * wide, wide, device="cpu") for count in range(num + 1)],
         )
 
     def _one_token(self, decision: RoutingDecision, logits_1D: Tensor) -> Tensor | None:
@@ -314,7 +314,7 @@ class LinearCompensation(Compensation):
         else:  # a masked expert
             phi_1Q = self.regressors(logits_1D)
         weights = decision.own_weights_TK.tolist()[0]
-        weight_P = torch.tensor([weights[slot] for slot in slots], dtype=torch.float64)
+        weight_P = torch.tensor([weights[slot] for slot in slots], dtype=torch.float64, device="cpu")
         factor_N = (weight_P.view(-1, 1) * phi_1Q).to(torch.bfloat16).view(-1)
         row_N = torch.cat([host.rows[experts[slot]] for slot in slots])
         each_PH, *_ = torch.embedding_bag(

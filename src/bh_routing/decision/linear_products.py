@@ -47,7 +47,7 @@ def weighted_rows(maps_EQH: Tensor, phi_TQ: Tensor, decision: RoutingDecision) -
     weight_TK = decision.dropped_weights_TK.double()
     factor_TN = (weight_TK.unsqueeze(-1) * phi_TQ.unsqueeze(1)).reshape(tokens, -1)
     first_TK1 = (decision.own_experts_TK.clamp(max=num - 1) * wide).unsqueeze(-1)
-    row_TN = (first_TK1 + torch.arange(wide)).reshape(tokens, -1)
+    row_TN = (first_TK1 + torch.arange(wide, device=first_TK1.device)).reshape(tokens, -1)
     table = maps_EQH.flatten(0, 1)
     return embedding_bag(row_TN, table, per_sample_weights=factor_TN.to(table.dtype), mode="sum").float()
 

@@ -108,7 +108,9 @@ def _token_size(logits: list[float], row: HostRow) -> list[float]:
     assert row.slope_DE is not None
     assert row.center is not None
     z = [x - c if isfinite(x) else 0.0 for x, c in zip(logits, row.center, strict=True)]
-    told: list[float] = torch.mv(row.slope_DE.t(), torch.tensor(z, dtype=torch.float64)).tolist()
+    told: list[float] = torch.mv(
+        row.slope_DE.t(), torch.tensor(z, dtype=torch.float64, device="cpu")
+    ).tolist()
     return [min(max(x, -TOKEN_BOUND), TOKEN_BOUND) for x in told]
 
 
