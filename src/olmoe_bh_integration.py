@@ -12,7 +12,7 @@ except ModuleNotFoundError as error:
         raise
     raise ImportError(
         "Cannot import bh_routing: expected the package bh-routing beside olmoe_bh_integration.py in this Python, got "
-        "none; install it with `python -m pip install`."
+        "none; install it there, `python -m pip install PATH_OR_WHEEL`."
     ) from error
 
 __all__ = [

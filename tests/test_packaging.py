@@ -103,3 +103,12 @@ def test_a_self_check_of_ones_own_is_not_shadowed(environment, tmp_path):
 def test_only_what_the_wheel_asks_for_is_needed(environment, tmp_path):
     code = "import importlib.util as u; print([n for n in ('scipy', 'matplotlib', 'pandas', 'pytest') if u.find_spec(n)])"
     assert call(environment, "-c", code, cwd=tmp_path) == "[]\n"
+
+
+def test_the_names_that_notebooks_import(environment, tmp_path):
+    code = (
+        "from olmoe_bh_integration import BHRoutingIntegration, topk_routing; "
+        "from olmoe_routing_experiments import RoutingExperimentRunner, RoutingStrategy; "
+        "from bh_routing.models import bundled_path; print(BHRoutingIntegration.__name__)"
+    )
+    assert call(environment, "-c", code, cwd=tmp_path) == "BHRoutingIntegration\n"

@@ -68,5 +68,5 @@ def test_import_name_without_the_package(tmp_path):
     assert run.returncode == 1
     assert run.stderr.splitlines()[-1] == (
         "ImportError: Cannot import bh_routing: expected the package bh-routing beside olmoe_bh_integration.py in this "
-        "Python, got none; install it with `python -m pip install`."
+        "Python, got none; install it there, `python -m pip install PATH_OR_WHEEL`."
     )

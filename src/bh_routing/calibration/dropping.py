@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ..errors import BudgetError, CalibrationError, CalibrationWarning
 from ..patching import LayerPlan, PatchPlan, watch
+from ..patching.adapters import ExpertsForward
 from ..policies import RoutingPolicy, TopKPolicy
 from ..text import Batch
 from .calibration import Calibration
@@ -136,12 +137,7 @@ class Dropping:
         return torch.arange(windows, device=device).repeat_interleave(length)
 
     def _alone(
-        self,
-        layer: LayerPlan,
-        inner: Callable[[Tensor, Tensor, Tensor], Tensor],
-        hidden_TH: Tensor,
-        index_TK: Tensor,
-        weights_TK: Tensor,
+        self, layer: LayerPlan, inner: ExpertsForward, hidden_TH: Tensor, index_TK: Tensor, weights_TK: Tensor
     ) -> Tensor:
         """The layer's output with what was dropped compensated; differentiable."""
         self.decided = logits_TD, dropped_TK = self._decide(layer)
@@ -150,12 +146,7 @@ class Dropping:
         return out_TH + self.strength * added_TH.to(out_TH.dtype)
 
     def _each_pair(
-        self,
-        layer: LayerPlan,
-        inner: Callable[[Tensor, Tensor, Tensor], Tensor],
-        hidden_TH: Tensor,
-        index_TK: Tensor,
-        weights_TK: Tensor,
+        self, layer: LayerPlan, inner: ExpertsForward, hidden_TH: Tensor, index_TK: Tensor, weights_TK: Tensor
     ) -> Tensor:
         logits_TD, dropped_TK = self._decide(layer)
         window_T, parts = self._windows(hidden_TH.device), []
@@ -179,12 +170,7 @@ class Dropping:
         return torch.cat(parts)
 
     def _with_gradient(
-        self,
-        layer: LayerPlan,
-        inner: Callable[[Tensor, Tensor, Tensor], Tensor],
-        hidden_TH: Tensor,
-        index_TK: Tensor,
-        weights_TK: Tensor,
+        self, layer: LayerPlan, inner: ExpertsForward, hidden_TH: Tensor, index_TK: Tensor, weights_TK: Tensor
     ) -> Tensor:
         out_TH = self._alone(layer, inner, hidden_TH, index_TK, weights_TK)
         logits_TD, dropped_TK = self.decided

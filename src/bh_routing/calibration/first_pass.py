@@ -6,7 +6,6 @@ experts, H hidden size.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 
 from ..errors import CalibrationError
 from ..patching import LayerPlan, PatchPlan, watch
+from ..patching.adapters import ExpertsForward
 from ..text import Batch
 from .accumulate import LayerMoments, ReservoirSampler, join_moments, layer_counts
 from .data import Data, join_layers
@@ -64,12 +64,7 @@ class FirstPass:
         self.seen[layer.path] = (logits_TE, own_experts_TK)
 
     def _around(
-        self,
-        layer: LayerPlan,
-        inner: Callable[[Tensor, Tensor, Tensor], Tensor],
-        hidden_TH: Tensor,
-        index_TK: Tensor,
-        weights_TK: Tensor,
+        self, layer: LayerPlan, inner: ExpertsForward, hidden_TH: Tensor, index_TK: Tensor, weights_TK: Tensor
     ) -> Tensor:
         parts = []
         real_T = self.batch.mask_on(hidden_TH.device)

@@ -17,15 +17,14 @@ import torch
 from torch import Tensor, nn
 
 from ..patching import PatchPlan
+from ..patching.adapters import ExpertsForward
 from ..patching.instance import execution_device
 from ..text import Batch
 
 PAIR_ELEMENTS = 1 << 25  # outputs of (token, expert) pairs that are held at once, P * H
 
 
-def pair_outputs(
-    inner: Callable[[Tensor, Tensor, Tensor], Tensor], hidden_TH: Tensor, index_TK: Tensor
-) -> Tensor:
+def pair_outputs(inner: ExpertsForward, hidden_TH: Tensor, index_TK: Tensor) -> Tensor:
     """Each of a token's experts' outputs by itself, unweighted, [T * K, H]: top-1 with weight one."""
     pairs_PH = hidden_TH.repeat_interleave(index_TK.shape[-1], 0)
     return inner(pairs_PH, index_TK.reshape(-1, 1), torch.ones_like(pairs_PH[:, :1]))

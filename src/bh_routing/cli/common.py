@@ -209,20 +209,26 @@ def _read(action: argparse.Action, key: str, value: Any, path: str) -> Any:
     return found if several else found[0]
 
 
+def calibration_file(choice: str | None, model: str) -> str | None:
+    """What --calibration asks for: a file, `none`, or (not given) the one that comes with the model."""
+    from ..models.loading import default_calibration
+
+    path = default_calibration(model) if choice is None else choice
+    return None if path is None or choice == "none" else str(path)
+
+
 def load_calibration(choice: str | None, model: str, budgets: Sequence[float]) -> Calibration | None:
-    """The calibration that --calibration asks for: a file, `none`, or (not given) the one that comes with the model.
+    """The calibration of `calibration_file`.
 
     Raises where budgets are asked for and there is none to solve them on.
     """
-    from ..models.loading import default_calibration
-
     for budget in budgets:
         if not budget > 0:
             raise InvalidParameterError(
                 f"experts must be a number of experts per token above 0, got {budget:g}."
             )
-    path = default_calibration(model) if choice is None else choice
-    if path is None or choice == "none":
+    path = calibration_file(choice, model)
+    if path is None:
         if budgets:
             raise InvalidParameterError(
                 f"a budget of {budgets[0]:g} experts needs a calibration: give --calibration FILE, made by "

@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     from ..evaluation.specs import parse_policy
-    from ..models.loading import default_calibration, load_model
+    from ..models.loading import load_model
 
     policies = [parse_policy(text).text for text in args.policy or ["full"]]
     tasks = [task.strip() for task in args.tasks.split(",") if task.strip()]
@@ -41,15 +41,13 @@ def run(args: argparse.Namespace) -> None:
     if args.output:
         common.check_output(Path(args.output), "file")
     register()  # what is missing is said before the model is loaded
-    calibration = default_calibration(args.model) if args.calibration is None else args.calibration
-    calibration = None if calibration == "none" else calibration
     model, tokenizer = load_model(args.model, device=args.device, dtype=args.dtype)
     rows = evaluate(
         model,
         tokenizer,
         policies,
         tasks,
-        calibration=None if calibration is None else str(calibration),
+        calibration=common.calibration_file(args.calibration, args.model),
         include_path=args.include_path,
         limit=args.limit,
         num_fewshot=args.num_fewshot,

@@ -21,6 +21,9 @@ from torch.nn.functional import linear
 ROUTING_METHOD = "route_tokens_to_experts"
 LOGITS = "router_logits"
 
+# (hidden states [T, H], expert indices [T, K], weights [T, K]) -> [T, H]
+ExpertsForward = Callable[[Tensor, Tensor, Tensor], Tensor]
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class RouterCall:
@@ -118,9 +121,7 @@ def expert_ids(experts: nn.Module | None, num_logits: int) -> ExpertIds:
     return ExpertIds(empty=stated if isinstance(stated, int) else num_logits)
 
 
-def flat_experts(
-    inner: Callable[[Tensor, Tensor, Tensor], Tensor], ids: ExpertIds
-) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+def flat_experts(inner: ExpertsForward, ids: ExpertIds) -> ExpertsForward:
     """An experts forward that takes [T, H] with any number of slots and returns [T, H], whatever the module's.
 
     DBRX's experts return [T, 1, H]; LongCat's do not accept a single slot.
@@ -136,4 +137,12 @@ def flat_experts(
     return forward
 
 
-__all__ = ["ExpertIds", "RouterCall", "expert_ids", "flat_experts", "router_call", "with_logits_again"]
+__all__ = [
+    "ExpertIds",
+    "ExpertsForward",
+    "RouterCall",
+    "expert_ids",
+    "flat_experts",
+    "router_call",
+    "with_logits_again",
+]

@@ -12,7 +12,6 @@ does the same for any other experts module, in front of its own forward. An empt
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -20,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from .adapters import ExpertIds, flat_experts
+from .adapters import ExpertIds, ExpertsForward, flat_experts
 from .expert_math import grouped_forward, left_out, loop_forward
 
 IMPLEMENTATION = "bh_routing"
@@ -28,8 +27,6 @@ STOCK = "_bh_routing_stock_implementation"  # instance attribute while patched: 
 
 # What the skip-aware implementation may stand in for: the same arithmetic in plain PyTorch.
 PLAIN_IMPLEMENTATIONS = (None, "eager", "grouped_mm", "batched_mm")
-
-ExpertsForward = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def register() -> None:

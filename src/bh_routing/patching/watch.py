@@ -12,9 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .adapters import flat_experts
+from .adapters import ExpertsForward, flat_experts
 from .calls import Forwards
-from .experts import ExpertsForward
 from .forward import ForwardPatch
 from .instance import InstancePatch, execution_device
 from .plan import LayerPlan, PatchPlan
