@@ -15,7 +15,7 @@ PIP  := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_A
 # Tests run in JOBS processes of one thread each. -rfEs lists what failed and what was skipped, and why, above the counts.
 TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -rfEs
 
-.PHONY: demo test test-all conformance conformance-oldest test-vllm test-browser reliability bench docs lint clean help
+.PHONY: demo test test-all conformance conformance-oldest test-vllm test-browser reliability soak bench docs lint clean help
 .DEFAULT_GOAL := help
 
 help:
@@ -26,6 +26,7 @@ help:
 	@echo "make test-vllm     the vLLM plugin, in an environment with vLLM that it installs"
 	@echo "make test-browser  pages in a real browser"
 	@echo "make reliability   hostile and unusual input, counted, into docs/reliability.md (twenty minutes)"
+	@echo "make soak          a server under 16 clients for ten minutes, counted, into docs/reliability.md"
 	@echo "make bench         the benchmarks whose figures stand in docs/"
 	@echo "make docs          every figure and output in README.md, docs/ and examples/ anew"
 	@echo "make lint          ruff and mypy"
@@ -84,6 +85,9 @@ test-browser: $(DEV)
 
 reliability: $(DEV)
 	$(BIN)/python scripts/reliability.py $(ARGS)
+
+soak: $(VLLM_VENV)/.installed
+	OMP_NUM_THREADS=1 $(VLLM_VENV)/bin/python benchmarks/vllm_serving.py soak --write docs/reliability.md $(ARGS)
 
 bench: $(DEV)
 	$(BIN)/python benchmarks/decide.py $(ARGS)

@@ -408,6 +408,7 @@ def runner_v1(**changes):
     }
     return SimpleNamespace(
         max_num_tokens=16,
+        execute_model=None,
         input_batch=SimpleNamespace(**batch | changes),
         _prepare_inputs=lambda output, scheduled: ("prepared", scheduled),
     )
@@ -421,7 +422,7 @@ def test_a_step_says_each_token_s_request_and_phase():
     assert runner._prepare_inputs(output, "scheduled") == ("prepared", "scheduled")
     assert step.requests == ("a", "b", "c")
     assert (step.tokens, step.decoding) == (6, 1)
-    request_T, phase_T = step.at(8)  # two rows of padding
+    request_T, phase_T, _ = step.at(8)  # two rows of padding
     assert request_T.tolist() == [0, 1, 1, 2, 2, 2, 0, 0]
     assert phase_T.tolist() == [DECODE, PREFILL, PREFILL, PREFILL, REPEATED, REPEATED, PADDING, PADDING]
     runner.input_batch.num_reqs, runner.input_batch.req_ids = 1, ["a"]
@@ -437,6 +438,7 @@ def test_a_step_of_the_second_model_runner():
     )
     runner = SimpleNamespace(
         max_num_tokens=4,
+        execute_model=None,
         req_states=SimpleNamespace(prompt_len=lengths),
         prepare_inputs=lambda output, description: batch,
     )
@@ -467,8 +469,8 @@ def test_steps_whose_tokens_are_not_in_order_are_refused(changes, what):
     ("runner", "missing"),
     [
         (SimpleNamespace(), r"a method _prepare_inputs or prepare_inputs"),
-        (SimpleNamespace(_prepare_inputs=1, max_num_tokens=1), r"its input_batch\.req_ids"),
-        (SimpleNamespace(prepare_inputs=1, max_num_tokens=1, req_states=1), r"its req_states\.prompt_len\.np"),
+        (SimpleNamespace(_prepare_inputs=1, execute_model=1, max_num_tokens=1), r"its input_batch\.req_ids"),
+        (SimpleNamespace(prepare_inputs=1, execute_model=1, max_num_tokens=1, req_states=1), r"its req_states\.prompt_len\.np"),
     ],
 )  # fmt: skip
 def test_a_model_runner_that_does_not_say_is_refused(runner, missing):

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -24,7 +24,7 @@ from .decision.compensation import Compensation
 from .errors import InvalidParameterError, InvalidTypeError, PatchError
 from .models.loading import default_calibration
 from .patching import PatchPlan, RoutingPatch, make_plan
-from .policies import RoutingPolicy
+from .policies import LevelsPolicy, RoutingPolicy, TablePolicy
 from .settings import RoutingSettings, counted, level_of
 from .telemetry.figures import Telemetry
 
@@ -310,10 +310,11 @@ class BHRoutingIntegration(RoutingIntegration):
         self.temperature, self.min_k = asked.temperature, policy.min_k
         self.max_k = asked.max_k or max(c.top_k for c in plan.contexts)
         self._calibrated_contexts, self._told = plan.contexts, False
+        self._one = policy  # the policy of one level for all, also while rows have their own
 
     @property
     def alpha(self) -> float | None:
-        """The level in use; with a budget, the solved one (None where each layer has its own)."""
+        """The level in use; with a budget, the solved one (None where each layer or row has its own)."""
         return level_of(self.policy)
 
     @property
@@ -328,23 +329,53 @@ class BHRoutingIntegration(RoutingIntegration):
         experts_per_token: float | Mapping[str, float] | None = None,
         distinct_experts: float | None = None,
         price_load: float | None = None,
+        per_row: Sequence[Mapping[str, Any]] | None = None,
     ) -> None:
         """Change the level or the budget, or the price, also while patched (and compiled): the same buffers are rewritten.
+
+        ``per_row``: one for each row of the batch, as in ``[{"experts_per_token": 8}, {"alpha": 0.01}]``, for forwards
+        and ``generate`` with batches of that many rows (a beam is a row), padded or not. Each row's tokens get what they
+        would get alone. It needs a calibration.
 
         Raises
         ------
         InvalidParameterError, BudgetError
-            Unless one of the first two is given, or of the last two (of an integration that was made with a price), or of
-            both, and can be served; nothing has changed then.
+            Unless one of the first two is given, or of the next two (of an integration that was made with a price), or of
+            both, or ``per_row`` alone, and can be served; nothing has changed then.
         """
-        settings = self.settings.with_level(
-            alpha=alpha,
-            experts_per_token=experts_per_token,
-            distinct_experts=distinct_experts,
-            price_load=price_load,
-        )
-        settings.rewrite(self.policy, self.calibration)
+        level: dict[str, Any] = {
+            "alpha": alpha,
+            "experts_per_token": experts_per_token,
+            "distinct_experts": distinct_experts,
+            "price_load": price_load,
+        }
+        if per_row is not None:
+            if any(value is not None for value in level.values()):
+                raise InvalidParameterError(
+                    "expected one level for all or per_row, got both; give one of them."
+                )
+            self._set_rows(per_row)
+            return
+        settings = self.settings.with_level(**level)
+        settings.rewrite(self._one, self.calibration)
         self.settings = settings
+        self._decide_by(self._one)
+
+    def _set_rows(self, per_row: Sequence[Mapping[str, Any]]) -> None:
+        with _plainly():
+            found = [self.settings.level_policy(level, self.calibration) for level in per_row]
+            if not found or not isinstance(self._one, TablePolicy):
+                raise InvalidParameterError(f"per_row must name at least one level, got {per_row!r}.")
+            levels = LevelsPolicy(self._one, self._one, len(found), per_row=True)
+            levels.bind_rows(self.plan.contexts)
+            for row, policy in enumerate(found, 1):
+                levels.set_row(row, policy.table.thresholds_LE, policy.min_k)
+        self._decide_by(levels)
+
+    def _decide_by(self, policy: RoutingPolicy) -> None:
+        if self.policy is not policy:
+            self.policy = policy
+            self._patch.set_policy(policy)
 
     def set_calibration(self, calibration: Calibration) -> None:
         """Follow another calibration of the same routers, at the same level or budget, also while patched.
@@ -371,6 +402,10 @@ class BHRoutingIntegration(RoutingIntegration):
             raise InvalidParameterError(
                 "expected a calibration with mean outputs of the same form as the one in use (the compensation is on), "
                 "got others; calibrate with the same options."
+            )
+        if self.policy is not self._one:
+            raise InvalidParameterError(
+                "the levels of the rows follow the calibration in use; set one level for all before another calibration."
             )
         layers = zip(
             self.plan.layers, self._calibrated_contexts, strict=True

@@ -282,6 +282,42 @@ class RoutingSettings:
             changes |= {"alpha": alpha, "experts_per_token": experts_per_token}
         return replace(self, **changes)
 
+    def level_policy(self, level: Mapping[str, Any], calibration: Calibration | None) -> TablePolicy:
+        """The policy of these settings at another level: of a request, or of a row of a batch.
+
+        Parameters
+        ----------
+        level : mapping
+            The keywords of `with_level`: one of them.
+
+        Raises
+        ------
+        InvalidParameterError, CalibrationError, BudgetError
+            If it names something else, or is one that the calibration cannot serve; or where a level has no table (without a
+            calibration, or for a procedure that adapts).
+        """
+        from .policies import TablePolicy
+
+        known = ("alpha", "experts_per_token")
+        if self.priced:
+            raise InvalidParameterError(
+                "levels of their own and a price on loads exclude each other, got a price; leave it out."
+            )
+        if not isinstance(level, Mapping):
+            raise InvalidTypeError(
+                f'a level must be a mapping such as {{"experts_per_token": 3}}, got {level!r}.'
+            )
+        for name in level:
+            if name not in known:
+                raise InvalidParameterError(f"a level has no {name!r}; {did_you_mean(str(name), known)}")
+        made = self.with_level(**level).policy(calibration)
+        if not isinstance(made, TablePolicy):
+            raise InvalidParameterError(
+                "levels of their own need a calibration, and a procedure that has a table: "
+                f"{NEEDS_CALIBRATION}"
+            )
+        return made
+
     # -- what they mean -----------------------------------------------------------------------------------
 
     @property
@@ -351,7 +387,8 @@ class RoutingSettings:
         return calibration.compensation(form, wanted(self.compensation).strength)
 
     def least_kept(self, calibration: Calibration | None) -> int:
-        """``min_k``, or what None means: 0 where a linear compensation meets a budget of a quarter of the own number or less.
+        """``min_k``, or what None means: 0 where a linear compensation meets a budget of a quarter of the own number or less,
+        the own number itself at a budget of just that, else 1.
 
         Raises
         ------
@@ -367,7 +404,12 @@ class RoutingSettings:
         if self.min_k is not None:
             return self.min_k
         budgets = _budgets(self.experts_per_token)
-        if calibration is None or form != "linear" or not budgets:
+        if calibration is None or not budgets:
+            return 1
+        most = {layer.top_k for layer in calibration.layers}
+        if len(most) == 1 and set(budgets) == most and (self.max_k is None or self.max_k in most):
+            return int(most.pop())  # the model's own number keeps every expert, which no level does
+        if form != "linear":
             return 1
         own = sum(layer.top_k for layer in calibration.layers) / calibration.num_layers
         return 0 if sum(budgets) / len(budgets) <= own / 4 else 1

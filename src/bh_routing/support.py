@@ -47,7 +47,10 @@ SUPPORT: dict[Feature, tuple[str, tuple[str, ...]]] = {
         (_YES, _OTHER, _OTHER, _NO, _NO),
     ),
     "phases": ("`phases=`: prefill and decoding apart", _NOWHERE),
-    "levels per request": ("a level of its own for each request", _NOWHERE),
+    "levels per request": (
+        "a level of its own for each request, or each row of a batch; with a calibration",
+        (_YES, _YES, _OTHER, _YES, _NO),
+    ),
 }
 
 

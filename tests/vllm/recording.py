@@ -17,7 +17,7 @@ class Recording(WorkerExtension):
         self.recorded: list[dict[str, Any]] = []
 
         def route(logits_TE: Any, *args: Any, count: bool) -> Any:
-            request_T, phase_T = step.at(len(logits_TE))
+            request_T, phase_T, _ = step.at(len(logits_TE))
             if count:
                 self.recorded.append(
                     {

@@ -22,6 +22,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="on CPU: compute unused slots, too (to compare; it saves little)",
     )
+    parser.add_argument(
+        "--under-load",
+        type=float,
+        metavar="N",
+        help="experts per token, below --experts, while many requests wait (4, 8, 16: in three steps)",
+    )
     server = parser.add_argument_group("server")
     server.add_argument("--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1)")
     server.add_argument("--port", type=int, default=8000, metavar="N", help="default 8000")
@@ -70,7 +76,12 @@ def make_plan(args: argparse.Namespace) -> Any:
     file = default_calibration(args.model) if args.calibration is None else args.calibration
     calibration = None if args.calibration == "none" or file is None else str(file)
     settings = Settings.from_dict(
-        {"calibration": calibration, "ragged": not args.padded, **common.values_of(args, TEXT_OPTIONS)}
+        {
+            "calibration": calibration,
+            "ragged": not args.padded,
+            "under_load": args.under_load,
+            **common.values_of(args, TEXT_OPTIONS),
+        }
     )
     return ServerPlan(
         model=model,

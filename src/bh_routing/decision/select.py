@@ -85,10 +85,11 @@ def rank_by_table(
     statistic_TK : Tensor
         float32 (or float64) statistic of the candidates, in the router's own slot order.
     thresholds_E : Tensor
-        float32 [E]; the first K are used: experts that are no candidates count as p = 1.
+        float32 [E], or [T, E] where each token has its own; the first K are used: experts that are no candidates count
+        as p = 1.
     """
     sorted_TK, order_TK = statistic_TK.sort(dim=-1, descending=True, stable=True)
-    passes_TK = sorted_TK >= thresholds_E[: sorted_TK.shape[-1]]
+    passes_TK = sorted_TK >= thresholds_E[..., : sorted_TK.shape[-1]]
     return Ranking(order_TK, *count_ranks(passes_TK, rule, limits))
 
 
@@ -153,7 +154,7 @@ def count_p_values(
     num = sorted_TK.shape[-1]
     if procedure.rule is None:  # it adapts: all E p-values are looked at before any is judged
         raw_T = procedure.rejection_counts(pad(sorted_TK, (0, num_experts - num), value=1.0), alpha)
-        return raw_T.clamp(limits.min_k, limits.top(num)), raw_T
+        return _within(raw_T, limits, limits.top(num)), raw_T
     if critical_E is None:
         critical_E = procedure.critical_values(alpha, num_experts).to(sorted_TK.device)
     passes_TK = sorted_TK.double() <= critical_E[:num]
@@ -166,7 +167,13 @@ def count_ranks(passes_TK: Tensor, rule: Rule, limits: Limits) -> tuple[Tensor, 
     raw_T = counts_T = count_passing(passes_TK, rule)
     if limits.clamp == "inside":
         counts_T = torch.minimum(raw_T, count_passing(passes_TK[..., :top], "step_up"))
-    return counts_T.clamp(limits.min_k, top), raw_T
+    return _within(counts_T, limits, top), raw_T
+
+
+def _within(counts_T: Tensor, limits: Limits, top: int) -> Tensor:
+    if isinstance(limits.min_k, Tensor):
+        return torch.maximum(counts_T, limits.min_k).clamp(max=top)
+    return counts_T.clamp(limits.min_k, top)
 
 
 def decide_by_table(
@@ -187,7 +194,8 @@ def decide_by_table(
         What the router returned. A logit of -inf is a masked expert: its p-value is 1. Tokens with NaN or +inf keep the
         router's own choice.
     thresholds_E, offset_E, slope_DE, center_D : Tensor
-        One row of a `bh_routing.DecisionTable`, float32.
+        One row of a `bh_routing.DecisionTable`, float32. The thresholds may be [T, E], a row for each token, with a
+        ``min_k`` for each in ``how.limits``.
     """
     statistic_TE = full_statistic(
         logits_TE,

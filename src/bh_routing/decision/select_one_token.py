@@ -56,6 +56,7 @@ def decide_one_token(
     logits, own = logits_1E.tolist()[0], own_experts_1K.tolist()[0]
     num = len(own)
     min_k, max_k, clamp = how.limits
+    assert isinstance(min_k, int)
     top = num if max_k is None else min(max_k, num)
     raw, drop = 0, [False] * num
     # The sum first: it is finite nearly always. A logit of -inf is a masked expert.

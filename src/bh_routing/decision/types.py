@@ -28,14 +28,16 @@ class Limits(NamedTuple):
 
     Attributes
     ----------
-    min_k, max_k : int
-        ``max_k=None`` means all candidates.
+    min_k : int or Tensor
+        int64 [T] where each token has its own.
+    max_k : int or None
+        None: all candidates.
     clamp : "after" or "inside"
         ``after``: the procedure's count, clamped. ``inside``: the largest rank within max_k that passes (the same for
         a step-down rule), then at least min_k.
     """
 
-    min_k: int = 1
+    min_k: int | Tensor = 1
     max_k: int | None = None
     clamp: Clamp = "after"
 

@@ -175,6 +175,13 @@ class RoutingPatch:
             )
         return pieces
 
+    def set_policy(self, policy: RoutingPolicy) -> None:
+        """Let another policy decide, bound to the same routers, with as many slots and the same rule of weights."""
+        self.policy = policy
+        for piece in self._pieces:
+            if isinstance(piece, RouterPatch):
+                piece.policy, piece.checked = policy, False
+
     def set_compensations(self, compensations: Mapping[str, Compensation]) -> None:
         """Write others, of the same routers and forms, into the same buffers."""
         self.compensations = dict(compensations)

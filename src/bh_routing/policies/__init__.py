@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from ..decision.select import Kept
 from .base import RoutingContext, RoutingPolicy, TopKPolicy, check_decision
+from .levels import LevelsPolicy
 from .price import FixedPrice, PricePolicy, Prices
 from .pvalue import PValuePolicy
 from .table import TablePolicy
@@ -17,6 +18,7 @@ from .table import TablePolicy
 __all__ = [
     "FixedPrice",
     "Kept",
+    "LevelsPolicy",
     "PValuePolicy",
     "PricePolicy",
     "Prices",

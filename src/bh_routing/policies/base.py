@@ -58,6 +58,8 @@ class RoutingContext:
     phase : "prefill", "decode" or None
     step : Step or None
         Which tokens are decoded together, one of each sequence, and share what they load; None in a prompt.
+    level_T : Tensor or None
+        int64 [T], the row of each token's own level (`bh_routing.policies.LevelsPolicy`); 0: the default. None: all of them.
     """
 
     path: str
@@ -75,6 +77,7 @@ class RoutingContext:
     mask_T: Tensor | None = None
     phase: Literal["prefill", "decode"] | None = None
     step: Step | None = None
+    level_T: Tensor | None = None
 
 
 class RoutingPolicy(ABC):

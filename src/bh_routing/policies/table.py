@@ -18,7 +18,7 @@ from ..decision.backend import decision_function
 from ..decision.select import decide_by_table, rank_by_table
 from ..decision.select_one_token import HostRow, decide_one_token
 from ..decision.table import DecisionTable
-from ..decision.types import RoutingDecision, TableSettings
+from ..decision.types import Limits, RoutingDecision, TableSettings
 from ..decision.weights import plain_rule
 from ..errors import InvalidParameterError
 from ..stats.statistic import full_statistic
@@ -151,7 +151,9 @@ class TablePolicy(CountPolicy):
     ) -> RoutingDecision:
         path = context.path
         if self._widens(context):
-            return self._decide_widened(logits_TE, own_weights_TK, own_experts_TK, context)
+            return self._decide_widened(
+                logits_TE, own_weights_TK, own_experts_TK, context, self.thresholds_of(context), self.limits
+            )
         if logits_TE.shape[0] == 1 and path in self._host and not torch.compiler.is_compiling():
             return self._host[path](logits_TE, own_weights_TK, own_experts_TK)
         thresholds_E, offset_E, *follows = self._rows[path]
@@ -159,14 +161,51 @@ class TablePolicy(CountPolicy):
             logits_TE, own_weights_TK, own_experts_TK, thresholds_E, offset_E, self._settings[path], *follows
         )
 
+    def decide_at(
+        self,
+        logits_TE: Tensor,
+        own_weights_TK: Tensor,
+        own_experts_TK: Tensor,
+        context: RoutingContext,
+        thresholds_TE: Tensor,
+        min_k_T: Tensor,
+    ) -> RoutingDecision:
+        """The same with thresholds, float32 [T, E], and a ``min_k``, int64 [T], of each token's own; in PyTorch."""
+        limits = self.limits._replace(min_k=min_k_T)
+        if self._widens(context):
+            return self._decide_widened(
+                logits_TE, own_weights_TK, own_experts_TK, context, thresholds_TE, limits
+            )
+        how = replace(self._settings[context.path], limits=limits)
+        _, offset_E, *follows = self._rows[context.path]
+        return decide_by_table(
+            logits_TE, own_weights_TK, own_experts_TK, thresholds_TE, offset_E, how, *follows
+        )
+
+    def host_row(
+        self, path: str, thresholds: list[float], min_k: int
+    ) -> Callable[..., RoutingDecision] | None:
+        """What decides a single token of a router on the host at other thresholds; None where none does."""
+        found = self._host.get(path)
+        if not isinstance(found, partial):
+            return None
+        row, how = found.keywords["row"], found.keywords["how"]
+        limits = self.limits._replace(min_k=min_k)
+        return partial(
+            decide_one_token, row=row._replace(thresholds=thresholds), how=replace(how, limits=limits)
+        )
+
     def _decide_widened(
-        self, logits_TE: Tensor, own_weights_TK: Tensor, own_experts_TK: Tensor, context: RoutingContext
+        self,
+        logits_TE: Tensor,
+        own_weights_TK: Tensor,
+        own_experts_TK: Tensor,
+        context: RoutingContext,
+        thresholds: Tensor,
+        limits: Limits,
     ) -> RoutingDecision:
         ranking = rank_by_table(
-            self.statistic(logits_TE, context),
-            self.thresholds_of(context),
-            rule=self.table.rule,
-            limits=self.limits,
+            self.statistic(logits_TE, context), thresholds, rule=self.table.rule, limits=limits
         )
         return self._widened(ranking, logits_TE, own_weights_TK, own_experts_TK, context)
 

@@ -55,15 +55,8 @@ def check_engine(config: Any) -> None:
         )
 
 
-def check_step(config: Any, what: str) -> None:
-    """Refuse what needs each token's request (`step`) where a layer does not see the step's tokens, in their order.
-
-    Parameters
-    ----------
-    config : vllm.config.VllmConfig
-    what : str
-        Who asks, the subject of the sentence.
-    """
+def step_obstacle(config: Any) -> str | None:
+    """Why a layer does not see the tokens of a step (`step`), in their order; None where it does."""
     parallel = config.parallel_config
     obstacles = {
         "the tokens of several ranks are gathered (data parallelism)": parallel.data_parallel_size > 1,
@@ -71,11 +64,23 @@ def check_step(config: Any, what: str) -> None:
         "ranks share the tokens of a step (sequence parallelism)": parallel.use_sequence_parallel_moe,
         "two batches run at a time (dual batch overlap)": parallel.use_ubatching,
     }
-    for obstacle, there in obstacles.items():
-        if there:
-            raise UnsupportedModelError(
-                f"{what} needs to know each token's request, but here {obstacle}; start without."
-            )
+    return next((obstacle for obstacle, there in obstacles.items() if there), None)
+
+
+def check_step(config: Any, what: str) -> None:
+    """Refuse what needs each token's request where `step_obstacle` says why it cannot be had.
+
+    Parameters
+    ----------
+    config : vllm.config.VllmConfig
+    what : str
+        Who asks, the subject of the sentence.
+    """
+    obstacle = step_obstacle(config)
+    if obstacle is not None:
+        raise UnsupportedModelError(
+            f"{what} needs to know each token's request, but here {obstacle}; start without."
+        )
 
 
 def read_facts(runner: Any) -> LayerFacts:

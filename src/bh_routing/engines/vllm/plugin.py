@@ -1,6 +1,6 @@
 """Where vLLM is hooked. Importing this imports no vLLM; `register` is the entry point ``vllm.general_plugins``.
 
-Three places, each of which does nothing for an engine that is not configured:
+Places, each of which does nothing for an engine that is not configured:
 
 - ``EngineArgs.create_engine_config``, in the process that a person starts: the configuration is checked where its
   error is seen, its digest becomes part of the compile-cache key, and the workers get `worker.WorkerExtension`.
@@ -8,10 +8,13 @@ Three places, each of which does nothing for an engine that is not configured:
   are loaded and anything is compiled. Its router *instance* is wrapped.
 - ``Worker.load_model``: the model is complete, so that missing layers and other weights can be refused, and the model
   runner is there, whose description of each step is read (`step`).
+- ``InputProcessor.process_inputs`` in the front end and ``EngineCore.preprocess_add_request``: what a request asks for
+  (`admission`).
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from functools import wraps
 from typing import Any
@@ -19,18 +22,22 @@ from typing import Any
 import torch
 
 from ...errors import BHRoutingError, UnsupportedModelError
+from . import admission
 from .checks import (
     check_compensation,
     check_engine,
     check_folder,
     check_monolithic,
+    check_step,
     check_version,
     check_weights,
     logger,
     read_facts,
+    step_obstacle,
 )
+from .levels import LevelBook, Resolver, Shedding
 from .routing import ATTRIBUTE, EngineRouting, LayerRouting
-from .settings import DIGEST_KEY, KEY, Settings, read_settings
+from .settings import DIGEST_KEY, KEY, LOAD_KEY, Settings, read_settings
 from .step import watch
 
 EXTENSION = "bh_routing.engines.vllm.worker.WorkerExtension"
@@ -50,6 +57,18 @@ def register() -> None:
         return  # another vLLM: said by `prepare`, and only where somebody configures the routing
     _wrap(Worker, "load_model", _load_model)
     _wrap(MoERunner, "__init__", _init_runner)
+    if "vllm.v1.engine.core" in sys.modules:  # the engine's own process
+        hook_requests()
+
+
+def hook_requests() -> None:
+    """Hook what a request passes: the front end that checks it, and the engine that it is added to."""
+    from vllm.v1.engine.core import EngineCore
+    from vllm.v1.engine.input_processor import InputProcessor
+
+    _wrap(InputProcessor, "process_inputs", admission.process_inputs)
+    _wrap(EngineCore, "preprocess_add_request", admission.preprocess_add_request)
+    _wrap(EngineCore, "collective_rpc", admission.collective_rpc)
 
 
 def _wrap(owner: type, name: str, around: Callable[..., Any]) -> None:
@@ -69,6 +88,7 @@ def _wrap(owner: type, name: str, around: Callable[..., Any]) -> None:
 def _create_engine_config(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
     config = original(self, *args, **kwargs)
     _told(prepare, config)
+    hook_requests()
     return config
 
 
@@ -112,6 +132,15 @@ def prepare(config: Any) -> None:
     check_folder(settings, config.model_config.model)
     EngineRouting(settings)  # loads, solves the budget; made anew in each worker
     _write(config, settings)
+    if settings.under_load is not None:
+        check_step(config, "under_load")
+        assert isinstance(settings.experts_per_token, (int, float))
+        resolver, budgets = (
+            Resolver(settings),
+            Shedding.budgets(settings.experts_per_token, settings.under_load),
+        )
+        solved = [resolver.resolve({"experts_per_token": budget}, "load").to_value() for budget in budgets]
+        config.additional_config[LOAD_KEY] = solved
     parallel = config.parallel_config
     if not parallel.worker_extension_cls:
         parallel.worker_extension_cls = EXTENSION
@@ -189,8 +218,9 @@ def finish(config: Any, model: torch.nn.Module, device: torch.device, model_runn
             )
     if not partial:
         engine.check_complete()
-    engine.bind(device)
-    engine.step = watch(model_runner, device)
+    engine.bind(device, 0 if step_obstacle(config) else config.scheduler_config.max_num_seqs)
+    engine.book = None if engine.levels is None else LevelBook(engine.levels)
+    engine.step = watch(model_runner, device, engine.book)
     for layer in engine.layers:
         check_weights(engine, layer, model, device)
     ragged = [_make_ragged(runner) for runner in runners_of(config).values() if layer_of(runner) is not None]

@@ -10,7 +10,6 @@ Over 350 lines: what vLLM's files call, in one file that runs, and is tested, wi
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -25,13 +24,15 @@ from ...calibration.fingerprint import check_complete, check_layer
 from ...decision.compensation import Compensation, compensated_norm
 from ...decision.types import RouteNorm, RoutingDecision
 from ...errors import CalibrationMismatchError, InvalidParameterError, UnsupportedModelError
-from ...policies import RoutingContext, RoutingPolicy
+from ...policies import LevelsPolicy, RoutingContext, RoutingPolicy, TablePolicy
 from ...settings import counted, level_of
 from ...stats.procedures import get_procedure
 from ...telemetry.figures import Telemetry
+from .levels import LevelBook
 from .paths import match_layer
-from .settings import Settings
-from .step import Step
+from .phases import PhaseCounts, by_phase
+from .settings import Settings, number
+from .step import PADDING, Step
 
 ATTRIBUTE = "bh_routing"  # of a vLLM runner: its LayerRouting
 
@@ -74,6 +75,7 @@ class LayerRouting:
         self.engine, self.facts, self.context = engine, facts, context
         self.compensation: Compensation | None = None  # on the device
         self.added_TH: Tensor | None = None  # of the call in progress
+        self.phases: PhaseCounts | None = None
         self.pairs = 0  # (token, expert) pairs computed by the ragged path, warm-up not counted
 
     def route(
@@ -98,10 +100,13 @@ class LayerRouting:
         # Copies: the telemetry keeps small calls for later, and a compiled graph uses its buffers again.
         own_weights_TK, own_TK = weights_TK.clone(), experts_TK.to(torch.int64, copy=True)
         engine = self.engine
-        assert engine.policy is not None
-        decision = engine.policy.decide(logits_TE, own_weights_TK, own_TK, self.context)
+        policy, context = engine.levels or engine.policy, engine.complete(self.context, len(logits_TE))
+        assert policy is not None
+        decision = policy.decide(logits_TE, own_weights_TK, own_TK, context)
         if count and engine.telemetry is not None:
-            engine.telemetry.update(self.context, decision, logits_TE)
+            engine.telemetry.update(context, decision, logits_TE)
+            if self.phases is not None and engine.step is not None:
+                self.phases.update(decision, engine.step.at(len(logits_TE))[1])
         if engine.settings.mode == "analyze":
             return weights_TK.clone(), experts_TK.clone()
         if self.compensation is not None:
@@ -168,8 +173,12 @@ class EngineRouting:
             if settings.top_k is None:
                 self.policy = settings.policy(self.calibration)
         self.telemetry: Telemetry | None = None
+        self.levels: LevelsPolicy | None = (
+            None  # the policy with a level for each request, where that is possible
+        )
+        self.book: LevelBook | None = None  # what knows those levels
         self.step: Step | None = (
-            None  # which request and phase each token of a step has; None before vLLM's model is loaded
+            None  # the tokens of the step in progress; None before vLLM's model is loaded
         )
         self.layers: list[LayerRouting] = []
         self.left_out: list[str] = []  # names of layers that the calibration left out
@@ -248,23 +257,44 @@ class EngineRouting:
             return
         check_complete(self.calibration, (layer.context.path for layer in self.layers))
 
-    def bind(self, device: torch.device) -> None:
-        """Put thresholds, counters and the compensation on the device; the layers decide from then on."""
-        with _plain_tensors():
-            self._bind(device)
+    def bind(self, device: torch.device, requests: int = 0) -> None:
+        """Put thresholds, counters and the compensation on the device; the layers decide from then on.
 
-    def _bind(self, device: torch.device) -> None:
+        ``requests``: the most that a step has, each of which may have a level of its own; 0: none has.
+        """
+        with _plain_tensors():
+            self._bind(device, requests)
+
+    def _bind(self, device: torch.device, requests: int) -> None:
         for layer in self.layers:
             layer.context = replace(layer.context, device=device)
         contexts = [layer.context for layer in self.layers]
         if self.policy is None:
             self.policy = self.settings.top_k_policy(len(contexts), contexts[0].num_experts)
         self.policy.bind(contexts)
+        if requests and self.settings.top_k is None and isinstance(self.policy, TablePolicy):
+            self.levels = LevelsPolicy(self.policy, self.policy, requests)
+            self.levels.bind_rows(contexts)
         if self.settings.collect_stats:
             self.telemetry = Telemetry(contexts, [context.top_k for context in contexts])
+            for layer in self.layers:
+                layer.phases = PhaseCounts(layer.context.num_experts, layer.context.empty, device)
         if self.compensates and self.settings.mode == "patch":
             for layer in self.layers:
                 layer.compensation = self.compensations[layer.context.path].to(device)
+
+    def complete(self, context: RoutingContext, tokens: int) -> RoutingContext:
+        """A layer's context with what is known of the tokens of the step in progress."""
+        step = self.step
+        if step is None:
+            return context
+        if (
+            context.device.type != "cuda" and not step.leveled
+        ):  # on the host all is known, and nothing is recorded
+            return context
+        _, phase_T, level_T = step.at(tokens)
+        mask_T = phase_T != PADDING if context.device.type == "cuda" else None
+        return replace(context, level_T=None if self.levels is None else level_T, mask_T=mask_T)
 
     # -- while it runs -----------------------------------------------------------------------------------
 
@@ -292,7 +322,7 @@ class EngineRouting:
                 "calibration instead."
             )
         settings = self.settings.with_level(
-            alpha=_number("alpha", alpha), experts_per_token=_budget(experts_per_token)
+            alpha=number("alpha", alpha), experts_per_token=_budget(experts_per_token)
         )
         assert self.policy is not None
         with _plain_tensors():
@@ -305,6 +335,10 @@ class EngineRouting:
             self.telemetry.reset()
         for layer in self.layers:
             layer.pairs = 0
+            if layer.phases is not None:
+                layer.phases.reset()
+        if self.book is not None:
+            self.book.counts.clear()
 
     def stats(self) -> dict[str, Any]:
         """What was counted, under the names of `bh_routing.BHRoutingIntegration` and `bh_routing.Telemetry`.
@@ -312,7 +346,9 @@ class EngineRouting:
         Plain values that JSON knows: ``stats`` (mode, settings, mean and standard deviation of the experts per
         token), ``telemetry`` (`Telemetry.to_dict`; None without ``collect_stats``), ``layers`` (vLLM's name, the
         calibrated router and the router's class of each), ``left_out`` (layers that stay as they are), and
-        ``pairs_computed`` ((token, expert) pairs that the ragged path handed to the kernel).
+        ``pairs_computed`` ((token, expert) pairs that the ragged path handed to the kernel), ``phases``
+        (`phases.by_phase`), ``requests`` (that began, by why they have their level, "default", "own" or "load", and by
+        the level), and the default's ``alpha`` and ``experts_per_token``.
         """
         told: dict[str, Any] = {"mode": self.settings.mode} | self.settings.describe(
             self.policy,
@@ -331,7 +367,17 @@ class EngineRouting:
             ],
             "left_out": list(self.left_out),
             "pairs_computed": sum(layer.pairs for layer in self.layers),
+        } | self.metrics(layers=False)
+
+    def metrics(self, *, layers: bool = True) -> dict[str, Any]:
+        """``phases`` (`phases.by_phase`), ``requests`` and the level in use; of which layers, with ``layers``."""
+        told: dict[str, Any] = {
+            "phases": by_phase(layer.phases for layer in self.layers if layer.phases is not None),
+            "requests": {} if self.book is None else {why: dict(by) for why, by in self.book.counts.items()},
+            "alpha": self.alpha,
+            "experts_per_token": self.budget,
         }
+        return told | ({"layers": [layer.context.path for layer in self.layers]} if layers else {})
 
     def describe(self) -> str:
         """The routing in a few words, for a log line."""
@@ -360,18 +406,5 @@ def _plain_tensors() -> Iterator[None]:
         torch.set_default_dtype(dtype)
 
 
-def _number(name: str, value: Any) -> float | None:
-    """A number, also where it came as text (over HTTP)."""
-    if value is None:
-        return None
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        number = math.nan
-    if isinstance(value, bool) or math.isnan(number):
-        raise InvalidParameterError(f"{name} must be a number, got {value!r}.")
-    return number
-
-
 def _budget(value: Any) -> Any:
-    return value if isinstance(value, dict) else _number("experts_per_token", value)
+    return value if isinstance(value, dict) else number("experts_per_token", value)

@@ -27,6 +27,7 @@ from .plugin import REFUSED
 from .settings import KEY, Settings
 
 PLUGIN = "bh_routing"  # the entry point's name
+MIDDLEWARE = "bh_routing.engines.vllm.metrics.Metrics"
 _ROUTED = re.compile(r"bh-routing: (\d+) of (\d+) MoE layers routed: (.*)$")
 _ERROR = re.compile(r"\b[\w.]*(?:Error|Exception): (.+)$")
 
@@ -103,6 +104,7 @@ class ServerPlan:
             *("--served-model-name", self.name),
             *("--host", self.host),
             *("--port", str(self.port)),
+            *("--middleware", MIDDLEWARE),
             *("--additional-config", json.dumps({KEY: self.settings.to_dict()})),
             *self.arguments,
         ]
@@ -256,6 +258,8 @@ def how_to_talk(plan: ServerPlan) -> str:
     lines = [
         f"  complete    curl {plan.url}/v1/completions -H 'Content-Type: application/json' -d {shlex.quote(body)}",
         f'  in Python   openai.OpenAI(base_url="{plan.url}/v1", api_key="none")',
+        '  its level   ..., "vllm_xargs": {"bh_routing.experts_per_token": 3}}',
+        f"  figures     curl {plan.url}/metrics | grep bh_routing",
     ]
     if plan.answers_rpc:
         post = f"curl {plan.url}/collective_rpc -H 'Content-Type: application/json' -d"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -21,6 +22,7 @@ from ...settings import RoutingSettings
 
 KEY = "bh_routing"  # in vLLM's additional_config
 DIGEST_KEY = "bh_routing_digest"
+LOAD_KEY = "bh_routing_under_load"  # the solved levels of under_load
 VARIABLE = "BH_ROUTING_CONFIG"
 
 
@@ -37,11 +39,15 @@ class Settings(RoutingSettings):
     ragged : bool
         On CPU, call the experts with the kept (token, expert) pairs only; False: unused slots are computed, too,
         with weight 0.
+    under_load : float, optional
+        Experts per token that requests without a level of their own get when many wait (`levels.Shedding`); below
+        ``experts_per_token``, which they get otherwise.
     """
 
     calibration: str | None = None
     top_k: int | None = None
     ragged: bool = True
+    under_load: float | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -49,6 +55,12 @@ class Settings(RoutingSettings):
         if len(given) > 1:
             raise InvalidParameterError(
                 f"expected one of alpha, experts_per_token and top_k in {KEY}, got {' and '.join(given)}; give one."
+            )
+        least, most = self.under_load, self.experts_per_token
+        if least is not None and not (isinstance(most, (int, float)) and 0 < least < most):
+            raise InvalidParameterError(
+                f"under_load must be a number of experts above 0 and below experts_per_token, got under_load={least!r} and "
+                f"experts_per_token={most!r}."
             )
         if self.skip != "auto":
             raise InvalidParameterError(
@@ -112,6 +124,25 @@ def read_settings(additional_config: Any, environ: Mapping[str, str] | None = No
         return Settings.from_value(additional_config[KEY])
     value = (os.environ if environ is None else environ).get(VARIABLE)
     return Settings.from_value(value) if value else None
+
+
+def number(name: str, value: Any) -> float | None:
+    """A number, also where it came as text (over HTTP).
+
+    Raises
+    ------
+    InvalidParameterError
+        For anything else, naming it.
+    """
+    if value is None:
+        return None
+    try:
+        found = float(value)
+    except (TypeError, ValueError):
+        found = math.nan
+    if isinstance(value, bool) or math.isnan(found):
+        raise InvalidParameterError(f"{name} must be a number, got {value!r}.")
+    return found
 
 
 def file_digest(path: str) -> str | None:

@@ -26,6 +26,11 @@ class WorkerExtension:
             return _not_configured(self.rank)
         return {"rank": self.rank, "moe_layers": len(runners_of(self.vllm_config))} | engine.stats()
 
+    def bh_routing_metrics(self) -> dict[str, Any]:
+        """What `metrics.Collector` tells: the sums by phase, requests by level, and the level in use."""
+        engine = engine_of(self.vllm_config)
+        return {} if engine is None else engine.metrics()
+
     def bh_routing_reset(self) -> dict[str, Any]:
         """Set all statistics to zero."""
         engine = engine_of(self.vllm_config)
