@@ -62,7 +62,9 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     'known are alpha, min_k.'
     """
     listed = list(known)
-    longer = [one for one in listed if len(name) > 3 and one.startswith(name)]  # a name that was cut short comes first
+    longer = [
+        one for one in listed if len(name) > 3 and one.startswith(name)
+    ]  # a name that was cut short comes first
     near = longer or get_close_matches(name, listed, n=1, cutoff=0.5)
     return f"did you mean {near[0]!r}?" if near else f"known are {', '.join(listed) or 'none'}."
 
