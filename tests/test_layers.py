@@ -20,7 +20,7 @@ ORDER = (
     ("telemetry",),
     ("patching",),
     ("calibration",),
-    ("settings",),
+    ("settings", "levels"),
     ("integration",),
     ("training",),
     ("evaluation",),

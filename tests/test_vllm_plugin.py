@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 from importlib import metadata
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -22,7 +23,7 @@ from bh_routing.engines.vllm.paths import match_layer
 from bh_routing.engines.vllm.ragged import kept_only
 from bh_routing.engines.vllm.routing import EngineRouting, LayerFacts, filled
 from bh_routing.engines.vllm.settings import Settings, read_settings
-from bh_routing.engines.vllm.step import DECODE, PADDING, PREFILL, REPEATED, watch
+from bh_routing.engines.vllm.step import DECODE, PADDING, PREFILL, REPEATED, Step, watch
 from bh_routing.errors import (
     BHRoutingError,
     CalibrationMismatchError,
@@ -36,6 +37,7 @@ from bh_routing.models import bundled_calibration, bundled_path
 from bh_routing.policies import RoutingContext, TopKPolicy
 
 CALIBRATION = str(bundled_calibration())
+FORMAT_1 = Path(__file__).parent / "fixtures" / "olmoe-nano-format-1.safetensors"
 
 # ---------------------------------------------------------------------------------------------- settings
 
@@ -309,6 +311,31 @@ def test_set_level(routed):
     fresh = bound(calibration=CALIBRATION, experts_per_token=2)
     assert torch.equal(after, fresh.layers[0].route(*routed, count=False)[0])
     assert engine.alpha == fresh.alpha
+
+
+def test_each_token_of_a_step_has_the_level_of_its_phase(routed):
+    phases = {"prefill": {"experts_per_token": 8}, "decode": {"experts_per_token": 3}}
+    engine = bound(calibration=CALIBRATION, phases=phases)
+    engine.step = Step(len(routed[0]), torch.device("cpu"))
+    engine.step.write(["a", "b", "c"], [1, 40, 1], computed_R=[9, 0, 5], prompt_R=[9, 40, 6])
+    weights = engine.layers[0].route(*routed, count=True)[0]
+    few = bound(calibration=CALIBRATION, experts_per_token=3).layers[0].route(*routed, count=False)[0]
+    assert torch.equal(weights[1:42], routed[1][1:42])  # two prompts: b's, and the end of c's
+    assert torch.equal(weights[:1], few[:1])
+    assert (few[1:42] == 0).any()
+    assert torch.equal(weights[42:], routed[1][42:])  # padding decodes nothing
+    by_phase = engine.metrics()["phases"]
+    assert by_phase["prefill"]["experts"] == 8 * by_phase["prefill"]["decisions"]
+    assert by_phase["decode"]["decisions"] == 1
+
+
+def test_a_certified_loss_is_refused_without_a_certificate():
+    from bh_routing.errors import CertificateError
+
+    engine = bound(calibration=str(FORMAT_1), experts_per_token=4)
+    with pytest.raises(CertificateError, match=r"max_kl=0\.01 needs a calibration with a certificate"):
+        engine.set_level(max_kl="0.01")
+    assert engine.budget == 4
 
 
 @pytest.mark.parametrize(

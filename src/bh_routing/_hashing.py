@@ -43,3 +43,8 @@ def mix64(x: Unsigned) -> Unsigned:
         x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
         return (x ^ (x >> np.uint64(31))).astype(np.uint64)
+
+
+def short_digest(tensor: Any) -> str:
+    """Sixteen hexadecimal digits of a CPU tensor's values."""
+    return hashlib.blake2b(tensor.contiguous().numpy().tobytes(), digest_size=8).hexdigest()

@@ -23,6 +23,8 @@ CompensationForm = Literal["none", "mean", "linear"]
 NullSet = Literal["unselected", "all", "trimmed"]
 Scope = Literal["model", "layer"]
 Estimator = Literal["empirical", "kde", "normal"]
+Phase = Literal["prefill", "decode"]
+Bound = Literal["betting", "hoeffding-bentkus"]
 
 
 def check_word(name: str, value: object, words: Any) -> None:

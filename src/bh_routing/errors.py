@@ -50,6 +50,10 @@ class CalibrationMismatchError(CalibrationError):
     """A calibration was made for another model, layer, statistic or temperature."""
 
 
+class CertificateError(CalibrationError):
+    """A certificate cannot be made of these documents, or does not cover what is asked of it."""
+
+
 class BudgetError(BHRoutingError, ValueError):
     """A budget of experts per token that no level can meet."""
 

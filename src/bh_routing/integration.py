@@ -20,13 +20,15 @@ from torch import nn
 
 from ._words import Mode, Skip, check_word
 from .calibration.calibration import Calibration
+from .calibration.certificate import weights_of
 from .decision.compensation import Compensation
 from .errors import InvalidParameterError, InvalidTypeError, PatchError
 from .models.loading import default_calibration
 from .patching import PatchPlan, RoutingPatch, make_plan
-from .policies import LevelsPolicy, RoutingPolicy, TablePolicy
+from .policies import LevelsPolicy, PhasePolicy, RoutingPolicy, TablePolicy
 from .settings import RoutingSettings, counted, level_of
 from .telemetry.figures import Telemetry
+from .telemetry.phases import PhaseTelemetry
 
 logger = logging.getLogger(__name__)
 
@@ -101,7 +103,8 @@ class RoutingIntegration:
         with _plainly():
             policy.bind(self.plan.contexts)
         slots = [policy.slots(context) for context in self.plan.contexts]
-        self._telemetry = Telemetry(self.plan.contexts, slots) if collect_stats else None
+        kind = PhaseTelemetry if isinstance(policy, PhasePolicy) else Telemetry
+        self._telemetry = kind(self.plan.contexts, slots) if collect_stats else None
         self._patch = RoutingPatch(
             self.plan,
             policy,
@@ -295,6 +298,8 @@ class BHRoutingIntegration(RoutingIntegration):
             if calibration is not None:
                 calibration.check(plan, strict=asked.strict)
                 plan = plan.without(calibration.left_out)
+                if sentence := asked.elsewhere(calibration, weights_of(model), "transformers"):
+                    logger.warning("%s", sentence)
         super().__init__(
             model,
             policy,
@@ -319,19 +324,22 @@ class BHRoutingIntegration(RoutingIntegration):
 
     @property
     def budget(self) -> float | Mapping[str, float] | None:
-        """The budget in use, experts per token; None where a level was given."""
-        return self.settings.experts_per_token
+        """The budget in use, experts per token, also where a loss was named; None where a level was given."""
+        return self.settings.budget(self.calibration)
 
     def set_level(
         self,
         *,
         alpha: float | None = None,
         experts_per_token: float | Mapping[str, float] | None = None,
+        max_kl: float | None = None,
+        agreement: float | None = None,
+        phases: Mapping[str, Mapping[str, Any]] | None = None,
         distinct_experts: float | None = None,
         price_load: float | None = None,
         per_row: Sequence[Mapping[str, Any]] | None = None,
     ) -> None:
-        """Change the level or the budget, or the price, also while patched (and compiled): the same buffers are rewritten.
+        """Change the level, or the price, also while patched (and compiled): the same buffers are rewritten.
 
         ``per_row``: one for each row of the batch, as in ``[{"experts_per_token": 8}, {"alpha": 0.01}]``, for forwards
         and ``generate`` with batches of that many rows (a beam is a row), padded or not. Each row's tokens get what they
@@ -339,13 +347,16 @@ class BHRoutingIntegration(RoutingIntegration):
 
         Raises
         ------
-        InvalidParameterError, BudgetError
-            Unless one of the first two is given, or of the next two (of an integration that was made with a price), or of
-            both, or ``per_row`` alone, and can be served; nothing has changed then.
+        InvalidParameterError, BudgetError, CertificateError
+            Unless one of the first five is given (``phases`` to an integration that was made with them), or of the next two
+            (of one that was made with a price), or of both, or ``per_row`` alone, and can be served; nothing has changed then.
         """
         level: dict[str, Any] = {
             "alpha": alpha,
             "experts_per_token": experts_per_token,
+            "max_kl": max_kl,
+            "agreement": agreement,
+            "phases": phases,
             "distinct_experts": distinct_experts,
             "price_load": price_load,
         }

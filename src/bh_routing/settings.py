@@ -30,13 +30,14 @@ from ._words import (
     wanted,
 )
 from .errors import InvalidParameterError, InvalidTypeError
+from .levels import certified, check_levels, decided_by, of_phases, read_phases
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from .calibration.calibration import Calibration
     from .decision.compensation import Compensation
-    from .policies import PricePolicy, PValuePolicy, RoutingPolicy, TablePolicy
+    from .policies import PhasePolicy, PricePolicy, PValuePolicy, RoutingPolicy, TablePolicy
     from .stats.procedures import Procedure
     from .support import Feature
 
@@ -92,6 +93,12 @@ class RoutingSettings:
         the sum it had with top-k. ``"sum"``: sums to 1 (the original design; ruins a model trained without).
     experts_per_token : float or mapping of router path to float, optional
         A budget instead of a level: the level is solved on the calibration text.
+    max_kl, agreement : float, optional
+        Instead of a level: the loss that is accepted, as KL(own || routed) in nats per token, or the share of next words
+        that must stay the same. The calibration's certificate says the level (``bh-routing certify``).
+    phases : mapping, optional
+        Instead of a level, one for each phase: ``{"prefill": {"experts_per_token": 8}, "decode": {"experts_per_token": 3}}``,
+        or ``alpha``, and ``min_k`` beside it. A budget of the model's own number keeps every expert.
     procedure : str or Procedure
         A key of `bh_routing.PROCEDURES`, or an own one.
     pvalues : str or callable
@@ -146,6 +153,9 @@ class RoutingSettings:
     collect_stats: bool = True
     weights: WeightRule = "model"
     experts_per_token: float | Mapping[str, float] | None = None
+    max_kl: float | None = None
+    agreement: float | None = None
+    phases: Mapping[str, Mapping[str, Any]] | None = None
     procedure: str | Procedure = "bh"
     pvalues: Literal["robust", "softmax", "batch"] | Callable[..., Tensor] = "robust"
     clamp: Clamp = "after"
@@ -177,11 +187,7 @@ class RoutingSettings:
                 check_word(item.name, value, words)
             if item.type == "bool" and not isinstance(value, bool):
                 raise InvalidTypeError(f"{item.name} must be true or false, got {value!r}.")
-        if self.alpha is not None and self.experts_per_token is not None:
-            raise InvalidParameterError(
-                f"expected a level or a budget, got both alpha={self.alpha!r} and "
-                f"experts_per_token={self.experts_per_token!r}; give one of them."
-            )
+        check_levels(self)
         if self.alpha is not None:
             check_alpha(self.alpha)
         for budget in _budgets(self.experts_per_token):
@@ -262,24 +268,30 @@ class RoutingSettings:
         *,
         alpha: float | None = None,
         experts_per_token: float | Mapping[str, float] | None = None,
+        max_kl: float | None = None,
+        agreement: float | None = None,
+        phases: Mapping[str, Mapping[str, Any]] | None = None,
         distinct_experts: float | None = None,
         price_load: float | None = None,
     ) -> S:
-        """The same settings at another level or budget, or another price: of the two, what is not named stays.
+        """The same settings at another level, or another price: of the two, what is not named stays.
 
         Raises
         ------
         InvalidParameterError
-            Unless exactly one of the first two is given, or of the last two, or of both, and in range.
+            Unless exactly one of the first five is given, or of the last two, or of both, and in range.
         """
         from .stats.procedures import check_one_level
 
+        levels: dict[str, Any] = {"max_kl": max_kl, "agreement": agreement, "phases": phases}
+        levels |= {"alpha": alpha, "experts_per_token": experts_per_token}
         changes: dict[str, Any] = {}
         if distinct_experts is not None or price_load is not None:
             changes = {"distinct_experts": distinct_experts, "price_load": price_load}
-        if not changes or alpha is not None or experts_per_token is not None:
-            check_one_level(alpha, experts_per_token)
-            changes |= {"alpha": alpha, "experts_per_token": experts_per_token}
+        if not changes or any(value is not None for value in levels.values()):
+            if max_kl is None and agreement is None and phases is None:
+                check_one_level(alpha, experts_per_token)
+            changes |= levels
         return replace(self, **changes)
 
     def level_policy(self, level: Mapping[str, Any], calibration: Calibration | None) -> TablePolicy:
@@ -320,6 +332,28 @@ class RoutingSettings:
 
     # -- what they mean -----------------------------------------------------------------------------------
 
+    def budget(self, calibration: Calibration | None) -> float | Mapping[str, float] | None:
+        """``experts_per_token``, or the level that is certified for the loss that was named.
+
+        Raises
+        ------
+        CertificateError
+            If the calibration's certificate does not cover it (`bh_routing.levels.certified`).
+        """
+        if self.max_kl is None and self.agreement is None:
+            return self.experts_per_token
+        return certified(self, calibration)
+
+    def elsewhere(self, calibration: Calibration | None, weights: str, engine: str) -> str | None:
+        """With a certified loss, the sentence that it was certified on other weights or in another engine."""
+        held = None if calibration is None else calibration.certificate
+        named = self.max_kl is not None or self.agreement is not None
+        return held.elsewhere(weights, engine) if held is not None and named else None
+
+    def decided_by(self, calibration: Calibration) -> tuple[dict[str, Any], tuple[str, float]]:
+        """What decides beside the level (`bh_routing.levels.decided_by`)."""
+        return decided_by(self, calibration)
+
     @property
     def null_settings(self) -> dict[str, Any]:
         """What `Calibration.settings` is asked for: the fields of the null that were chosen."""
@@ -336,6 +370,9 @@ class RoutingSettings:
         insists = wanted(self.compensation).insists
         needs = {
             "experts_per_token": self.experts_per_token,
+            "max_kl": self.max_kl,
+            "agreement": self.agreement,
+            "phases": self.phases,
             "compensation": self.compensation if insists else None,
             "distinct_experts": self.distinct_experts,
             "price_load": self.price_load,
@@ -395,6 +432,8 @@ class RoutingSettings:
         InvalidParameterError
             For 0 without a compensation.
         """
+        if self.phases is not None:
+            return min(one.least_kept(calibration) for one in of_phases(self, calibration).values())
         form = self.form(calibration)
         if self.min_k == 0 and form == "none":
             hint = "" if calibration is None else ", unless a compensation stands in for what is dropped"
@@ -403,7 +442,7 @@ class RoutingSettings:
             )
         if self.min_k is not None:
             return self.min_k
-        budgets = _budgets(self.experts_per_token)
+        budgets = [] if calibration is None else _budgets(self.budget(calibration))
         if calibration is None or not budgets:
             return 1
         most = {layer.top_k for layer in calibration.layers}
@@ -427,10 +466,11 @@ class RoutingSettings:
             "token size": self.size == "token" or (self.size is None and form == "linear"),
             "min_k = 0": self.least_kept(calibration) == 0,
             "price": self.priced,
+            "phases": self.phases is not None,
         }
         return [feature for feature, is_asked in asked.items() if is_asked]
 
-    def policy(self, calibration: Calibration | None = None) -> TablePolicy | PValuePolicy:
+    def policy(self, calibration: Calibration | None = None) -> TablePolicy | PValuePolicy | PhasePolicy:
         """The policy: from the calibration's table, else from p-values. Warns about settings that have no effect.
 
         Raises
@@ -440,9 +480,12 @@ class RoutingSettings:
         CalibrationError, BudgetError
             For a calibration that cannot serve the settings, or a budget that no level meets.
         """
-        from .policies import PValuePolicy, TablePolicy
+        from .policies import PhasePolicy, PValuePolicy, TablePolicy
 
         self.check_calibrated(calibration)
+        if self.phases is not None:
+            by_phase = of_phases(self, calibration)
+            return PhasePolicy({phase: one.policy(calibration) for phase, one in by_phase.items()})
         limits: dict[str, Any] = {
             "procedure": self.procedure,
             "temperature": self.temperature,
@@ -463,7 +506,7 @@ class RoutingSettings:
         else:
             made = calibration.policy(
                 alpha=self.alpha,
-                experts_per_token=self.experts_per_token,
+                experts_per_token=self.budget(calibration),
                 compensated=self.form(calibration),
                 **self.null_settings,
                 **limits,
@@ -512,10 +555,13 @@ class RoutingSettings:
         InvalidParameterError, CalibrationError, BudgetError
             If they cannot be served, or need another kind of policy; nothing has changed then.
         """
-        from .policies import PricePolicy, PValuePolicy, TablePolicy
+        from .policies import PhasePolicy, PricePolicy, PValuePolicy, TablePolicy
 
         new = self.policy(calibration)
-        if isinstance(policy, TablePolicy) and type(new) is type(policy):
+        if isinstance(policy, PhasePolicy) and isinstance(new, PhasePolicy):
+            for phase, one in of_phases(self, calibration).items():
+                one.rewrite(policy.by_phase[phase], calibration)
+        elif isinstance(policy, TablePolicy) and type(new) is type(policy):
             policy.min_k = new.min_k  # None means one thing at one budget and another at another
             policy.set_table(new.table)
             if isinstance(policy, PricePolicy) and isinstance(new, PricePolicy):
@@ -543,10 +589,9 @@ class RoutingSettings:
             "procedure": get_procedure(self.procedure).name,
             "calibrated": calibrated,
         }
-        budgets = {
-            name: getattr(self, name) for name in ("experts_per_token", "distinct_experts", "price_load")
-        }
-        return told | {name: value for name, value in budgets.items() if value is not None}
+        names = ("experts_per_token", "max_kl", "agreement", "phases", "distinct_experts", "price_load")
+        levels = {name: getattr(self, name) for name in names}
+        return told | {name: value for name, value in levels.items() if value is not None}
 
 
 def counted(mode: Mode, total: Mapping[str, Any]) -> dict[str, Any]:
@@ -590,6 +635,11 @@ TEXT_OPTIONS: dict[str, Option] = {
     "experts": Option(
         "a budget: mean number of experts per token (needs a calibration)", float, "experts_per_token"
     ),
+    "max_kl": Option(
+        "the loss that is accepted: KL to the model itself, nats per token (needs a certificate)", float
+    ),
+    "agreement": Option("or the share of next words that must stay the same (needs a certificate)", float),
+    "phases": Option("two budgets, as in 8/3: while a prompt is read, and while it is answered", read_phases),
     "temperature": Option("divides the router logits (default 1)", float),
     "min_k": Option(
         "at least so many experts (default 1; 0 with a linear compensation and a small budget)", int

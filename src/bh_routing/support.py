@@ -32,7 +32,10 @@ _NOWHERE = (_NO,) * len(PATHS)
 
 # Feature -> what it is; whether each of `PATHS` has it.
 SUPPORT: dict[Feature, tuple[str, tuple[str, ...]]] = {
-    "levels and budgets": ("`alpha=`, `experts_per_token=`, changed while it runs", _EVERYWHERE),
+    "levels and budgets": (
+        "`alpha=`, `experts_per_token=`, `max_kl=`, `agreement=`, changed while it runs",
+        _EVERYWHERE,
+    ),
     "p-values per token": (
         "without a calibration, and procedures that have no table",
         (_YES, _OTHER, _OTHER, _YES, _NO),
@@ -46,7 +49,7 @@ SUPPORT: dict[Feature, tuple[str, tuple[str, ...]]] = {
         "`distinct_experts=`, `price_load=`: what the sequences of a decoding step read together",
         (_YES, _OTHER, _OTHER, _NO, _NO),
     ),
-    "phases": ("`phases=`: prefill and decoding apart", _NOWHERE),
+    "phases": ("`phases=`: prefill and decoding apart", (_YES, _YES, _YES, _YES, _NO)),
     "levels per request": (
         "a level of its own for each request, or each row of a batch; with a calibration",
         (_YES, _YES, _OTHER, _YES, _NO),

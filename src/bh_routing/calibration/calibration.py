@@ -119,7 +119,11 @@ class Calibration(CalibrationData):
         if self.moments is None:
             return self
         moments = replace(self.moments, mean_LEH=None, gram_LJJ=None, cross_LJH=None)
-        return replace(self, moments=moments, linear=None, token_sizes=None)
+        return replace(self.uncertified(), moments=moments, linear=None, token_sizes=None)
+
+    def uncertified(self) -> Calibration:
+        """The same calibration without a certificate, for a copy whose levels are other ones."""
+        return self if self.certificate is None else replace(self, certificate=None, text_profile=None)
 
     # -- nulls -------------------------------------------------------------------------------------------
 
@@ -146,7 +150,7 @@ class Calibration(CalibrationData):
                 f"expected a null for every router, or one for all; there is none for {missing[0]!r}."
             )
         each = tuple(by_path[path] for path in self.paths)
-        return replace(self, given=GivenNulls(nulls=each, statistic=statistic, size=size))
+        return replace(self.uncertified(), given=GivenNulls(nulls=each, statistic=statistic, size=size))
 
     def settings(self, **settings: Any) -> NullSettings:
         """Statistic and null with their defaults resolved (`bh_routing.calibration.null_settings.resolve`)."""

@@ -23,6 +23,7 @@ from torch import Tensor
 from ..errors import CalibrationMismatchError
 from ..stats.histogram import Histogram
 from ..stats.nulls import Null
+from .certificate import Certificate, TextProfile
 from .linear_maps import LinearMaps
 from .moments import Moments
 from .token_sizes import TokenSizes
@@ -158,6 +159,10 @@ class CalibrationData:
         What that one is multiplied by.
     token_sizes : TokenSizes or None
         Sizes that follow the token.
+    certificate : Certificate or None
+        What its levels lose on held-out text, with a confidence. Whatever changes what a level is loses it.
+    text_profile : TextProfile or None
+        How the model read the certificate's text.
     left_out : tuple of str
         Paths of routers that no token of a text reaches (of a vision tower, for example): they are not
         calibrated, and an integration leaves them as they are.
@@ -185,6 +190,8 @@ class CalibrationData:
     linear: LinearMaps | None = None
     linear_scale: float = 1.0
     token_sizes: TokenSizes | None = None
+    certificate: Certificate | None = None
+    text_profile: TextProfile | None = None
     left_out: tuple[str, ...] = ()
     library_version: str = ""
     given: GivenNulls | None = None
@@ -254,6 +261,8 @@ class CalibrationData:
             linear=None,
             linear_scale=1.0,
             token_sizes=None,
+            certificate=None,
+            text_profile=None,
         )
 
 

@@ -3,7 +3,10 @@
 A calibration file is a file of tensors (`bh_routing._tensor_files`); its header holds model, layers, settings, text.
 Tensors: ``hist.<statistic>.<set>.<layer>`` integer counts [E, B] in the narrowest type that holds them; ``moments.*``;
 ``reservoir.*``; ``linear.*`` (A in bfloat16); ``token_sizes.*``; ``fingerprint``;
-``document_digests``. What a file may hold is said here, once: `HEADER`, `LAYER` and `_expect`.
+``document_digests``; ``text_profile.*`` beside a certificate. What a file may hold is said here, once: `HEADER`, `LAYER`
+and `_expect`.
+
+Over 350 lines: the table of everything that a file may hold is one.
 
 Shape legend: L routed layers, E experts, B bins, D projections, H hidden size, J = 2E, N tokens kept, K slots.
 """
@@ -25,6 +28,8 @@ from ..decision.types import RouteNorm
 from ..errors import CalibrationError, CalibrationFileError
 from ..stats.histogram import FIRST_BIN, LAST_BIN, Histogram
 from ..stats.statistic import LOG_SCORES
+from . import certificate
+from .certificate import QUANTILES, TextProfile
 from .data import CalibrationData, Data, LayerRecord, Reservoir, stack_layers
 from .linear_maps import LinearMaps
 from .moments import Moments
@@ -43,6 +48,7 @@ PARTS: dict[str, type[Any]] = {
     "reservoir": Reservoir,
     "linear": LinearMaps,
     "token_sizes": TokenSizes,
+    "text_profile": TextProfile,
 }
 MOST_COUNTS = (
     1 << 27
@@ -80,13 +86,20 @@ TENSORS = {  # key -> what it must be; of moments and reservoir, each part as a 
     "token_sizes.center": Expected("LE", (torch.float32,)),
     "token_sizes.r2": Expected("L", (torch.float64,), -1e30, 1.0),
     "token_sizes.tokens": Expected("LE", (torch.int64,), *_COUNT),
+    "text_profile.usage": Expected("LE", (torch.float32,), 0.0, 1.0),
+    "text_profile.score": Expected("L", (torch.float32,)),
+    "text_profile.usage_range": Expected("Q", (torch.float32,), 0.0, 1.0),
+    "text_profile.score_range": Expected("Q", (torch.float32,), *_LARGE),
 }
 TOGETHER = (  # keys that stand in a file together or not at all
     ("moments.tokens", "moments.square", "moments.mean_square"),
     ("moments.sensitivity_tokens", "moments.sensitivity"),
     ("moments.gram", "moments.cross"),
     ("reservoir.hash", "reservoir.logits", "reservoir.experts"),
-    *(tuple(key for key in TENSORS if key.startswith(part)) for part in ("linear.", "token_sizes.")),
+    *(
+        tuple(key for key in TENSORS if key.startswith(part))
+        for part in ("linear.", "token_sizes.", "text_profile.")
+    ),
 )
 KINDS, SETS = ("logit", "logprob"), ("unselected", "selected", "trimmed")
 
@@ -120,6 +133,7 @@ HEADER = record(
         "compensation_scale": number(0.0, 1.0),
         "linear_scale": number(0.0, 1.0),
         "left_out": listed(_NAME, 0, 1 << 12),
+        "certificate": optional(certificate.HEADER),
     },
 )
 
@@ -162,6 +176,8 @@ def save(data: CalibrationData, path: str | os.PathLike[str]) -> None:
     scalars = {name: value for name, value in scalars.items() if isinstance(value, (str, int, float))}
     layers = [asdict(layer) for layer in data.layers]
     header = scalars | {"layers": layers, "starts": starts, "left_out": data.left_out}
+    if data.certificate is not None:
+        header["certificate"] = data.certificate.header()
     write_tensors(path, FORMAT, FORMAT_VERSION, header, tensors)
 
 
@@ -221,7 +237,11 @@ def _expect(header: Any, keys: Collection[str]) -> tuple[dict[str, Any], dict[st
     if "moments" in parts and "moments.tokens" not in present:
         raise ValueError("moments.tokens must be there with the other moments")
     expected |= {key: TENSORS[key] for key in {"fingerprint", *present}}
-    return held, expected, {"L": num_layers, "E": num_experts, "J": 2 * num_experts, "K": slots}
+    return (
+        held,
+        expected,
+        {"L": num_layers, "E": num_experts, "J": 2 * num_experts, "K": slots, "Q": len(QUANTILES)},
+    )
 
 
 def _renamed(layer: dict[str, Any]) -> dict[str, Any]:
@@ -264,6 +284,8 @@ def _fields(header: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, Any
         _check_moments(found["moments"])
     if "linear" in found and int(found["linear"].rank_L.max()) > found["linear"].whiten_LDR.shape[-1]:
         raise ValueError("linear.rank must be at most the width of linear.whiten")
+    if (certified := header.get("certificate")) is not None:
+        found["certificate"] = certificate.check(certified, tensors["fingerprint"])
     if "reservoir" in found:
         _check_reservoir(found["reservoir"], layers, header)
     documents_C = tensors.get("document_digests")

@@ -26,6 +26,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "demo": ("demo", "the embedded model with its own routing and with BH routing, side by side"),
     "generate": ("generate", "continue a text under BH routing and print what the routers did"),
     "calibrate": ("calibrate", "what a model's routers do on a text, once; saved to a file"),
+    "certify": ("certify", "what a calibration's levels lose at most on held-out text, with a confidence"),
     "inspect": ("inspect", "what a model's routers are, or what a calibration file holds"),
     "families": ("families", "the model families of transformers that were tested, and what is supported"),
     "evaluate": ("evaluate", "compare routing policies on text: quality, experts, time"),

@@ -15,6 +15,7 @@ from typing import Any
 
 from ..errors import CalibrationError, InvalidParameterError, MissingDependencyError
 from . import common
+from .certify import certify_file, documents_of
 from .tables import print_table
 
 DATASET_TOKENS = 1_000_000  # where --max-tokens does not say: a data set may have no end
@@ -99,6 +100,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="tokens per forward (default 4096)",
     )
+    parser.add_argument(
+        "--certify",
+        nargs="+",
+        metavar="FILE",
+        help="then certify the levels on these held-out documents (`bh-routing certify`), also into OUT",
+    )
     group = parser.add_argument_group("data set")
     group.add_argument("--dataset-config", metavar="NAME", help="its configuration")
     group.add_argument("--split", default="train", help="its split (default train)")
@@ -108,6 +115,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     _check_output(Path(args.output))
+    for path in args.certify or ():
+        _files([path], False)  # raises before the pass over the text
     texts = _files(args.text, args.split_on_blank_lines) if args.text else _dataset(args)
     if args.sensitivity_tokens is not None and not args.sensitivity:
         raise InvalidParameterError(
@@ -164,6 +173,15 @@ def run(args: argparse.Namespace) -> None:
             f"saved to {args.output} ({os.path.getsize(args.output) / 1e6:.1f} MB); use it with "
             f"`bh-routing generate {args.model} -p TEXT --calibration {args.output} --experts 4`."
         )
+        if args.certify:
+            documents = documents_of(args.certify, args.split_on_blank_lines)
+            asked = {
+                "window": window,
+                "document_tokens": args.document_tokens,
+                "batch_tokens": args.batch_tokens,
+            }
+            print()
+            certify_file(model, tokenizer, documents, calibration, Path(args.output), **asked)
 
 
 # column of the printed table: key of Calibration.summary()

@@ -137,7 +137,8 @@ def add_routing_arguments(parser: argparse.ArgumentParser, *, leave_out: Sequenc
     """Every field of `RoutingSettings` that text can say, --calibration, and --config for a file of them all."""
     group = parser.add_argument_group("routing")
     options = {name: option for name, option in TEXT_OPTIONS.items() if name not in leave_out}
-    levels = {name: options.pop(name) for name in ("alpha", "experts")}
+    names = ("alpha", "experts", "max_kl", "agreement", "phases")
+    levels = {name: options.pop(name) for name in names if name in options}
     add_options(group.add_mutually_exclusive_group(), levels)
     add_options(group, options)
     add_calibration_argument(group)

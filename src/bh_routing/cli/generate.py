@@ -111,6 +111,8 @@ def settings_line(stats: dict[str, Any]) -> str:
     parts = [f"procedure {stats['procedure']}"]
     if "experts_per_token" in stats:
         parts.append(f"budget {stats['experts_per_token']:g}")
+    named = {"max_kl": "KL at most", "agreement": "agreement at least", "phases": "experts to read/write"}
+    parts += [f"{words} {stats[name]}" for name, words in named.items() if name in stats]
     if stats["alpha"] is not None:
         parts.append(f"alpha {stats['alpha']:.4g}")
     parts.append(f"{stats['min_k']} to {stats['max_k']} experts")

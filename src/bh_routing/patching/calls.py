@@ -11,12 +11,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .._threads import Lock, PerThread
+from .._words import Phase
 from ..decision.price import Step
 from ..errors import PatchError
 from ..policies import RoutingContext
@@ -31,6 +32,8 @@ class Call:
     shape : (B, S) or None
     mask_T : Tensor or None
         bool [B * S], False for padding.
+    cached : bool
+        Whether a cache holds tokens before these.
     routed : bool
         False for a forward that began after its model was unpatched, while another was still running.
     counted : bool
@@ -47,12 +50,13 @@ class Call:
     outer: Call | None = None
     shape: tuple[int, int] | None = None
     mask_T: Tensor | None = None
+    cached: bool = False
     step: Step | None = None
 
     @property
-    def phase(self) -> Literal["prefill", "decode"]:
-        """What it computes: one token of each sequence, or more."""
-        return "decode" if self.shape is not None and self.shape[1] == 1 else "prefill"
+    def phase(self) -> Phase:
+        """What it computes: one token of each sequence after those in its cache, or (part of) a prompt."""
+        return "decode" if self.cached and self.shape is not None and self.shape[1] == 1 else "prefill"
 
 
 class _Columns(PerThread):
@@ -112,7 +116,9 @@ class Forwards:
         self._running = 0
         self._afterwards: Callable[[], None] | None = None
         # Those without a mask: (the router's, the same completed), which keeps the identity in the key alive.
-        self._complete: dict[tuple[int, tuple[int, int], bool], tuple[RoutingContext, RoutingContext]] = {}
+        self._complete: dict[
+            tuple[int, tuple[int, int], Phase, bool], tuple[RoutingContext, RoutingContext]
+        ] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy or a pickle has no forwards under way.
@@ -202,7 +208,7 @@ class Forwards:
         ):
             return replace(context, shape=call.shape, mask_T=mask_T, phase=call.phase, step=step)
         # Making one takes longer than looking it up, at every layer of every decoding step.
-        key = (id(context), call.shape, step is not None)
+        key = (id(context), call.shape, call.phase, step is not None)
         found = self._complete.get(key)
         if found is None:
             if len(self._complete) >= 4096:

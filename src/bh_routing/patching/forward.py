@@ -90,7 +90,9 @@ class ForwardPatch(InstancePatch):
         batch, length = call.shape = (tokens.shape[0], tokens.shape[1])
         call.step = step_of(cache, batch, length, tokens.device)
         mask = given.get("attention_mask")
-        call.mask_T = None if mask is None else token_mask(mask, batch, length, past_length(cache))
+        past = past_length(cache)
+        call.cached = cache is not None and not (isinstance(past, int) and past == 0)
+        call.mask_T = None if mask is None else token_mask(mask, batch, length, past)
         ended_B = self.forwards.here.ended_B
         if ended_B is not None and length == 1 and len(ended_B) == batch:
             real_T = ~ended_B.to(tokens.device)

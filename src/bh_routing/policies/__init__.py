@@ -11,6 +11,7 @@ from __future__ import annotations
 from ..decision.select import Kept
 from .base import RoutingContext, RoutingPolicy, TopKPolicy, check_decision
 from .levels import LevelsPolicy
+from .phases import PhasePolicy
 from .price import FixedPrice, PricePolicy, Prices
 from .pvalue import PValuePolicy
 from .table import TablePolicy
@@ -20,6 +21,7 @@ __all__ = [
     "Kept",
     "LevelsPolicy",
     "PValuePolicy",
+    "PhasePolicy",
     "PricePolicy",
     "Prices",
     "RoutingContext",

@@ -8,12 +8,12 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from .._words import Clamp, WeightRule, check_word
+from .._words import Clamp, Phase, WeightRule, check_word
 from ..decision.price import Step
 from ..decision.select import Kept, Ranking, keep_own, not_finite, rank_top
 from ..decision.types import Limits, RouteNorm, RoutingDecision, check_k
@@ -56,6 +56,7 @@ class RoutingContext:
     mask_T : Tensor or None
         bool [T], False for padding tokens, where known.
     phase : "prefill", "decode" or None
+        ``"decode"``: one token of each sequence, after others in a cache. ``decode_T``, bool [T]: where a call has both.
     step : Step or None
         Which tokens are decoded together, one of each sequence, and share what they load; None in a prompt.
     level_T : Tensor or None
@@ -75,7 +76,8 @@ class RoutingContext:
     expert_bytes: int = 0
     shape: tuple[int, int] | None = None
     mask_T: Tensor | None = None
-    phase: Literal["prefill", "decode"] | None = None
+    phase: Phase | None = None
+    decode_T: Tensor | None = None
     step: Step | None = None
     level_T: Tensor | None = None
 

@@ -44,11 +44,16 @@ class TextFile:
     def with_sources(self) -> Iterator[tuple[str, str]]:
         """(source, text) of every document; the source of those that name none is the file's name without suffixes."""
         own = self.path.name.partition(".")[0]
+        for source, text in self.with_named_sources():
+            yield source or own, text
+
+    def with_named_sources(self) -> Iterator[tuple[str, str]]:
+        """(source, text) of every document; "" for the source of those that name none."""
         read = self._json_lines if ".jsonl" in self.path.suffixes else self._pieces
         any_text = False
         for source, text in read():
             any_text = any_text or bool(text.strip())
-            yield source or own, text
+            yield source, text
         if not any_text:
             raise DatasetError(f"expected text in {self.path}, got an empty file.")
 

@@ -133,7 +133,7 @@ def recounted(old: Calibration, layers: list[Held], seed: int) -> Calibration:
     """A calibration with the counts and the reservoir of these tokens, and everything else as it was."""
     tokens = min(len(held.real_N) for held in layers)
     return replace(
-        old,
+        old.uncertified(),
         histograms=recount(old, ((held.logits_NE, held.experts_NK) for held in layers)),
         reservoir=_reservoir(layers, tokens, old.reservoir_size, seed),
         tokens=tokens,

@@ -10,6 +10,7 @@ Over 350 lines: what vLLM's files call, in one file that runs, and is tested, wi
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -24,7 +25,7 @@ from ...calibration.fingerprint import check_complete, check_layer
 from ...decision.compensation import Compensation, compensated_norm
 from ...decision.types import RouteNorm, RoutingDecision
 from ...errors import CalibrationMismatchError, InvalidParameterError, UnsupportedModelError
-from ...policies import LevelsPolicy, RoutingContext, RoutingPolicy, TablePolicy
+from ...policies import LevelsPolicy, PhasePolicy, RoutingContext, RoutingPolicy, TablePolicy
 from ...settings import counted, level_of
 from ...stats.procedures import get_procedure
 from ...telemetry.figures import Telemetry
@@ -32,7 +33,9 @@ from .levels import LevelBook
 from .paths import match_layer
 from .phases import PhaseCounts, by_phase
 from .settings import Settings, number
-from .step import PADDING, Step
+from .step import DECODE, PADDING, Step
+
+logger = logging.getLogger(__name__)
 
 ATTRIBUTE = "bh_routing"  # of a vLLM runner: its LayerRouting
 
@@ -272,6 +275,9 @@ class EngineRouting:
         if self.policy is None:
             self.policy = self.settings.top_k_policy(len(contexts), contexts[0].num_experts)
         self.policy.bind(contexts)
+        weights = str(self.layers[0].facts.dtype).removeprefix("torch.") if self.layers else ""
+        if sentence := self.settings.elsewhere(self.calibration, weights, "vLLM"):
+            logger.warning("%s", sentence)
         if requests and self.settings.top_k is None and isinstance(self.policy, TablePolicy):
             self.levels = LevelsPolicy(self.policy, self.policy, requests)
             self.levels.bind_rows(contexts)
@@ -288,13 +294,16 @@ class EngineRouting:
         step = self.step
         if step is None:
             return context
-        if (
-            context.device.type != "cuda" and not step.leveled
-        ):  # on the host all is known, and nothing is recorded
-            return context
+        by_phase = isinstance(self.policy, PhasePolicy)
+        if context.device.type != "cuda" and not step.leveled and not by_phase:
+            return context  # on the host all is known, and nothing is recorded
         _, phase_T, level_T = step.at(tokens)
-        mask_T = phase_T != PADDING if context.device.type == "cuda" else None
-        return replace(context, level_T=None if self.levels is None else level_T, mask_T=mask_T)
+        return replace(
+            context,
+            level_T=None if self.levels is None else level_T,
+            mask_T=phase_T != PADDING if context.device.type == "cuda" else None,
+            decode_T=phase_T >= DECODE if by_phase else None,
+        )
 
     # -- while it runs -----------------------------------------------------------------------------------
 
@@ -305,16 +314,18 @@ class EngineRouting:
 
     @property
     def budget(self) -> Any:
-        """The budget in use, experts per token; None where a level was given."""
-        return self.settings.experts_per_token
+        """The budget in use, experts per token, also where a loss was named; None where a level was given."""
+        return self.settings.budget(self.calibration)
 
-    def set_level(self, *, alpha: float | None = None, experts_per_token: Any = None) -> None:
-        """Another level or budget, in the same buffers: nothing is compiled anew.
+    def set_level(
+        self, *, alpha: Any = None, experts_per_token: Any = None, max_kl: Any = None, agreement: Any = None
+    ) -> None:
+        """Another level, budget or certified loss, in the same buffers: nothing is compiled anew.
 
         Raises
         ------
         InvalidParameterError, BudgetError
-            Unless exactly one of the two is given and can be served; nothing has changed then.
+            Unless exactly one of them is given and can be served; nothing has changed then.
         """
         if self.settings.top_k is not None:
             raise InvalidParameterError(
@@ -322,7 +333,10 @@ class EngineRouting:
                 "calibration instead."
             )
         settings = self.settings.with_level(
-            alpha=number("alpha", alpha), experts_per_token=_budget(experts_per_token)
+            alpha=number("alpha", alpha),
+            experts_per_token=_budget(experts_per_token),
+            max_kl=number("max_kl", max_kl),
+            agreement=number("agreement", agreement),
         )
         assert self.policy is not None
         with _plain_tensors():

@@ -17,6 +17,7 @@ from ..._version import __version__
 from ...calibration.calibration import Calibration
 from ...decision.table import DecisionTable
 from ...errors import InvalidParameterError, InvalidTypeError
+from ...levels import LEVELS
 from ...policies import RoutingPolicy, TablePolicy
 from ...settings import RoutingSettings
 
@@ -51,10 +52,10 @@ class Settings(RoutingSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        given = [n for n in ("alpha", "experts_per_token", "top_k") if getattr(self, n) is not None]
+        given = [n for n in (*LEVELS, "top_k") if getattr(self, n) is not None]
         if len(given) > 1:
             raise InvalidParameterError(
-                f"expected one of alpha, experts_per_token and top_k in {KEY}, got {' and '.join(given)}; give one."
+                f"expected one of {', '.join(LEVELS)} and top_k in {KEY}, got {' and '.join(given)}; give one."
             )
         least, most = self.under_load, self.experts_per_token
         if least is not None and not (isinstance(most, (int, float)) and 0 < least < most):

@@ -39,13 +39,13 @@ class WorkerExtension:
         engine.reset()
         return {"rank": self.rank, "reset": True}
 
-    def bh_routing_set(self, alpha: Any = None, experts_per_token: Any = None) -> dict[str, Any]:
-        """Another level or budget from the next step on; answers with the level that is in use then."""
+    def bh_routing_set(self, **level: Any) -> dict[str, Any]:
+        """Another ``alpha``, ``experts_per_token``, ``max_kl`` or ``agreement`` from the next step on; answers with the level that is in use then."""
         engine = engine_of(self.vllm_config)
         if engine is None:
             return _not_configured(self.rank)
         try:
-            engine.set_level(alpha=alpha, experts_per_token=experts_per_token)
+            engine.set_level(**level)
         except BHRoutingError as error:
             return {"rank": self.rank, "error": str(error), "alpha": engine.alpha}
         return {"rank": self.rank, "alpha": engine.alpha, "experts_per_token": engine.budget}
