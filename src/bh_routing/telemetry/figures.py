@@ -117,6 +117,11 @@ class Telemetry:
                 f"router paths must differ, got {len(contexts)} routers with {len(self._layers)} paths."
             )
 
+    @property
+    def layers(self) -> dict[str, LayerCounters]:
+        """The counters of each router, by its path: what an engine that counts by itself writes to."""
+        return dict(self._layers)
+
     def update(
         self, context: RoutingContext, decision: RoutingDecision, logits_TE: Tensor | None = None
     ) -> None:
