@@ -410,69 +410,6 @@ def test_inspect_model(run, loaded, monkeypatch, columns):
     ]
 
 
-# ------------------------------------------------------------------------------------------------- demo
-
-
-def test_demo_uncalibrated(run, loaded):
-    result = run("demo", "--quick", "--max-new-tokens", 4, *UNCALIBRATED)
-    assert (result.code, result.err) == (0, "")
-    assert "\x1b" not in result.out
-    lines = result.out.splitlines()
-    assert max(map(len, lines)) <= 88
-    assert not any(line.endswith(" ") for line in lines)
-    table = {line.split("  ")[0]: line.split() for line in lines if " ± " in line}
-    assert [label for label in table if not label.startswith("BH, alpha 0.2")][:2] == [
-        "own top-8",
-        "BH, alpha 0.4",
-    ]
-    assert "No calibration: every token is its own null." in result.out
-    assert not is_patched(loaded)
-
-
-def test_demo_json(run, loaded):
-    result = run("demo", "--quick", "--max-new-tokens", 4, "--json", "--alpha", 0.5, 0.1, *UNCALIBRATED)
-    report = json.loads(result.out)
-    assert [row["label"] for row in report["routings"]] == [
-        "own top-8",
-        "BH, alpha 0.5",
-        "BH, alpha 0.1",
-        "top-4",
-        "top-3",
-    ]
-    own, loose, strict, top4, _ = report["routings"]
-    assert own["mean_experts"] == 8.0 > loose["mean_experts"] > strict["mean_experts"] > 1.0
-    assert 1.0 < own["perplexity"] != strict["perplexity"] < 1000.0
-    assert (top4["mean_experts"], top4["std_experts"], top4["share_saved"]) == (4.0, 0.0, 0.5)
-    assert all(row["median_seconds"] > 0 for row in report["routings"])
-    assert [len(row["layers"]) for row in report["routings"]] == [4] * 5
-    assert [set(answer["texts"]) for answer in report["answers"]] == [
-        {"own top-8", "BH, alpha 0.5", "BH, alpha 0.1"}
-    ] * 2
-
-
-def test_demo_on_another_text(run, loaded, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "text.txt").write_text("The old man walked to the door. " * 100)
-    result = run("demo", "--quick", "--max-new-tokens", 1, "--text", "text.txt", *UNCALIBRATED)
-    assert result.code == 0
-    assert "\nPerplexity on text.txt, experts and time\n" in result.out
-
-
-@pytest.mark.parametrize(
-    ("content", "sentence"),
-    [
-        (b"", "expected text in {path}, got an empty file."),
-        (b"\xff\xfe\xfa", "expected UTF-8 text in {path}, got other bytes; convert the file."),
-    ],
-)
-@pytest.mark.usefixtures("no_load")
-def test_demo_on_no_text(run, tmp_path, content, sentence):
-    path = tmp_path / "text.txt"
-    path.write_bytes(content)
-    result = run("demo", "--text", path)
-    assert (result.code, result.err) == (2, f"bh-routing demo: {sentence.format(path=path)}\n")
-
-
 # -------------------------------------------------------------------------------- calibrate, inspect FILE
 
 
@@ -561,25 +498,6 @@ def test_generate_with_a_budget(run, loaded, calibrated):
     # 45 tokens of another text than the 4,000 that the level was solved on
     assert three["mean_experts_per_token"] == pytest.approx(3.0, abs=1.0)
     assert six["mean_experts_per_token"] == pytest.approx(6.0, abs=1.0)
-
-
-def test_demo_with_budgets(run, loaded, calibrated):
-    argv = ["demo", "--quick", "--max-new-tokens", 2, "--json", "--calibration", calibrated.path]
-    report = json.loads(run(*argv).out)
-    assert report["calibrated"] is True
-    assert [row["label"] for row in report["routings"]] == [
-        "own top-8",
-        "BH, 4 experts",
-        "top-4",
-        "BH, 3 experts",
-        "top-3",
-        "no calibration",
-    ]
-    _, four, top4, three, top3, _ = report["routings"]
-    assert four["mean_experts"] == pytest.approx(4.0, rel=0.1)
-    assert three["mean_experts"] == pytest.approx(3.0, rel=0.1)
-    assert (top4["mean_experts"], top3["mean_experts"]) == (4.0, 3.0)
-    assert 0.0 < three["alpha"] < four["alpha"] < 1.0
 
 
 def test_calibration_of_another_model(run, monkeypatch, calibrated, tiny_olmoe, nano_tokenizer):

@@ -82,6 +82,11 @@ def test_compare(nano_model, nano_tokenizer):
         "share_saved": 0.0,
         "share_floor": 0.0,
         "share_ceiling": 0.0,
+        "would_select": None,
+        "arithmetic_per_token": 8.0,
+        "bytes_per_token": 4 * 8 * 3 * 128 * 64 * 4.0,
+        "kl": {"value": 0.0, "low": None, "high": None},  # three windows are too few for an interval
+        "agreement": {"value": 1.0, "low": None, "high": None},
         "layers": [{"mean_experts": 8.0, "std_experts": 0.0}] * 4,
         "median_seconds": own.median_seconds,
     }

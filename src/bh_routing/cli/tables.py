@@ -7,8 +7,16 @@ what is still too wide is printed row by row, one name and value a line.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from textwrap import fill
 
 from .common import make_console, print_text
+
+
+def print_heading(text: str) -> None:
+    """Print a heading, bold on a terminal, broken at the width of the output."""
+    console = make_console()
+    broken = fill(text, width=console.width, break_long_words=False, break_on_hyphens=False)
+    console.print(broken, style="bold", markup=False)
 
 
 def print_table(
@@ -44,7 +52,7 @@ def print_table(
     left_out: list[str] = []
     print()
     if title is not None:
-        console.print(title, style="bold", markup=False)
+        print_heading(title)
     while True:
         shown = [i for i, name in enumerate(columns) if name not in left_out]
         widths = [max(cell_len(row[i]) for row in (columns, *rows)) for i in shown]
@@ -78,4 +86,4 @@ def _print_records(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Non
             print(f"  {name:<{width}}  {value}".rstrip())
 
 
-__all__ = ["print_table"]
+__all__ = ["print_heading", "print_table"]

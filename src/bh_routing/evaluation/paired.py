@@ -31,6 +31,10 @@ class Interval(NamedTuple):
         """Whether there is an interval."""
         return not math.isnan(self.low)
 
+    def to_dict(self) -> dict[str, float | None]:
+        """Its three numbers by name, None for an end that is not known."""
+        return {name: None if math.isnan(value) else value for name, value in self._asdict().items()}
+
     @property
     def within_noise(self) -> bool:
         """Whether the interval holds 0."""
@@ -58,12 +62,29 @@ def perplexity_change(
     the figure depends on which text was read, and nothing about other models or seeds.
     """
     ours, theirs = _arrays(blocks), _arrays(base)
-    if ours.shape != theirs.shape or not np.array_equal(ours[:, 1], theirs[:, 1]):
-        raise InvalidInputError(
-            f"only routings of the same tokens can be compared, got {len(ours)} and {len(theirs)} blocks."
-        )
+    _check_paired(ours, theirs)
     sums_J, counts_J = ours[:, 0] - theirs[:, 0], ours[:, 1]
     return _interval(sums_J, counts_J, resamples, seed, lambda x: np.expm1(x))
+
+
+def mean_change(
+    blocks: Sequence[Sequence[float]],
+    base: Sequence[Sequence[float]] | None = None,
+    *,
+    resamples: int = 2000,
+    seed: int = 0,
+) -> Interval:
+    """Mean per token, or its difference from another routing's on the same blocks (paired), with a bootstrap interval.
+
+    Examples
+    --------
+    >>> mean_change([(3.0, 2), (5.0, 2)], [(1.0, 2), (1.0, 2)]).value
+    1.5
+    """
+    ours = _arrays(blocks)
+    theirs = ours * (0.0, 1.0) if base is None else _arrays(base)
+    _check_paired(ours, theirs)
+    return _interval(ours[:, 0] - theirs[:, 0], ours[:, 1], resamples, seed, lambda x: x)
 
 
 def perplexity_interval(
@@ -72,6 +93,13 @@ def perplexity_interval(
     """Perplexity with a bootstrap interval over blocks."""
     ours = _arrays(blocks)
     return _interval(ours[:, 0], ours[:, 1], resamples, seed, lambda x: np.exp(np.minimum(x, 700.0)))
+
+
+def _check_paired(ours: np.ndarray, theirs: np.ndarray) -> None:
+    if ours.shape != theirs.shape or not np.array_equal(ours[:, 1], theirs[:, 1]):
+        raise InvalidInputError(
+            f"only routings of the same tokens can be compared, got {len(ours)} and {len(theirs)} blocks."
+        )
 
 
 def _arrays(blocks: Sequence[Sequence[float]]) -> np.ndarray:
