@@ -11,7 +11,7 @@ import torch
 
 from bh_routing.calibration.accumulate import LayerCounts, LayerMoments, ReservoirSampler, join_moments
 from bh_routing.calibration.calibration import Calibration
-from bh_routing.calibration.data import LayerRecord, join_layers
+from bh_routing.calibration.data import CalibratedLayer, join_layers
 from calibration_cases import random_logits
 
 
@@ -72,7 +72,7 @@ def synthetic_calibration() -> Callable[..., Calibration]:
         fields: dict[str, Any] = {
             "model_id": "synthetic",
             "layers": tuple(
-                LayerRecord(
+                CalibratedLayer(
                     path=f"layers.{index}.gate",
                     experts_path=f"layers.{index}.experts",
                     top_k=top_k,

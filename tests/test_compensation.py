@@ -153,8 +153,8 @@ def linear_parts(rank=4, experts=E, hidden=H, seed=11) -> dict[str, torch.Tensor
     }
 
 
-def by_definition(parts, strength, logits_TD, routed) -> torch.Tensor:
-    """strength * sum over dropped pairs of w (m + A' W' (z' - mu)), in Python's order and float64."""
+def by_definition(parts, scale, logits_TD, routed) -> torch.Tensor:
+    """scale * sum over dropped pairs of w (m + A' W' (z' - mu)), in Python's order and float64."""
     weights_TK, experts_TK, dropped_TK = routed
     mean_EH, slope_ERH = (parts[n].bfloat16().double() for n in ("mean_EH", "slope_ERH"))
     tokens = len(logits_TD)
@@ -173,7 +173,7 @@ def by_definition(parts, strength, logits_TD, routed) -> torch.Tensor:
             if dropped_TK[t, k]:
                 e = int(experts_TK[t, k])
                 out_TH[t] += float(weights_TK[t, k]) * (mean_EH[e] + coordinates_R @ slope_ERH[e])
-    return strength * out_TH
+    return scale * out_TH
 
 
 def with_logits(routed, logits_TD) -> RoutingDecision:
@@ -195,7 +195,7 @@ def assert_rounded(found_TH, expected_TH):
 @pytest.mark.parametrize("rank", [0, 4, 6])
 def test_linear_is_its_definition(routed, logits_TD, rank):
     parts = linear_parts(rank)
-    made = Compensation.linear(**parts, strength=0.8)
+    made = Compensation.linear(**parts, scale=0.8)
     assert made.form == "linear"
     assert made.maps_EQH.dtype == torch.bfloat16
     expected_TH = by_definition(parts, 0.8, logits_TD, routed)

@@ -66,7 +66,7 @@ def test_frozen_and_keyword_only():
             InvalidParameterError,
             "compensation must have a number after the colon",
         ),
-        ({"compensation": "none:0.5"}, InvalidParameterError, "compensation 'none' has no strength"),
+        ({"compensation": "none:0.5"}, InvalidParameterError, "compensation 'none' has no scale"),
         ({"min_k": 3, "max_k": 2}, InvalidParameterError, "max_k must be at least min_k=3, got 2."),
         ({"mode": "watch"}, InvalidParameterError, "mode must be 'patch' or 'analyze', got 'watch'."),
         ({"mode": None}, InvalidParameterError, "mode must be 'patch' or 'analyze', got None."),

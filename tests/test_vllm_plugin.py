@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from bh_routing import BHRoutingIntegration
-from bh_routing.calibration.data import LayerRecord
+from bh_routing.calibration.data import CalibratedLayer
 from bh_routing.cli import main
 from bh_routing.cli import serve as serve_command
 from bh_routing.engines.vllm import checks, plugin, serving
@@ -116,9 +116,9 @@ def test_digest_tells_settings_and_calibrations_apart(tmp_path, synthetic_calibr
 # ------------------------------------------------------------------------------------------- layer names
 
 
-def records(*paths: str) -> list[LayerRecord]:
+def records(*paths: str) -> list[CalibratedLayer]:
     return [
-        LayerRecord(
+        CalibratedLayer(
             path=f"{p}.gate", experts_path=f"{p}.experts", top_k=8, score_func="softmax", route_norm="none"
         )
         for p in paths

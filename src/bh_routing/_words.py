@@ -86,22 +86,22 @@ class Wanted(NamedTuple):
     ----------
     form : "none", "mean", "linear" or None
         None: the best that the calibration holds.
-    strength : float or None
+    scale : float or None
         0 to 1; None: what the calibration measured for the form.
     insists : bool
         Whether it is an error where the calibration does not hold it.
     """
 
     form: CompensationForm | None
-    strength: float | None
+    scale: float | None
     insists: bool
 
 
 def wanted(compensation: Any) -> Wanted:
     """Read what a person says of the compensation.
 
-    None: what the calibration holds. True, a form ("none", "mean", "linear"), a strength from 0 to 1, or both: a pair,
-    or text with a colon. False, "none" and a strength of 0 are none at all.
+    None: what the calibration holds. True, a form ("none", "mean", "linear"), a scale from 0 to 1, or both: a pair,
+    or text with a colon. False, "none" and a scale of 0 are none at all.
 
     Raises
     ------
@@ -111,28 +111,28 @@ def wanted(compensation: Any) -> Wanted:
     Examples
     --------
     >>> wanted("linear:0.9")
-    Wanted(form='linear', strength=0.9, insists=True)
+    Wanted(form='linear', scale=0.9, insists=True)
     >>> wanted(0).form
     'none'
     """
-    form, strength = _parts(compensation)
-    if strength is not None and not 0.0 <= strength <= 1.0:
+    form, scale = _parts(compensation)
+    if scale is not None and not 0.0 <= scale <= 1.0:
         raise InvalidParameterError(
             f"compensation must be true, false or a scale from 0 to 1, got {compensation!r}."
         )
     if form is not None:
         check_word("compensation", form, CompensationForm)
-    if strength == 0.0 or form == "none":
-        if form == "none" and strength:
+    if scale == 0.0 or form == "none":
+        if form == "none" and scale:
             raise InvalidParameterError(
-                f"compensation 'none' has no strength, got {compensation!r}; leave it out."
+                f"compensation 'none' has no scale, got {compensation!r}; leave it out."
             )
         return Wanted("none", None, False)
-    return Wanted(form, strength, compensation is not None)
+    return Wanted(form, scale, compensation is not None)
 
 
 def _parts(compensation: Any) -> tuple[Any, float | None]:
-    """Form and strength, neither of them checked."""
+    """Form and scale, neither of them checked."""
     if compensation is None or compensation is True:
         return None, None
     if compensation is False:
@@ -150,10 +150,10 @@ def _parts(compensation: Any) -> tuple[Any, float | None]:
                 f"compensation must have a number after the colon, as in linear:0.9, got {compensation!r}."
             ) from None
     if isinstance(compensation, (tuple, list)) and len(compensation) == 2:
-        form, strength = compensation
-        if isinstance(strength, (int, float)) and not isinstance(strength, bool):
-            return form, float(strength)
+        form, scale = compensation
+        if isinstance(scale, (int, float)) and not isinstance(scale, bool):
+            return form, float(scale)
     raise InvalidTypeError(
-        "compensation must be true, false, a form ('none', 'mean' or 'linear'), a strength from 0 to 1, or both as a "
+        "compensation must be true, false, a form ('none', 'mean' or 'linear'), a scale from 0 to 1, or both as a "
         f"pair, got {compensation!r}."
     )

@@ -128,7 +128,7 @@ def certified(settings: RoutingSettings, calibration: Calibration | None) -> flo
 def decided_by(
     settings: RoutingSettings, calibration: Calibration
 ) -> tuple[dict[str, Any], tuple[str, float]]:
-    """What decides beside the level: the settings that differ from the defaults, and the compensation's form and strength."""
+    """What decides beside the level: the settings that differ from the defaults, and the compensation's form and scale."""
     from .stats.procedures import get_procedure
 
     given = {name: value for name, value in settings.to_dict().items() if name in DECIDES}
@@ -136,9 +136,9 @@ def decided_by(
         given["procedure"] = get_procedure(given["procedure"]).name
         if given["procedure"] == get_procedure(type(settings).procedure).name:
             del given["procedure"]
-    form, strength = settings.form(calibration), wanted(settings.compensation).strength
+    form, scale = settings.form(calibration), wanted(settings.compensation).scale
     measured = {"none": 0.0, "mean": calibration.compensation_scale, "linear": calibration.linear_scale}
-    return given, (form, measured[form] if strength is None or form == "none" else float(strength))
+    return given, (form, measured[form] if scale is None or form == "none" else float(scale))
 
 
 def _told(settings: Mapping[str, Any], compensation: tuple[str, float]) -> str:

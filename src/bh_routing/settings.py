@@ -51,7 +51,7 @@ NEEDS_CALIBRATION = (
 
 
 def compensation(text: str) -> bool | float | str:
-    """``true``, ``false``, a strength, a form, or both with a colon, as people type it."""
+    """``true``, ``false``, a scale, a form, or both with a colon, as people type it."""
     words = {"true": True, "yes": True, "false": False, "no": False}
     if text.lower() in words:
         return words[text.lower()]
@@ -109,8 +109,8 @@ class RoutingSettings:
         Which calibrated statistic and null (`Calibration.settings`); default: the recommended configuration.
     compensation : bool, str, float or pair, optional
         What is added in place of dropped experts: "mean", fixed vectors; "linear", vectors that follow the token's
-        router logits; "none" or False. Default: the best that the calibration holds, at the strength that it measured;
-        True insists on one. A number from 0 to 1 is another strength, alone or with a form: ``("linear", 0.9)`` or
+        router logits; "none" or False. Default: the best that the calibration holds, at the scale that it measured;
+        True insists on one. A number from 0 to 1 is another scale, alone or with a form: ``("linear", 0.9)`` or
         ``"linear:0.9"``. With compensation, and ``weights="model"``, kept experts keep their own weights in every family: nothing is renormalised,
         because the dropped weight is still used.
     skip : {"auto", "compact", "zero"}
@@ -421,7 +421,7 @@ class RoutingSettings:
         form = self.form(calibration)
         if calibration is None or form == "none":
             return {}
-        return calibration.compensation(form, wanted(self.compensation).strength)
+        return calibration.compensation(form, wanted(self.compensation).scale)
 
     def least_kept(self, calibration: Calibration | None) -> int:
         """``min_k``, or what None means: 0 where a linear compensation meets a budget of a quarter of the own number or less,
@@ -658,7 +658,7 @@ TEXT_OPTIONS: dict[str, Option] = {
     "kernel": Option("of the kde"),
     "bandwidth": Option("of the kde: silverman or a number", number_or_name),
     "compensation": Option(
-        "what stands in for dropped experts: none, mean or linear, a strength from 0 to 1, or both, as in linear:0.9",
+        "what stands in for dropped experts: none, mean or linear, a scale from 0 to 1, or both, as in linear:0.9",
         compensation,
     ),
     "skip": Option("auto, compact or zero: how dropped experts are kept out"),

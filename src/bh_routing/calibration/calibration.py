@@ -65,15 +65,15 @@ class Calibration(CalibrationData):
         held += ["linear"] if self.linear is not None else []
         return tuple(held)
 
-    def compensation(self, form: str | None = None, strength: float | None = None) -> dict[str, Compensation]:
+    def compensation(self, form: str | None = None, scale: float | None = None) -> dict[str, Compensation]:
         """What stands in for dropped experts, by router path; empty where nothing does.
 
         Parameters
         ----------
         form : {"none", "mean", "linear"}, optional
             ``mean``: fixed vectors, float32. ``linear``: linear in the router logits; a layer where that did not pay has
-            the fixed vectors at their own strength. Default: the last of `forms`.
-        strength : float, optional
+            the fixed vectors at their own scale. Default: the last of `forms`.
+        scale : float, optional
             0 to 1. Default: the one that was measured for the form (``compensation_scale``, ``linear_scale``).
 
         Raises
@@ -90,13 +90,13 @@ class Calibration(CalibrationData):
                 f"compensation={form!r} needs a calibration that holds it, this one holds {', '.join(self.forms)}; "
                 "calibrate again, with --sensitivity for the linear one and without --no-means for either."
             )
-        if form == "none" or strength == 0.0:
+        if form == "none" or scale == 0.0:
             return {}
         if form == "linear":
             assert self.linear is not None
-            own = self.linear_scale if strength is None else strength
+            own = self.linear_scale if scale is None else scale
             ranks = self.linear.rank_L.tolist()
-            found = self.compensation("mean", strength) if 0 in ranks else {}
+            found = self.compensation("mean", scale) if 0 in ranks else {}
             return found | {
                 path: self.linear.compensation(index, own)
                 for index, (path, rank) in enumerate(zip(self.paths, ranks, strict=True))
@@ -105,13 +105,13 @@ class Calibration(CalibrationData):
         assert self.moments is not None
         layers = self.moments.compensation()
         assert layers is not None
-        scale = self.compensation_scale if strength is None else strength
+        scale = self.compensation_scale if scale is None else scale
         if scale == 0.0:
             return {}
         return {p: c.scaled(scale).to(dtype=torch.float32) for p, c in zip(self.paths, layers, strict=True)}
 
     def compensations(self, scale: float | None = None) -> dict[str, Compensation]:
-        """`compensation` by fixed vectors, at this strength; empty where it holds none."""
+        """`compensation` by fixed vectors, at this scale; empty where it holds none."""
         return self.compensation("mean", scale) if "mean" in self.forms else {}
 
     def without_means(self) -> Calibration:

@@ -84,7 +84,7 @@ class Certificate:
     settings : dict
         The routing's settings but for the level, where they differ from the defaults.
     compensation : (str, float)
-        Its form and strength.
+        Its form and scale.
     date, library_version : str
     """
 
@@ -176,8 +176,8 @@ _LEVEL = record(
 
 
 def _pair(value: Any) -> Any:
-    form, strength = listed(lambda x: x, 2, 2)(value)
-    return [one_of("none", "mean", "linear")(form), number(0.0, 1.0)(strength)]
+    form, scale = listed(lambda x: x, 2, 2)(value)
+    return [one_of("none", "mean", "linear")(form), number(0.0, 1.0)(scale)]
 
 
 HEADER = record(

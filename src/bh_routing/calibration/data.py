@@ -41,7 +41,7 @@ MUST_AGREE = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class LayerRecord:
+class CalibratedLayer:
     """One routed layer as it was calibrated: module paths, slots, and how its router makes weights."""
 
     path: str
@@ -126,7 +126,7 @@ class CalibrationData:
     ----------
     model_id : str
         Name or path of the model.
-    layers : tuple of LayerRecord
+    layers : tuple of CalibratedLayer
     num_experts : int
         E, the width of the router logits.
     temperature : float
@@ -171,7 +171,7 @@ class CalibrationData:
     """
 
     model_id: str
-    layers: tuple[LayerRecord, ...]
+    layers: tuple[CalibratedLayer, ...]
     num_experts: int
     histograms: dict[str, dict[str, Histogram]]
     moments: Moments | None = None

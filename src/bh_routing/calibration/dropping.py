@@ -79,7 +79,7 @@ class Dropping:
         self.contexts = {layer.path: layer.context for layer in plan.layers}
         policy.bind(plan.contexts)
         self.choice: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
-        self.strength = 1.0  # of the additions
+        self.scale = 1.0  # of the additions
 
     def logits(self, batch: Batch) -> Tensor | None:
         """What the model predicts so, [B, S, V]; None from one without a head."""
@@ -143,7 +143,7 @@ class Dropping:
         self.decided = logits_TD, dropped_TK = self._decide(layer)
         out_TH = inner(hidden_TH, index_TK, weights_TK.masked_fill(dropped_TK, 0.0))
         added_TH = self.additions[layer.path](logits_TD, weights_TK, dropped_TK, index_TK)
-        return out_TH + self.strength * added_TH.to(out_TH.dtype)
+        return out_TH + self.scale * added_TH.to(out_TH.dtype)
 
     def _each_pair(
         self, layer: LayerPlan, inner: ExpertsForward, hidden_TH: Tensor, index_TK: Tensor, weights_TK: Tensor

@@ -30,7 +30,7 @@ from ..stats.histogram import FIRST_BIN, LAST_BIN, Histogram
 from ..stats.statistic import LOG_SCORES
 from . import certificate
 from .certificate import QUANTILES, TextProfile
-from .data import CalibrationData, Data, LayerRecord, Reservoir, stack_layers
+from .data import CalibratedLayer, CalibrationData, Data, Reservoir, stack_layers
 from .linear_maps import LinearMaps
 from .moments import Moments
 from .token_sizes import TokenSizes
@@ -261,7 +261,7 @@ def _fields(header: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, Any
     ValueError
         If they do not agree with one another.
     """
-    layers = [LayerRecord(**layer) for layer in header["layers"]]
+    layers = [CalibratedLayer(**layer) for layer in header["layers"]]
     histograms = {
         kind: {
             name: _histogram(
@@ -313,7 +313,7 @@ def _histogram(keys: list[str], starts: dict[str, int], tensors: dict[str, Tenso
 
 
 def _check_counts(
-    histograms: dict[str, dict[str, Histogram]], layers: Sequence[LayerRecord], num_experts: int
+    histograms: dict[str, dict[str, Histogram]], layers: Sequence[CalibratedLayer], num_experts: int
 ) -> None:
     """Every token chooses top-k experts and passes the others over, in both statistics."""
     for i, layer in enumerate(layers):
@@ -353,7 +353,7 @@ def _check_moments(moments: Moments) -> None:
             raise ValueError("moments.gram must be a matrix of products")
 
 
-def _check_reservoir(kept: Reservoir, layers: Sequence[LayerRecord], header: dict[str, Any]) -> None:
+def _check_reservoir(kept: Reservoir, layers: Sequence[CalibratedLayer], header: dict[str, Any]) -> None:
     if kept.num > header["reservoir_size"] or bool((kept.hash_N.diff() < 0).any()):
         raise ValueError(
             f"the reservoir must hold at most {header['reservoir_size']:,} tokens in order of their hashes"

@@ -181,7 +181,7 @@ def _sentence(
 
 
 def check_layer(data: CalibrationData, index: int, layer: str, found: Mapping[str, Any]) -> None:
-    """Check what a model says of a layer, by name of the field: of `LayerRecord`, or ``num_experts``.
+    """Check what a model says of a layer, by name of the field: of `CalibratedLayer`, or ``num_experts``.
 
     Raises
     ------

@@ -18,7 +18,7 @@ import torch
 
 from ..errors import CalibrationFileError
 from ..stats.nulls import GridNull
-from .data import GivenNulls, LayerRecord
+from .data import CalibratedLayer, GivenNulls
 from .pickled_arrays import read_arrays
 
 _NAME = re.compile(r"distribution_model_layer_(\d+)(.*)\.pkl")
@@ -106,7 +106,7 @@ def read_folder(folder: str | os.PathLike[str], num_experts: int = 64, variant: 
             f"distribution_model_layer_{missing[0]}{suffix}.pkl beside those of layers up to {max(files)}."
         )
     layers = tuple(
-        LayerRecord(
+        CalibratedLayer(
             path=f"layer {i}",
             experts_path=None,
             top_k=num_experts,

@@ -101,9 +101,9 @@ class LinearMaps:
         numbers = int(self.rank_L[index]) * self.mean_LEH.shape[-1]
         return numbers / max(int(self.expert_numbers_L[index]), 1e-300)
 
-    def compensation(self, index: int, strength: float) -> Compensation:
+    def compensation(self, index: int, scale: float) -> Compensation:
         """What runs in one layer."""
-        return Compensation.linear(**vars(self.layer(index)), strength=strength)
+        return Compensation.linear(**vars(self.layer(index)), scale=scale)
 
 
 @dataclass(frozen=True, eq=False)

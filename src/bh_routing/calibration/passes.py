@@ -28,7 +28,7 @@ from . import compensation_scale, third_pass
 from .calibration import Calibration
 from .checkpoint import Checkpoint, remove, settings_digest
 from .compensation_scale import SpreadWindows, measure_scale
-from .data import LayerRecord
+from .data import CalibratedLayer
 from .fingerprint import fingerprint, weights_key
 from .first_pass import FirstPass
 from .forwards import distributed, evaluating, frozen, gather, in_step, progress_bar
@@ -174,7 +174,7 @@ def calibrate(
         or getattr(getattr(model, "config", None), "name_or_path", "")
         or type(model).__name__,
         library_version=__version__,
-        layers=_records(plan),
+        layers=_layers(plan),
         num_experts=num_experts,
         histograms={},
         reservoir_size=reservoir,
@@ -319,9 +319,9 @@ def _plan(model: nn.Module) -> tuple[PatchPlan, tuple[str, ...]]:
     return plan, left_out
 
 
-def _records(plan: PatchPlan) -> tuple[LayerRecord, ...]:
+def _layers(plan: PatchPlan) -> tuple[CalibratedLayer, ...]:
     return tuple(
-        LayerRecord(
+        CalibratedLayer(
             path=layer.path,
             experts_path=layer.experts_path,
             top_k=layer.context.top_k,

@@ -82,7 +82,7 @@ def linear_dropping(model: nn.Module, plan: PatchPlan, calibration: Calibration)
 
 def at_scales(dropping: Dropping, batch: Batch) -> Iterator[Tensor]:
     """The routed model's logits at each of `bh_routing.calibration.compensation_scale.SCALES`."""
-    for dropping.strength in SCALES:
+    for dropping.scale in SCALES:
         logits_BSV = dropping.logits(batch)
         assert logits_BSV is not None
         yield logits_BSV
@@ -152,7 +152,7 @@ def predicted_outputs(fit: LinearFit, logits_TD: Tensor, experts_TK: Tensor) -> 
 
 
 def linear_addition(fit: LinearFit) -> Addition:
-    """The linear compensation at full strength."""
+    """The linear compensation at full scale."""
 
     def add(logits_TD: Tensor, weights_TK: Tensor, dropped_TK: Tensor, experts_TK: Tensor) -> Tensor:
         lost_TK = weights_TK.masked_fill(~dropped_TK, 0.0).float()

@@ -21,7 +21,7 @@ z the raw router logits, each clamped to its calibrated range, one that is not f
 mu. A dropped pair costs R / (3 I) of an expert, I its intermediate size. m and A have 16 bits; products of them are
 summed in float32.
 
-All of it is multiplied by one strength, which a calibration measures: the squared error of a layer's output is least
+All of it is multiplied by one scale, which a calibration measures: the squared error of a layer's output is least
 at 1, the model's predictions are nearest to its own at less.
 """
 
@@ -77,7 +77,7 @@ class Compensation(ABC):
         whiten_DR: Tensor,
         mean_EH: Tensor,
         slope_ERH: Tensor,
-        strength: float = 1.0,
+        scale: float = 1.0,
     ) -> LinearCompensation:
         """From mu, the calibrated range of the logits, W, m and A, of any dtype; rank 0 is m alone."""
         maps_EQH = torch.cat((mean_EH.unsqueeze(1), slope_ERH.to(mean_EH)), 1)
@@ -91,7 +91,7 @@ class Compensation(ABC):
             one_Q=one_Q,
             maps_EQH=maps_EQH.to(torch.bfloat16).contiguous(),
         )
-        return made if strength == 1.0 else made.scaled(strength)
+        return made if scale == 1.0 else made.scaled(scale)
 
     @abstractmethod
     def addition(self, decision: RoutingDecision) -> Tensor | None:
@@ -213,7 +213,7 @@ class LinearCompensation(Compensation):
     low_D, high_D, center_D : Tensor
         float64: the calibrated range of the logits, and mu.
     whiten_DQ, one_Q : Tensor
-        float64: the regressors are ``one + (z - mu) @ whiten``, the strength in both; the first is the mean's.
+        float64: the regressors are ``one + (z - mu) @ whiten``, the scale in both; the first is the mean's.
     maps_EQH : Tensor
         bfloat16: m_e, then A_e.
     """
@@ -255,7 +255,7 @@ class LinearCompensation(Compensation):
         return looped(self.maps_EQH, lambda: self.regressors(logits_TD), decision)
 
     def regressors(self, logits_TD: Tensor) -> Tensor:
-        """1 and z~, times the strength, float64 [T, Q]."""
+        """1 and z~, times the scale, float64 [T, Q]."""
         # In float64, which neither autocast nor TF32 shortens: whitening takes differences of large logits.
         z_TD = logits_TD.double()
         known_TD = torch.clamp(z_TD, self.low_D, self.high_D) - self.center_D

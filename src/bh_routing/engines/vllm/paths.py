@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING
 from ...errors import CalibrationMismatchError
 
 if TYPE_CHECKING:
-    from ...calibration.data import LayerRecord
+    from ...calibration.data import CalibratedLayer
 
 
-def match_layer(name: str, layers: Sequence[LayerRecord]) -> int:
+def match_layer(name: str, layers: Sequence[CalibratedLayer]) -> int:
     """Index of the calibrated layer that a vLLM layer is.
 
     Among the layers whose numbers agree (``3`` in the paths above) the one whose path of the experts has the longest
@@ -25,7 +25,7 @@ def match_layer(name: str, layers: Sequence[LayerRecord]) -> int:
     ----------
     name : str
         vLLM's name of the experts' layer.
-    layers : sequence of LayerRecord
+    layers : sequence of CalibratedLayer
         Of the calibration.
 
     Raises
@@ -35,8 +35,8 @@ def match_layer(name: str, layers: Sequence[LayerRecord]) -> int:
 
     Examples
     --------
-    >>> from bh_routing.calibration.data import LayerRecord
-    >>> layers = [LayerRecord(path=f"model.layers.{i}.mlp.gate", experts_path=f"model.layers.{i}.mlp.experts",
+    >>> from bh_routing.calibration.data import CalibratedLayer
+    >>> layers = [CalibratedLayer(path=f"model.layers.{i}.mlp.gate", experts_path=f"model.layers.{i}.mlp.experts",
     ...                       top_k=8, score_func="softmax", route_norm="none") for i in range(12)]
     >>> match_layer("language_model.model.layers.11.mlp.experts", layers)
     11
