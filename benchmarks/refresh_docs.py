@@ -19,7 +19,7 @@ from pathlib import Path
 from pages import refresh_outputs, write_block
 
 ROOT = Path(__file__).parent.parent
-PROGRAMS = ("README.md", "docs/quickstart.md", "docs/extending.md")
+PROGRAMS = ("README.md", "docs/quickstart.md", "docs/price.md", "docs/extending.md")
 
 
 def printed(*argv: str) -> str:

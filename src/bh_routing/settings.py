@@ -453,6 +453,14 @@ class RoutingSettings:
         own = sum(layer.top_k for layer in calibration.layers) / calibration.num_layers
         return 0 if sum(budgets) / len(budgets) <= own / 4 else 1
 
+    def least_loaded(self, calibration: Calibration) -> int:
+        """How many of a token's experts a price loads whatever they are worth: `least_kept`, but 0 with a linear compensation.
+
+        A number that was given as ``min_k`` holds.
+        """
+        linear = self.min_k is None and self.form(calibration) == "linear"
+        return 0 if linear else self.least_kept(calibration)
+
     def features(self, calibration: Calibration | None) -> list[Feature]:
         """What these settings ask of an engine (`bh_routing.support`); not widening, which the model's own number decides."""
         from .stats.procedures import get_procedure
@@ -540,6 +548,7 @@ class RoutingSettings:
             calibration.settings(compensated=self.form(calibration), **self.null_settings),
             distinct_experts=self.distinct_experts,
             price_load=self.price_load,
+            first=self.least_loaded(calibration),
             resident=self.resident,
             min_k=policy.min_k,
             max_k=policy.max_k,
@@ -565,6 +574,7 @@ class RoutingSettings:
             policy.min_k = new.min_k  # None means one thing at one budget and another at another
             policy.set_table(new.table)
             if isinstance(policy, PricePolicy) and isinstance(new, PricePolicy):
+                policy.first = new.first
                 policy.set_prices(new.prices)
         elif isinstance(policy, PValuePolicy) and isinstance(new, PValuePolicy):
             policy.set_alpha(new.alpha)

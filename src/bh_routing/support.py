@@ -47,7 +47,7 @@ SUPPORT: dict[Feature, tuple[str, tuple[str, ...]]] = {
     "min_k = 0": ("tokens without any expert", _EVERYWHERE),
     "price": (
         "`distinct_experts=`, `price_load=`: what the sequences of a decoding step read together",
-        (_YES, _OTHER, _OTHER, _NO, _NO),
+        (_YES, _OTHER, _OTHER, _YES, _NO),
     ),
     "phases": ("`phases=`: prefill and decoding apart", (_YES, _YES, _YES, _YES, _NO)),
     "levels per request": (

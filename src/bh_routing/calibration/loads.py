@@ -100,7 +100,7 @@ class LoadBudget:
             if math.inf in prices:
                 logger.warning(
                     "distinct_experts=%g is less than the %.3g experts per layer that steps of %d sequences load first, whatever "
-                    "they cost; min_k=0, with a compensation, loads nothing first.",
+                    "they are worth; with a compensation min_k=0 loads nothing first.",
                     self.loads,
                     max(reached),
                     tokens,
@@ -141,7 +141,7 @@ def solve_price(worth: Tensor, loads: float) -> tuple[float, float]:
 
 
 def load_budget(
-    data: CalibrationData, loads: float, table: DecisionTable, limits: Limits, *, one_price: bool
+    data: CalibrationData, loads: float, table: DecisionTable, limits: Limits, *, first: int, one_price: bool
 ) -> LoadBudget:
     """The prices of a budget of loads for a table's policy; ``one_price`` as in `LoadBudget`.
 
@@ -168,7 +168,7 @@ def load_budget(
         statistic_NK = statistic_NE.gather(-1, own_NK)
         ranking = rank_by_table(statistic_NK, table.thresholds_LE[index], rule=table.rule, limits=limits)
         lost_N1 = torch.zeros(reservoir.num, 1, dtype=torch.bool)
-        keep_NK, first_NK = ranking.kept().keep_TK, first_of(ranking, int(limits.min_k), lost_N1)
+        keep_NK, first_NK = ranking.kept().keep_TK, first_of(ranking, first, lost_N1)
         worth_NK = (2.0 * statistic_NK).exp().masked_fill(first_NK, torch.inf).masked_fill(~keep_NK, 0.0)
         worths.append(worth_NK)
         experts.append(own_NK)
@@ -205,6 +205,7 @@ def price_policy(
     *,
     distinct_experts: float | None,
     price_load: float | None,
+    first: int,
     resident: Any = None,
     **limits: Any,
 ) -> PricePolicy:
@@ -218,6 +219,8 @@ def price_policy(
         Of the statistic.
     distinct_experts, price_load : float
         One of the two.
+    first : int
+        As in `PricePolicy`.
 
     Raises
     ------
@@ -231,7 +234,9 @@ def price_policy(
     if price_load is None:
         assert distinct_experts is not None
         policy = TablePolicy(table, **limits)
-        prices: Any = load_budget(data, distinct_experts, table, policy.limits, one_price=comparable)
+        prices: Any = load_budget(
+            data, distinct_experts, table, policy.limits, first=first, one_price=comparable
+        )
     elif price_load and not comparable:
         raise InvalidParameterError(
             f"price_load={price_load:g} is one price for the whole model, which needs sizes in the units of the loss "
@@ -240,4 +245,4 @@ def price_policy(
         )
     else:
         prices = FixedPrice(price_load, data.num_layers)
-    return PricePolicy(table, prices=prices, resident=resident, **limits)
+    return PricePolicy(table, prices=prices, first=first, resident=resident, **limits)

@@ -29,7 +29,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=common.whole(1),
         action="append",
         metavar="T",
-        help="tokens per forward, 1 is decoding; several times (default: 1, 8, 64 and 512)",
+        help="tokens per forward, 1 is decoding; several times (default: 64 and 512)",
+    )
+    parser.add_argument(
+        "--sequences",
+        type=common.whole(1),
+        action="append",
+        metavar="B",
+        help="decode so many sequences together; several times (default: 1, 4, 16 and 64)",
+    )
+    parser.add_argument(
+        "--loads",
+        type=common.positive,
+        action="append",
+        metavar="N",
+        help="of these: experts that a layer reads in a step; several times (default: 3/8 of its own; needs a calibration)",
     )
     common.add_number(parser, "rounds", "rounds", default=7)
     parser.add_argument("--text", metavar="FILE", help="UTF-8 text to run on (default: the bundled one)")
@@ -51,12 +65,15 @@ def run(args: argparse.Namespace) -> None:
     from ..text import TextFile
 
     model, tokenizer = load_model(args.model, device=args.device, dtype=args.dtype)
-    tokens = sorted(set(args.tokens or (1, 8, 64, 512)))
+    neither = args.tokens is None and args.sequences is None
+    tokens = sorted(set((64, 512) if neither else args.tokens or ()))
+    sequences = sorted(set((1, 4, 16, 64) if neither else args.sequences or ()))
     text = sample_text() if args.text is None else TextFile(args.text).read()
-    needed = max(*tokens, bench.CONTEXT)
+    needed = max(*tokens, bench.CONTEXT, *(min(4096, 64 * count) for count in sequences))
     ids = tokenizer(text[: 8 * needed])["input_ids"][:needed]
     input_ids = torch.tensor([ids], device=model.device)
-    top_k = max(context.top_k for context in make_plan(model).contexts)
+    contexts = make_plan(model).contexts
+    top_k = max(context.top_k for context in contexts)
     budgets = args.experts or sorted({max(1.0, top_k * share) for share in (0.75, 0.5, 0.25)}, reverse=True)
     torch.manual_seed(args.seed)
     variants: dict[str, RoutingIntegration]
@@ -67,9 +84,23 @@ def run(args: argparse.Namespace) -> None:
             f"{n:g} experts": BHRoutingIntegration(model, calibration=calibration, experts_per_token=n)
             for n in budgets
         }
-    results = bench.measure(model, variants, input_ids, tokens, rounds=args.rounds)
-    stock = {r.tokens: r for r in results if r.variant == "stock"}
-    figures = [r.figures(stock[r.tokens]) for r in results]
+    results = bench.measure(model, variants, input_ids, tokens, rounds=args.rounds) if tokens else []
+    if sequences:
+        if args.experts is None and len(budgets) > 1:  # the half beside the loads
+            variants = dict([list(variants.items())[1]])
+        if calibration is not None:
+            for n in args.loads or [max(1, 3 * max(context.num_experts for context in contexts) // 8)]:
+                variants[f"{n:g} loads"] = BHRoutingIntegration(
+                    model, calibration=calibration, distinct_experts=n
+                )
+        results += bench.measure(model, variants, input_ids, sequences=sequences, rounds=args.rounds)
+    stock = {(r.tokens, r.sequences): r for r in results if r.variant == "stock"}
+    figures = [r.figures(stock[r.tokens, r.sequences]) for r in results]
+    if calibration is not None and args.text is not None:
+        for count in sequences:
+            kl = bench.divergences(model, variants, input_ids, count)
+            for row in figures:
+                row |= {"kl": kl[row["variant"]]} if row["sequences"] == count else {}
     if args.json:
         print(
             json.dumps(
@@ -82,21 +113,23 @@ def run(args: argparse.Namespace) -> None:
         common.print_text(
             "Without a calibration: a threshold per layer sets the number of experts, for timing only."
         )
-    for count in tokens:
-        title = "Decoding, one token at a time" if count == 1 else f"{count} tokens per forward"
-        held = [f for f in figures if f["tokens"] == count]
-        rows = [[name, *(format(f[key], style) for f in held)] for name, key, style in ROWS]
+    for count, together in stock:
+        title = f"{count} tokens per forward" if together is None else f"Decoding {count} sequences together"
+        title = "Decoding, one token at a time" if together == 1 else title
+        held = [f for f in figures if (f["tokens"], f["sequences"]) == (count, together)]
+        rows = [[name, *(format(f[key], style) for f in held)] for name, key, style in ROWS if key in held[0]]
         print_table(title, ["", *(f["variant"] for f in held)], rows)
 
 
 ROWS = (
+    ("KL to the model itself, nats per token", "kl", ".4f"),
     ("experts per token and layer", "experts_per_token", ".2f"),
     ("tokens per second", "tokens_per_second", ",.4g"),
     ("  time, ratio to stock", "forward_ratio", ".2f"),
     ("MoE layer (router, decision, experts), ms", "layer_ms", ".3g"),
     ("  ratio to stock", "layer_ratio", ".2f"),
     ("  share of decision and statistics", "decision_share", ".1%"),
-    ("experts of a layer that have a token", "distinct_experts", ".1f"),
+    ("experts of a layer that are read", "distinct_experts", ".1f"),
     ("their weights, MB", "megabytes", ".3g"),
     ("  ratio: bound where memory bounds", "bytes_ratio", ".2f"),
     ("operations of a layer, MFLOP", "megaflops", ".4g"),

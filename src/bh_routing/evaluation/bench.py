@@ -12,6 +12,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
+from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import partial
 from statistics import median
@@ -24,10 +25,12 @@ from ..decision.table import DecisionTable
 from ..errors import InvalidInputError, InvalidParameterError
 from ..integration import RoutingIntegration
 from ..patching import PatchPlan, make_plan
+from ..patching.calls import as_steps
 from ..patching.expert_math import left_out
 from ..patching.forward import CACHES
 from ..patching.instance import find_patch
 from ..policies import TablePolicy
+from ..stats.divergence import kl_divergence
 from ..stats.statistic import base_statistic
 from .routing_log import log_routing
 
@@ -40,6 +43,8 @@ class Result:
 
     Attributes
     ----------
+    sequences : int or None
+        That were decoded together; None for a prompt.
     seconds : list of float
         Of whole forwards, one per round; rounds of all variants are paired.
     layer_seconds, decision_seconds : list of float
@@ -54,6 +59,7 @@ class Result:
 
     variant: str
     tokens: int
+    sequences: int | None = None
     seconds: list[float] = field(default_factory=list)
     layer_seconds: list[float] = field(default_factory=list)
     decision_seconds: list[float] = field(default_factory=list)
@@ -68,6 +74,7 @@ class Result:
         return {
             "variant": self.variant,
             "tokens": self.tokens,
+            "sequences": self.sequences,
             "tokens_per_second": self.tokens / median(self.seconds),
             "forward_ratio": paired_ratio(self.seconds, stock.seconds),
             "layer_ms": layer * 1e3,
@@ -139,8 +146,9 @@ def measure(
     model: nn.Module,
     variants: dict[str, RoutingIntegration],
     input_ids: Tensor,
-    tokens: Sequence[int],
+    tokens: Sequence[int] = (),
     *,
+    sequences: Sequence[int] = (),
     rounds: int = 7,
     steps: int = 8,
 ) -> list[Result]:
@@ -154,14 +162,18 @@ def measure(
         int64 [1, S], at least as many as the largest of ``tokens`` and `CONTEXT`.
     tokens : sequence of int
         1 is decoding with a cache, ``steps`` tokens per round; more is one forward without.
+    sequences : sequence of int
+        Decoding so many sequences at a time, each from a place of its own in the text.
     """
-    needed = max(*tokens, CONTEXT)
+    needed = max((*tokens, CONTEXT))
     if input_ids.shape[1] < needed:
         raise InvalidInputError(f"bench needs a text of at least {needed} tokens, got {input_ids.shape[1]}.")
     plan = make_plan(model)
     results: list[Result] = []
-    for count in tokens:
-        row = {name: Result(name, count) for name in ("stock", *variants)}
+    decoded = [1] * (1 in tokens) + list(sequences)
+    for count, together in [(n, n) for n in decoded] + [(n, None) for n in tokens if n > 1]:
+        row = {name: Result(name, count, together) for name in ("stock", *variants)}
+        prompt = None if together is None else _prompt(model, input_ids, together)
         for instrumented in (False, True):
             for turn in range(rounds + 1):
                 names = list(row)
@@ -170,7 +182,11 @@ def measure(
                     integration = variants.get(name)
                     work = _Work(plan, patched=integration is not None) if instrumented else None
                     with integration or nullcontext():
-                        seconds = _time(model, input_ids, count, steps, turn * steps, work)
+                        if prompt is None:
+                            seconds = _time(model, input_ids[:, :count], work)
+                        else:
+                            tokens_BS = places(input_ids, count, CONTEXT + turn * steps, steps)
+                            seconds = _time_decoding(model, tokens_BS, deepcopy(prompt), work)
                     if turn == 0:
                         continue  # warm-up
                     if work is None:
@@ -181,29 +197,41 @@ def measure(
     return results
 
 
-def _time(
-    model: Any, input_ids: Tensor, tokens: int, steps: int, first: int, work: _Work | None
-) -> list[float]:
-    """Seconds of one forward, or of each of ``steps`` decoding steps over the text's tokens from ``first`` on.
+def _time(model: Any, input_ids: Tensor, work: _Work | None) -> list[float]:
+    """Seconds of one forward."""
+    with work.watched() if work else nullcontext():
+        start = _now(input_ids.device)
+        model(input_ids=input_ids, use_cache=False)
+        return [_now(input_ids.device) - start]
+
+
+def places(input_ids: Tensor, sequences: int, first: int, length: int) -> Tensor:
+    """So many stretches of a text [1, S], int64 [B, length]: evenly spread, from position ``first`` of each on, round its end."""
+    size = input_ids.shape[1]
+    starts_B = torch.arange(sequences, device=input_ids.device) * size // sequences + first
+    return input_ids[0, (starts_B.unsqueeze(1) + torch.arange(length, device=input_ids.device)) % size]
+
+
+def _prompt(model: Any, input_ids: Tensor, sequences: int) -> dict[str, Any]:
+    """The cache of so many sequences, by the name that the model's forward has for it."""
+    output = model(input_ids=places(input_ids, sequences, 0, CONTEXT), use_cache=True)
+    cache = next(name for name in CACHES if name in output)
+    return {cache: output[cache]}
+
+
+def _time_decoding(model: Any, tokens_BS: Tensor, cache: dict[str, Any], work: _Work | None) -> list[float]:
+    """Seconds of each of S decoding steps of B sequences behind a cache.
 
     The greedy choice is computed, but the text goes on as it is: all variants decode the same tokens.
     """
     seconds = []
-    if tokens > 1:
-        with work.watched() if work else nullcontext():
-            start = _now(input_ids.device)
-            model(input_ids=input_ids[:, :tokens], use_cache=False)
-            return [_now(input_ids.device) - start]
-    output = model(input_ids=input_ids[:, :CONTEXT], use_cache=True)
-    cache = next(name for name in CACHES if name in output)
     with work.watched() if work else nullcontext():
-        for step in range(first, first + steps):
-            column = step % input_ids.shape[1]
-            token = input_ids[:, column : column + 1]
-            start = _now(input_ids.device)
-            output = model(input_ids=token, use_cache=True, **{cache: output[cache]})
+        for token_B1 in tokens_BS.split(1, dim=-1):
+            start = _now(token_B1.device)
+            output = model(input_ids=token_B1, use_cache=True, **cache)
             output.logits[:, -1].argmax(-1)
-            seconds.append(_now(input_ids.device) - start)
+            seconds.append(_now(token_B1.device) - start)
+            cache = {name: output[name] for name in cache}
     return seconds
 
 
@@ -211,6 +239,21 @@ def _now(device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
+
+
+@torch.inference_mode()
+def divergences(
+    model: Any, variants: dict[str, RoutingIntegration], input_ids: Tensor, sequences: int, length: int = 128
+) -> dict[str, float]:
+    """KL(own || routed) of every variant in nats per token, so many stretches of the text decoded in step."""
+    ids_BS = places(input_ids, sequences, 0, min(length, input_ids.shape[1]))
+    own_BSV = model(input_ids=ids_BS, use_cache=False).logits.float().log_softmax(-1)
+    found = {"stock": 0.0}
+    for name, integration in variants.items():
+        with integration, as_steps():
+            routed_BSV = model(input_ids=ids_BS, use_cache=False).logits.float().log_softmax(-1)
+        found[name] = float(kl_divergence(own_BSV, routed_BSV).mean())
+    return found
 
 
 class _Work:
@@ -284,4 +327,12 @@ class _Work:
             setattr(result, name, held + (value - held) / len(result.layer_seconds))
 
 
-__all__ = ["CONTEXT", "Result", "measure", "paired_ratio", "threshold_for", "threshold_variants"]
+__all__ = [
+    "CONTEXT",
+    "Result",
+    "divergences",
+    "measure",
+    "paired_ratio",
+    "threshold_for",
+    "threshold_variants",
+]

@@ -53,6 +53,9 @@ class PricePolicy(TablePolicy):
         As in `TablePolicy`; no widening.
     prices : Prices
         What a load costs.
+    first : int, optional
+        How many of a token's experts are loaded whatever they are worth, its best ones. Default: min_k. 0, where a
+        compensation stands in, lifts the floor under the loads of large steps.
     resident : mapping of router path to bool [E], or callable of the path that gives one, optional
         Experts whose loads are free. A callable is asked at every step.
     """
@@ -61,10 +64,17 @@ class PricePolicy(TablePolicy):
     batch_invariant = False
 
     def __init__(
-        self, table: DecisionTable, *, prices: Prices, resident: Resident | None = None, **limits: Any
+        self,
+        table: DecisionTable,
+        *,
+        prices: Prices,
+        first: int | None = None,
+        resident: Resident | None = None,
+        **limits: Any,
     ) -> None:
         super().__init__(table, **limits)
         self.prices, self.resident = prices, resident
+        self.first = self.min_k if first is None else first
         self._price: dict[int, dict[str, Tensor]] = {}  # by tokens of a step, then by path
         self._priced_contexts: list[RoutingContext] = []
 
@@ -145,7 +155,7 @@ class PricePolicy(TablePolicy):
         keep_TK = kept.keep_TK | lost_T1
         priced = price_loads(
             keep_TK,
-            first_of(ranking, self.min_k, lost_T1),
+            first_of(ranking, self.first, lost_T1),
             (2.0 * own_TK).exp(),
             own_experts_TK,
             shape=step.shape,
@@ -168,4 +178,5 @@ class PricePolicy(TablePolicy):
         return replace(decision, shared_TK=priced.shared_TK, resident_E=resident_E)
 
     def describe(self) -> dict[str, Any]:
-        return super().describe() | {"prices": repr(self.prices), "resident": self.resident is not None}
+        told = {"prices": repr(self.prices), "first": self.first, "resident": self.resident is not None}
+        return super().describe() | told

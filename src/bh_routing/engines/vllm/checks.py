@@ -83,6 +83,29 @@ def check_step(config: Any, what: str) -> None:
         )
 
 
+def check_price(config: Any) -> None:
+    """Refuse a price on loads where a step is not known, may not matter, or is recorded once for all.
+
+    Raises
+    ------
+    UnsupportedModelError
+    """
+    from vllm import envs
+
+    check_step(config, "a price on loads")
+    if envs.VLLM_BATCH_INVARIANT:
+        raise UnsupportedModelError(
+            "a price on loads makes a token's output depend on the other sequences of its step, which vLLM's batch-invariant mode "
+            "(VLLM_BATCH_INVARIANT) excludes; leave one of the two out."
+        )
+    device = config.device_config.device_type
+    if device != "cpu" and not config.model_config.enforce_eager:
+        raise UnsupportedModelError(
+            f"a price on loads is solved for the number of sequences in a step, which a graph that was captured on {device} does not "
+            "know; start with --enforce-eager."
+        )
+
+
 def read_facts(runner: Any) -> LayerFacts:
     """What a runner says about its router.
 

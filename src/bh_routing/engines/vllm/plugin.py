@@ -28,6 +28,7 @@ from .checks import (
     check_engine,
     check_folder,
     check_monolithic,
+    check_price,
     check_step,
     check_version,
     check_weights,
@@ -130,6 +131,8 @@ def prepare(config: Any) -> None:
     check_version()
     check_engine(config)
     check_folder(settings, config.model_config.model)
+    if settings.priced:
+        check_price(config)
     EngineRouting(settings)  # loads, solves the budget; made anew in each worker
     _write(config, settings)
     if settings.under_load is not None:
@@ -170,6 +173,8 @@ def attach(runner: Any, config: Any) -> None:
     if settings is None:
         return
     check_engine(config)
+    if settings.priced:
+        check_price(config)
     from . import ops
 
     engine = engine_of(config)
@@ -218,6 +223,9 @@ def finish(config: Any, model: torch.nn.Module, device: torch.device, model_runn
             )
     if not partial:
         engine.check_complete()
+    modules = dict(model.named_modules())
+    for layer in engine.layers:
+        layer.weigh(modules.get(layer.facts.name))
     engine.bind(device, 0 if step_obstacle(config) else config.scheduler_config.max_num_seqs)
     engine.book = None if engine.levels is None else LevelBook(engine.levels)
     engine.step = watch(model_runner, device, engine.book)

@@ -23,6 +23,7 @@ from ... import support
 from ...calibration.calibration import Calibration
 from ...calibration.fingerprint import check_complete, check_layer
 from ...decision.compensation import Compensation, compensated_norm
+from ...decision.price import Step as SharedLoads
 from ...decision.types import RouteNorm, RoutingDecision
 from ...errors import CalibrationMismatchError, InvalidParameterError, UnsupportedModelError
 from ...policies import LevelsPolicy, PhasePolicy, RoutingContext, RoutingPolicy, TablePolicy
@@ -80,6 +81,11 @@ class LayerRouting:
         self.added_TH: Tensor | None = None  # of the call in progress
         self.phases: PhaseCounts | None = None
         self.pairs = 0  # (token, expert) pairs computed by the ragged path, warm-up not counted
+
+    def weigh(self, experts: torch.nn.Module | None) -> None:
+        """Take down what one expert of this rank takes in memory."""
+        held = 0 if experts is None else sum(p.nbytes for p in experts.parameters())
+        self.context = replace(self.context, expert_bytes=held // self.facts.num_experts)
 
     def route(
         self, logits_TE: Tensor, weights_TK: Tensor, experts_TK: Tensor, *, count: bool
@@ -278,7 +284,12 @@ class EngineRouting:
         weights = str(self.layers[0].facts.dtype).removeprefix("torch.") if self.layers else ""
         if sentence := self.settings.elsewhere(self.calibration, weights, "vLLM"):
             logger.warning("%s", sentence)
-        if requests and self.settings.top_k is None and isinstance(self.policy, TablePolicy):
+        if (
+            requests
+            and self.settings.top_k is None
+            and isinstance(self.policy, TablePolicy)
+            and not self.settings.priced
+        ):
             self.levels = LevelsPolicy(self.policy, self.policy, requests)
             self.levels.bind_rows(contexts)
         if self.settings.collect_stats:
@@ -294,6 +305,8 @@ class EngineRouting:
         step = self.step
         if step is None:
             return context
+        if self.settings.priced:
+            return self._in_step(context, step, tokens)
         by_phase = isinstance(self.policy, PhasePolicy)
         if context.device.type != "cuda" and not step.leveled and not by_phase:
             return context  # on the host all is known, and nothing is recorded
@@ -304,6 +317,17 @@ class EngineRouting:
             mask_T=phase_T != PADDING if context.device.type == "cuda" else None,
             decode_T=phase_T >= DECODE if by_phase else None,
         )
+
+    def _in_step(self, context: RoutingContext, step: Step, tokens: int) -> RoutingContext:
+        """The context of a call whose decoding tokens, one of each of their sequences, share what they load."""
+        if not step.decoding:
+            return context
+        _, phase_T, _ = step.at(tokens)
+        padding_T, priced_T = phase_T == PADDING, None
+        if step.decoding < step.tokens:  # beside pieces of prompts; what padding gets is what is loaded
+            priced_T = (phase_T == DECODE) | padding_T
+        shared = SharedLoads(shape=(tokens, 1), tokens=step.decoding, priced_T=priced_T)
+        return replace(context, step=shared, mask_T=~padding_T if tokens > step.tokens else None)
 
     # -- while it runs -----------------------------------------------------------------------------------
 
@@ -318,14 +342,21 @@ class EngineRouting:
         return self.settings.budget(self.calibration)
 
     def set_level(
-        self, *, alpha: Any = None, experts_per_token: Any = None, max_kl: Any = None, agreement: Any = None
+        self,
+        *,
+        alpha: Any = None,
+        experts_per_token: Any = None,
+        max_kl: Any = None,
+        agreement: Any = None,
+        distinct_experts: Any = None,
+        price_load: Any = None,
     ) -> None:
-        """Another level, budget or certified loss, in the same buffers: nothing is compiled anew.
+        """Another level, budget or certified loss, or price, in the same buffers: nothing is compiled anew.
 
         Raises
         ------
         InvalidParameterError, BudgetError
-            Unless exactly one of them is given and can be served; nothing has changed then.
+            As `RoutingSettings.with_level` says, or if it cannot be served; nothing has changed then.
         """
         if self.settings.top_k is not None:
             raise InvalidParameterError(
@@ -337,6 +368,8 @@ class EngineRouting:
             experts_per_token=_budget(experts_per_token),
             max_kl=number("max_kl", max_kl),
             agreement=number("agreement", agreement),
+            distinct_experts=number("distinct_experts", distinct_experts),
+            price_load=number("price_load", price_load),
         )
         assert self.policy is not None
         with _plain_tensors():

@@ -63,6 +63,14 @@ class Settings(RoutingSettings):
                 f"under_load must be a number of experts above 0 and below experts_per_token, got under_load={least!r} and "
                 f"experts_per_token={most!r}."
             )
+        if self.priced and self.top_k is not None:
+            raise InvalidParameterError(
+                f"a price on loads needs a calibration's drop losses, which top_k={self.top_k} does not look at; leave top_k out."
+            )
+        if self.resident is not None:
+            raise InvalidParameterError(
+                "resident has no meaning in vLLM, which holds all experts; leave it out."
+            )
         if self.skip != "auto":
             raise InvalidParameterError(
                 f"skip={self.skip!r} has no meaning in vLLM, which says by ragged what is computed; leave it out."

@@ -40,7 +40,7 @@ class WorkerExtension:
         return {"rank": self.rank, "reset": True}
 
     def bh_routing_set(self, **level: Any) -> dict[str, Any]:
-        """Another ``alpha``, ``experts_per_token``, ``max_kl`` or ``agreement`` from the next step on; answers with the level that is in use then."""
+        """Another ``alpha``, ``experts_per_token``, ``max_kl``, ``agreement``, ``distinct_experts`` or ``price_load`` from the next step on; answers with what is in use then."""
         engine = engine_of(self.vllm_config)
         if engine is None:
             return _not_configured(self.rank)
