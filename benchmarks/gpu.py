@@ -1,10 +1,13 @@
-"""Check and time what runs on a GPU: the fused decision, the grouped experts, compilation, CUDA graphs.
+"""Check and time what runs on a GPU: the fused decision, the grouped experts, compensation, price, compilation, CUDA graphs.
 
     python benchmarks/gpu.py                  # on a CUDA device; writes benchmarks/results/gpu-NAME-DATE.md
     python benchmarks/gpu.py --device cpu     # the same checks, small, the kernel in Triton's interpreter
 
 Every check says what it compared; the first that fails ends the run. Times are medians of calls in turn (events on a
-GPU), after the checks.
+GPU), after the checks; ratios are to what transformers runs there by itself: `batched_mm` in decoding (``generate``
+moves to it), `grouped_mm` in prefill. It takes about ten minutes.
+
+Over 350 lines: the checks in the order of a layer, each with its timing.
 """
 
 from __future__ import annotations
@@ -24,6 +27,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is imported
 
+from gpu_layers import check_compensation, check_price, decided, linear_compensation, with_loads
 from machine import describe_machine
 from pages import markdown_table
 from torch import Tensor
@@ -31,6 +35,7 @@ from transformers import OlmoeConfig, OlmoeForCausalLM
 
 from bh_routing import DecisionTable, RoutingIntegration, TablePolicy, TopKPolicy
 from bh_routing.decision import select_triton as triton_decide
+from bh_routing.decision.linear_products import grouped
 from bh_routing.decision.select import decide_by_table
 from bh_routing.decision.types import TableSettings
 from bh_routing.evaluation.bench import threshold_variants
@@ -253,33 +258,50 @@ def check_experts(d: Device) -> str:
     return f"grouped products: within {worst:.1e} of the largest value; all slots kept: bit-identical to grouped_mm"
 
 
+DECODING = 64  # tokens of a step, at most
+
+
 def time_experts(d: Device) -> str:
-    """One layer's experts at top-8 and at a mean of 4.0."""
+    """One layer's experts: all eight, a mean of 4.0 with and without compensation, and half of the loads."""
     experts = make_model(d, 1).model.layers[0].mlp.experts
     config = experts.config
+    held = linear_compensation(d)
     rows = []
     for tokens in d.tokens:
         full, half = routed(d, tokens, 1.0), routed(d, tokens, 0.5)
+        decision = decided(d, tokens, 1, TOP_K)
 
         def stock(name: str, full: tuple[Tensor, ...] = full) -> Tensor:
             config._experts_implementation = name
             return experts(*full)
 
-        names = [name for name in ("grouped_mm", "batched_mm") if name == "grouped_mm" or tokens <= 64]
-        calls: dict[str, Callable[[], Any]] = {name: (lambda name=name: stock(name)) for name in names}
+        def compensated(half: tuple[Tensor, ...] = half, decision: Any = decision) -> Tensor:
+            out_TH = grouped_forward(experts, *half)
+            return out_TH + grouped(held.maps_EQH, held.regressors(decision.logits_TE), decision).to(
+                out_TH.dtype
+            )
+
+        base = "batched_mm" if tokens <= DECODING else "grouped_mm"
+        calls: dict[str, Callable[[], Any]] = {base: lambda base=base: stock(base)}
         calls["ours, 8"] = lambda full=full: grouped_forward(experts, *full)
         calls["ours, 4.0"] = lambda half=half: grouped_forward(experts, *half)
+        calls["ours, 4.0, linear compensation"] = compensated
+        loads = len(full[1].unique())
+        if 1 < tokens <= DECODING:
+            priced = (full[0], *with_loads(full[1], full[2], max(1, loads // 2), d.experts))
+            calls[f"ours, {loads // 2} of {loads} loads"] = lambda priced=priced: grouped_forward(
+                experts, *priced
+            )
         launched = d.microseconds(calls)
         graphs = d.microseconds({name: d.in_graph(call) for name, call in calls.items()})
-        fastest, fastest_graph = (min(t[name] for name in names) for t in (launched, graphs))
         for name in calls:
             rows.append(
                 [
                     f"T = {tokens:,}, {name}",
                     f"{launched[name]:,.0f}",
-                    f"{launched[name] / fastest:.2f}",
+                    f"{launched[name] / launched[base]:.2f}",
                     f"{graphs[name]:,.0f}",
-                    f"{graphs[name] / fastest_graph:.2f}",
+                    f"{graphs[name] / graphs[base]:.2f}",
                 ]
             )
     return markdown_table(["experts of one layer", "launched, µs", "ratio", "CUDA graph, µs", "ratio"], rows)
@@ -373,7 +395,14 @@ def main() -> None:
     d = Device(args.device)
     where = torch.cuda.get_device_name(d.device) if d.gpu else "CPU, Triton's interpreter"
     lines = [f"# {where}, {datetime.date.today().isoformat()}", ""]
-    for check in (check_kernel, check_experts, check_model):
+    checks: list[Callable[[Device], str]] = [
+        check_kernel,
+        check_experts,
+        lambda d: check_compensation(d, make_model(d, 1).model.layers[0].mlp.experts, TOP_K),
+        lambda d: check_price(d, TOP_K),
+        check_model,
+    ]
+    for check in checks:
         lines.append(f"- ok: {check(d)}.")
         print(lines[-1], flush=True)
     if not args.no_times:

@@ -405,9 +405,34 @@ def test_inspect_model(run, loaded, monkeypatch, columns):
     assert (result.code, result.err) == (0, "")
     rows = [line.split() for line in result.out.splitlines() if "gate" in line]
     assert rows == [
-        [f"model.layers.{i}.mlp.gate", "OlmoeTopKRouter", "64", "8", "softmax", "none", "yes"]
+        [
+            f"model.layers.{i}.mlp.gate",
+            *(["OlmoeTopKRouter"] if columns == "100" else []),
+            "64",
+            "8",
+            "softmax",
+            "none",
+            "yes",
+            "skipped",
+        ]
         for i in range(4)
     ]
+
+
+def test_inspect_says_where_dropped_experts_are_computed(run, loaded, nano_model):
+    nano_model.model.layers[1].mlp.experts._is_expert_parallel = True
+    try:
+        result = run("inspect", "olmoe-nano")
+    finally:
+        del nano_model.model.layers[1].mlp.experts._is_expert_parallel
+    assert [line.split()[-2:] for line in result.out.splitlines() if ".1.mlp.gate" in line] == [
+        ["weight", "0"]
+    ]
+    told = " ".join(result.out.split())
+    assert (
+        "weight 0: model.layers.1.mlp.experts (OlmoeExperts) is expert-parallel, where dropped pairs cannot be taken out."
+        in told
+    )
 
 
 # -------------------------------------------------------------------------------- calibrate, inspect FILE

@@ -324,6 +324,25 @@ def test_where_pairs_cannot_be_taken_out_weight_zero_is_used_and_said(tiny_olmoe
         _patched(model, skip="compact").patch_model()
 
 
+def test_quantised_experts_outside_the_registry_get_weight_zero():
+    """Whatever they compute with: single pairs were never seen to come out right there."""
+
+    class Experts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w = nn.Parameter(torch.zeros(2, 2))
+
+        def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+            return hidden_states
+
+    experts = Experts()
+    assert skip_aware.why_not_compact(experts, ExpertIds(empty=2), "mlp") is None
+    experts.w = nn.Parameter(torch.zeros(2, 2, dtype=torch.uint8), requires_grad=False)
+    assert skip_aware.why_not_compact(experts, ExpertIds(empty=2), "mlp") == (
+        "mlp (Experts) has quantised weights, whose kernels were not seen to run single pairs"
+    )
+
+
 def test_an_unknown_implementation_is_kept_and_said(tiny_olmoe, token_ids, caplog):
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 

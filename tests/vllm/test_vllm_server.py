@@ -67,6 +67,11 @@ class Running:
         with opener.open(request, timeout=120) as response:
             return json.loads(response.read())["results"]
 
+    def get(self, path: str) -> str:
+        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        with opener.open(self.url + path, timeout=120) as response:
+            return response.read().decode()
+
 
 @pytest.fixture(scope="module")
 def server(vllm_environment) -> Iterator[Running]:
@@ -145,6 +150,45 @@ def test_eight_clients_at_once_while_statistics_are_read(server):
     for first, again in zip(answers[:8], answers[8:16], strict=True):
         assert first.choices[0].text  # greedy, but batches differ: equal texts are not promised
         assert again.choices[0].text
+
+
+def test_a_level_of_its_own_and_a_wrong_one_over_http(server):
+    """The wrong one is its own error; what else is under way goes on. /metrics tells both."""
+    import openai
+
+    client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=120)
+
+    def ask(**level: Any) -> Any:
+        extra = {
+            "ignore_eos": True,
+            "vllm_xargs": {f"bh_routing.{name}": value for name, value in level.items()},
+        }
+        return client.completions.create(
+            model="olmoe-nano", prompt="The ship", max_tokens=24, extra_body=extra
+        )
+
+    server.rpc("bh_routing_reset")
+    with ThreadPoolExecutor(4) as pool:
+        going = [pool.submit(ask, experts_per_token=2) for _ in range(3)]
+        for level, sentence in (
+            ({"experts": 3}, "a level has no 'experts'; did you mean 'experts_per_token'?"),
+            ({"experts_per_token": 99}, "no level selects 99 experts per token in the model on average: "),
+        ):
+            with pytest.raises(openai.BadRequestError) as refused:
+                ask(**level)
+            assert refused.value.status_code == 400
+            assert refused.value.body["message"].startswith(sentence)
+        assert all(future.result().usage.completion_tokens == 24 for future in going)
+    (worker,) = server.rpc("bh_routing_stats")
+    assert worker["requests"] == {"own": {"experts_per_token=2.0": 3}}
+    assert 1.5 < worker["stats"]["mean_experts_per_token"] < 2.5
+    text = server.get("/metrics")
+    sums = {phase: worker["phases"][phase]["experts"] for phase in ("prefill", "decode")}
+    for phase, experts in sums.items():
+        assert f'bh_routing_experts_total{{phase="{phase}"}} {float(experts)}' in text
+    assert 'bh_routing_requests_total{level="experts_per_token=2.0",why="own"} 3.0' in text
+    assert 'bh_routing_level{kind="experts_per_token"} 4.0' in text
+    assert sum(sums.values()) == worker["pairs_computed"]
 
 
 def test_level_over_http(server):

@@ -1,5 +1,5 @@
 """Print what there is: the plan of a model (every router with path, class, experts, top_k, score function and
-normalisation; nothing is patched), or the content of a calibration file.
+normalisation, and what becomes of dropped experts; nothing is patched), or the content of a calibration file.
 """
 
 from __future__ import annotations
@@ -9,6 +9,8 @@ import argparse
 from . import common
 from .calibrate import show_calibration
 from .tables import print_table
+
+DROPPED = {"registry": "skipped", "wrapper": "in front", "zero": "weight 0"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,18 +28,25 @@ def run(args: argparse.Namespace) -> None:
             f"--plot draws a calibration: expected a FILE.safetensors, got {args.what!r}."
         )
     from ..models.loading import load_model
-    from ..patching import make_plan
+    from ..patching import make_plan, skip_mode
 
     model, _ = load_model(args.what, device=args.device, dtype=args.dtype)
     plan = make_plan(model)
     common.print_text(common.describe_model(common.model_name(args.what), model))
-    rows = plan.rows()
+    found = [skip_mode(layer, "auto") for layer in plan.layers]
+    rows = [row | {"dropped": DROPPED[mode]} for row, (mode, _) in zip(plan.rows(), found, strict=True)]
     print_table(None, [*rows[0]], [[str(v) for v in row.values()] for row in rows], text=2, spare=("class",))
     print()
     common.print_text(
         "weights: none = the selected experts' scores as they are; renormalised = rescaled to a fixed sum."
     )
     common.print_text("widen: whether max_k may exceed top_k.")
+    common.print_text(
+        "dropped: what becomes of a dropped expert. skipped = it is not computed; in front = neither, its tokens are taken "
+        "out in front of the experts; weight 0 = it is computed, and costs what it did."
+    )
+    for reason in dict.fromkeys(reason for _, reason in found if reason is not None):
+        common.print_text(f"weight 0: {reason}.")
 
 
 def _inspect_calibration(args: argparse.Namespace) -> None:

@@ -82,6 +82,8 @@ def why_not_compact(experts: nn.Module, ids: ExpertIds, path: str) -> str | None
     if not ids.can_compact:
         return f"{kind} needs several slots per token and has no expert that costs nothing"
     if not uses_registry(experts):
+        if any(_is_quantised(weight) for weight in experts.parameters()):
+            return f"{kind} has quantised weights, whose kernels were not seen to run single pairs"
         if _takes_three(experts):
             return None
         return f"{kind} is not called with hidden states, indices and weights"
