@@ -11,8 +11,9 @@ import torch
 from bh_routing.engines.vllm import admission, metrics
 from bh_routing.engines.vllm.levels import Level, LevelBook, Resolver, Shedding, asked_of
 from bh_routing.engines.vllm.phases import PhaseCounts, by_phase
+from bh_routing.engines.vllm.routing import EngineRouting, LayerFacts
 from bh_routing.engines.vllm.settings import Settings
-from bh_routing.engines.vllm.step import DECODE, PADDING, PREFILL, REPEATED
+from bh_routing.engines.vllm.step import DECODE, PADDING, PREFILL, REPEATED, Step
 from bh_routing.errors import BHRoutingError, InvalidParameterError
 from bh_routing.models import bundled_calibration
 from bh_routing.policies import RoutingContext, TopKPolicy
@@ -54,6 +55,7 @@ def test_a_level_is_solved_once_and_travels_as_thresholds():
         (ENGINE, 3, r'^a level must be a mapping such as \{"experts_per_token": 3\}, got 3\.$'),
         (ENGINE, {}, r"^expected"),
         (ENGINE, {"min_k": 1}, r"^a level has no 'min_k'; "),
+        (ENGINE, {"max_kl": 0.01}, r"^max_kl=0\.01 needs a calibration with a certificate; "),
         (ENGINE, {"alpha": 0}, r"^alpha must be a number strictly between 0 and 1, got 0\.0"),
         (ENGINE, {"alpha": True}, r"^alpha must be a number, got True\.$"),
     ],
@@ -171,6 +173,45 @@ def test_budgets_under_load_lie_between_both():
             InvalidParameterError, match=r"^under_load must be a number of experts above 0 and below"
         ):
             Settings(calibration=CALIBRATION, **wrong)
+
+
+# -------------------------------------------------------------------------------------------- together
+
+
+def test_phases_and_own_levels_in_one_step():
+    """Prompt, generated token, and a request of its own level: each token gets what its policy alone decides."""
+    phases = {"prefill": {"experts_per_token": 8}, "decode": {"experts_per_token": 3}}
+    engine = EngineRouting(Settings(calibration=CALIBRATION, phases=phases, compensation="mean"))
+    calibration = engine.calibration
+    for record in calibration.layers:
+        facts = LayerFacts(
+            name=record.path.replace("gate", "experts"), router="R", num_experts=64, top_k=8, score_func="softmax",
+            renormalize=False, hidden_size=128,
+        )  # fmt: skip
+        engine.add(facts)
+    engine.bind(torch.device("cpu"), requests=2)
+    engine.step = Step(8, torch.device("cpu"))
+    generator = torch.Generator().manual_seed(3)
+    logits = 2.0 * torch.randn(6, 64, generator=generator)
+    weights, experts = torch.softmax(logits, -1).topk(8, -1)
+    layer = engine.layers[1]
+
+    def alone(**given: object) -> torch.Tensor:
+        policy = Settings(calibration=CALIBRATION, compensation="mean", **given).policy(calibration)
+        policy.bind([layer.context])
+        return policy.decide(logits, weights, experts, layer.context).weights_TK
+
+    expected = torch.cat((weights[:3], alone(experts_per_token=3)[3:4], alone(alpha=1e-4)[4:]))
+    own = Resolver(engine.settings).resolve({"alpha": 1e-4})
+    engine.levels.set_row(2, torch.tensor(own.thresholds), own.min_k)
+    engine.step.write(["a", "b", "c"], [3, 1, 2], [0, 9, 1], [3, 9, 3], [0, 0, 2])
+    got, _ = layer.route(logits, weights, experts, count=True)
+    assert torch.equal(got.abs(), expected.abs())
+    engine.step.write(["c"], [1], [3], [3], [2])
+    got, _ = layer.route(logits[5:], weights[5:], experts[5:], count=True)  # alone: the path of one token
+    torch.testing.assert_close(got.abs(), expected[5:].abs(), rtol=1e-6, atol=0)
+    told = engine.metrics()["phases"]
+    assert [told[phase]["decisions"] for phase in ("prefill", "decode")] == [5, 2]
 
 
 # ------------------------------------------------------------------------------------------- by phase

@@ -30,7 +30,7 @@ from ._words import (
     wanted,
 )
 from .errors import InvalidParameterError, InvalidTypeError
-from .levels import certified, check_levels, decided_by, of_phases, read_phases
+from .levels import LEVELS, certified, check_levels, decided_by, of_phases, read_phases
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -300,17 +300,17 @@ class RoutingSettings:
         Parameters
         ----------
         level : mapping
-            The keywords of `with_level`: one of them.
+            One of alpha, experts_per_token, max_kl and agreement.
 
         Raises
         ------
-        InvalidParameterError, CalibrationError, BudgetError
+        InvalidParameterError, CalibrationError, BudgetError, CertificateError
             If it names something else, or is one that the calibration cannot serve; or where a level has no table (without a
             calibration, or for a procedure that adapts).
         """
         from .policies import TablePolicy
 
-        known = ("alpha", "experts_per_token")
+        known = tuple(name for name in LEVELS if name != "phases")
         if self.priced:
             raise InvalidParameterError(
                 "levels of their own and a price on loads exclude each other, got a price; leave it out."

@@ -6,7 +6,6 @@ Shape legend: T tokens, E experts, K slots of the router's own choice, V rows, L
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import fields, replace
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ from torch import Tensor
 from ..decision.types import RoutingDecision
 from ..errors import InvalidInputError, InvalidParameterError
 from .base import RoutingContext, RoutingPolicy
+from .phases import mixed
 from .table import TablePolicy
 
 
@@ -120,7 +120,7 @@ class LevelsPolicy(RoutingPolicy):
                 return decide(*own)
         thresholds_VE, least_V = self._buffers[context.path]
         chosen = self.like.decide_at(*own, context, thresholds_VE[level_T], least_V[level_T])
-        return chosen if self.per_row else where(level_T > 0, chosen, self.default.decide(*own, context))
+        return chosen if self.per_row else mixed(self.default.decide(*own, context), chosen, level_T > 0)
 
     def _row_of(self, context: RoutingContext, logits_TE: Tensor) -> Tensor:
         shape, tokens = context.shape, logits_TE.shape[0]
@@ -134,14 +134,3 @@ class LevelsPolicy(RoutingPolicy):
 
     def describe(self) -> dict[str, Any]:
         return self.default.describe() | {"policy": self.name, "levels": self.rows}
-
-
-def where(chosen_T: Tensor, one: RoutingDecision, other: RoutingDecision) -> RoutingDecision:
-    """Token by token one of two decisions for the same call: the first where ``chosen_T``."""
-    parts: dict[str, Any] = {}
-    for item in fields(RoutingDecision):
-        first, second = getattr(one, item.name), getattr(other, item.name)
-        if isinstance(first, Tensor) and isinstance(second, Tensor):
-            mask = chosen_T if first.dim() == 1 else chosen_T.unsqueeze(-1)
-            parts[item.name] = torch.where(mask, first, second)
-    return replace(other, in_place=one.in_place and other.in_place, **parts)

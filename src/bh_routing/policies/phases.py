@@ -79,7 +79,7 @@ class PhasePolicy(RoutingPolicy):
 
 
 def mixed(prefill: RoutingDecision, decode: RoutingDecision, decode_T: Tensor) -> RoutingDecision:
-    """Token by token one of two decisions for the same call."""
+    """Token by token one of two decisions for the same call: the second where ``decode_T``."""
     chosen: dict[str, Any] = {}
     for item in fields(RoutingDecision):
         first, second = getattr(prefill, item.name), getattr(decode, item.name)

@@ -30,7 +30,8 @@ def process_inputs(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
         return request
     try:
         if (resolver := getattr(self, _HELD, None)) is None:
-            resolver = Resolver(read_settings(self.vllm_config.additional_config))
+            weights = str(self.vllm_config.model_config.dtype).removeprefix("torch.")
+            resolver = Resolver(read_settings(self.vllm_config.additional_config), weights)
             setattr(self, _HELD, resolver)
         if resolver.settings is not None:
             check_step(self.vllm_config, "a request's own level")

@@ -10,6 +10,7 @@ row of a table (`LevelBook`). So no worker waits for a budget to be solved.
 
 from __future__ import annotations
 
+import logging
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -19,11 +20,14 @@ import torch
 
 from ...calibration.calibration import Calibration
 from ...errors import InvalidParameterError
+from ...levels import LEVELS
 from ...policies import LevelsPolicy
 from .settings import KEY, Settings, number
 
+logger = logging.getLogger("vllm.bh_routing")
+
 PREFIX = f"{KEY}."  # of flat keys
-NAMES = ("alpha", "experts_per_token")
+NAMES = tuple(name for name in LEVELS if name != "phases")
 _MOST_COUNTED = 32  # levels that are counted by themselves: labels of a metric must not grow without end
 _MOST_SOLVED = 256  # levels that a front end remembers
 
@@ -93,10 +97,12 @@ class Resolver:
     ----------
     settings : Settings or None
         Of the engine; None: it routes nothing.
+    weights : str
+        The dtype of the engine's weights: a certified loss that was certified with others is served with a warning.
     """
 
-    def __init__(self, settings: Settings | None) -> None:
-        self.settings = settings
+    def __init__(self, settings: Settings | None, weights: str = "") -> None:
+        self.settings, self.weights = settings, weights
         self._calibration: Calibration | None = None
         self._solved: OrderedDict[str, Level] = OrderedDict()
 
@@ -133,6 +139,9 @@ class Resolver:
                 self._calibration = settings.load_calibration()
                 assert self._calibration is not None
             policy = settings.level_policy(asked, self._calibration)
+            named = settings.with_level(**asked)
+            if sentence := named.elsewhere(self._calibration, self.weights, "vLLM"):
+                logger.warning("bh-routing: a request's %s: %s", key, sentence)
             most = max(layer.top_k for layer in self._calibration.layers)
             thresholds = policy.table.thresholds_LE[:, :most].tolist()
             self._solved[key] = Level(key=key, min_k=policy.min_k, thresholds=thresholds)

@@ -135,6 +135,14 @@ def prepare(config: Any) -> None:
         check_price(config)
     EngineRouting(settings)  # loads, solves the budget; made anew in each worker
     _write(config, settings)
+    if settings.phases is not None:
+        check_step(config, "phases")
+        if config.cache_config.enable_prefix_caching:
+            logger.warning(
+                "bh-routing: the prefix cache is off: with phases, keys and values of generated tokens are not those "
+                "that the same tokens have in a prompt."
+            )
+            config.cache_config.enable_prefix_caching = False
     if settings.under_load is not None:
         check_step(config, "under_load")
         assert isinstance(settings.experts_per_token, (int, float))

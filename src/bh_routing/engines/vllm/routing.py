@@ -284,13 +284,10 @@ class EngineRouting:
         weights = str(self.layers[0].facts.dtype).removeprefix("torch.") if self.layers else ""
         if sentence := self.settings.elsewhere(self.calibration, weights, "vLLM"):
             logger.warning("%s", sentence)
-        if (
-            requests
-            and self.settings.top_k is None
-            and isinstance(self.policy, TablePolicy)
-            and not self.settings.priced
-        ):
-            self.levels = LevelsPolicy(self.policy, self.policy, requests)
+        like = self.policy.by_phase["prefill"] if isinstance(self.policy, PhasePolicy) else self.policy
+        own = self.settings.top_k is None and not self.settings.priced
+        if requests and own and isinstance(like, TablePolicy):
+            self.levels = LevelsPolicy(self.policy, like, requests)
             self.levels.bind_rows(contexts)
         if self.settings.collect_stats:
             self.telemetry = Telemetry(contexts, [context.top_k for context in contexts])
