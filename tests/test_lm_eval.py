@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from scipy.stats import binomtest
 
 from bh_routing import is_patched
 from bh_routing.cli import main
@@ -72,6 +73,14 @@ def test_figures_are_those_of_the_patched_model(
     def harness(task: str, folder: Path) -> list[dict[str, Any]]:
         found = evaluate(nano_model, nano_tokenizer, POLICIES, [task], include_path=str(folder))
         assert not is_patched(nano_model)
+        assert found[0]["against_full"][task]["acc"] == {"only_here": 0, "only_full": 0, "p": 1.0}
+        for row in found:
+            told = row["against_full"][task]["acc"]
+            more = row["results"][task]["acc"] - found[0]["results"][task]["acc"]
+            assert told["only_here"] - told["only_full"] == round(more * len(rows))
+            assert told["p"] == binomtest(
+                told["only_here"], max(1, told["only_here"] + told["only_full"])
+            ).pvalue or not (told["only_here"] + told["only_full"])
         return [row["results"][task] for row in found]
 
     choices, words = harness("register", TASKS), harness("words", tmp_path)

@@ -8,9 +8,11 @@ solved on the calibration's tokens). `bh-routing evaluate --policies` lists all 
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 from typing import Any
 
+from .._files import write_atomically
 from ..errors import InvalidParameterError
 from . import common
 from .tables import print_table
@@ -44,6 +46,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--kl", action="store_true", help="also KL divergence from the full model (twice the time)"
+    )
+    parser.add_argument(
+        "--free-running",
+        type=common.whole(1),
+        metavar="N",
+        help="also let both models continue 32 prompts of each text by N tokens, greedily and sampled: KL along the full "
+        "model's own path, and how long the texts agree",
     )
     common.add_model_arguments(parser)
 
@@ -106,10 +115,56 @@ def run(args: argparse.Namespace) -> None:
         results = runner.run()
     show(results)
     print()
+    if args.free_running:
+        _continue(runner, texts, args.free_running)
     common.print_text(
         f"{common.plural(len(results), 'result')} in {runner.folder.results_path}; `bh-routing report {args.output} -o report.html` makes "
         "a page of them."
     )
+
+
+def _continue(runner: Any, texts: dict[str, str], num: int) -> None:
+    """Both models continue the same prompts; a table per text, and ``free_running.json`` in the folder."""
+    from ..evaluation.free_running import PROMPT_TOKENS, PROMPTS, free_running, prompts_of
+
+    policies = [label for label in runner.policies if label != "full"]
+    routings = [runner.integration(label) for label in policies]
+    kept = {}
+    for name, text in texts.items():
+        prompts, onward = prompts_of(runner.tokenizer, text, PROMPTS, PROMPT_TOKENS, num)
+        with common.make_progress() as progress:
+            bar = progress.add_task("continuing", total=4 * PROMPTS * num)
+            found = free_running(
+                runner.model,
+                routings,
+                prompts,
+                onward,
+                seeds=(runner.seed, runner.seed + 1),
+                advance=lambda tokens, bar=bar, progress=progress: progress.advance(bar, tokens),  # type: ignore[misc]
+            )
+        kept[name] = dict(zip(policies, found, strict=True))
+        lines = [
+            [
+                f"{label}, {kind}",
+                f"{row['kl']:.4f} ± {2 * row['kl_error']:.4f}",
+                f"{row['teacher_forced']:.4f}",
+                f"{row['ratio']:.2f}",
+                f"{row['agreed']:g}",
+                f"{row['same']:.0%}",
+            ]
+            for label, kinds in kept[name].items()
+            for kind, row in kinds.items()
+        ]
+        columns = ["policy", "KL, own text", "KL, this text", "ratio", "agreed", "same"]
+        print_table(f"{name}, continued", columns, lines, spare=("ratio", "same"))
+        print()
+    write_atomically(runner.folder.path / "free_running.json", json.dumps(kept, indent=2) + "\n")
+    common.print_text(
+        f"{PROMPTS} prompts of {PROMPT_TOKENS} tokens, {num} new tokens each, decoded with a cache; sampled with two seeds. KL to "
+        "the full model, nats per new token: along its own text (± 2 standard errors over continuations), and along the text "
+        "as it goes on; agreed: median number of new tokens until the two texts part; same: texts that do not."
+    )
+    print()
 
 
 def _list_policies() -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
 from .._files import write_atomically
 from ..errors import InvalidParameterError
@@ -64,5 +65,26 @@ def run(args: argparse.Namespace) -> None:
             for row in rows
         ]
         print_table(task, ["policy", "experts", *metrics], cells)
+        _compare(rows, task)
     if args.output:
         write_atomically(args.output, json.dumps({"model": args.model, "results": rows}, indent=2) + "\n")
+
+
+def _compare(rows: list[dict[str, Any]], task: str) -> None:
+    """Each policy against the full model, item by item."""
+    lines = [
+        [
+            f"{row['policy']}, {metric}",
+            str(told["only_here"]),
+            str(told["only_full"]),
+            f"{told['p']:.3g}",
+        ]
+        for row in rows
+        if row["policy"] != "full"
+        for metric, told in row["against_full"].get(task, {}).items()
+    ]
+    if lines:
+        print()
+        print_table(
+            f"{task}, against full (McNemar's exact test)", ["policy", "only here", "only full", "p"], lines
+        )

@@ -212,12 +212,18 @@ def read_documents(
     return reader.sums
 
 
-def losses_of(groups: Sequence[Sums], read: Documents, clip: float) -> dict[Loss, Any]:
-    """[M, U] in [0, 1], documents by their digests: an order that has nothing to do with what they lose."""
-    scored_U = groups[0].scored_U
-    order = [int(u) for u in np.argsort(np.array([f"{d:032x}" for d in read.digests])) if scored_U[u] > 0]
+def order_of(read: Documents, sums: Sums) -> list[int]:
+    """The documents that were scored, by their digests: an order that has nothing to do with what they lose."""
+    by_digest = np.argsort(np.array([f"{digest:032x}" for digest in read.digests]))
+    order = [int(unit) for unit in by_digest if sums.scored_U[unit] > 0]
     if not order:
         raise CertificateError("expected documents of two tokens at least, got none.")
+    return order
+
+
+def losses_of(groups: Sequence[Sums], read: Documents, clip: float) -> dict[Loss, Any]:
+    """What each document loses at each level, [M, U] in [0, 1], in the order of `order_of`."""
+    order, scored_U = order_of(read, groups[0]), groups[0].scored_U
     kl_MU = torch.cat([g.kl_MU for g in groups])[:, order] / scored_U[order]
     changed_MU = torch.cat([g.changed_MU for g in groups])[:, order] / scored_U[order]
     return {"kl": (kl_MU.clamp(0.0, clip) / clip).numpy(), "agreement": changed_MU.clamp(0.0, 1.0).numpy()}

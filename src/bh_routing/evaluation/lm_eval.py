@@ -8,15 +8,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence, Set
+from collections.abc import Mapping, Sequence, Set
 from functools import lru_cache
 from typing import Any
 
 import torch
 
 from ..errors import DatasetError, InvalidParameterError, MissingDependencyError
+from ..stats.risk import mcnemar
 
 NAME = "bh-routing"
+RIGHT_OR_WRONG = ("acc", "acc_norm", "exact_match")  # metrics that are 0 or 1 for an item
 
 
 @lru_cache(maxsize=1)
@@ -134,7 +136,8 @@ def evaluate(
     Returns
     -------
     list of dict
-        Per policy: ``policy``, ``mean_experts_per_token`` and ``results``, {task: {metric: value}}.
+        Per policy: ``policy``, ``mean_experts_per_token``, ``results``, {task: {metric: value}}, and ``against_full``
+        (`against`; empty where ``"full"`` is none of the policies).
 
     Raises
     ------
@@ -154,7 +157,7 @@ def evaluate(
             f"lm-evaluation-harness knows no task {unknown[0]!r}; give a folder of task files with --include-path, "
             "or see `lm-eval ls tasks`."
         )
-    rows = []
+    rows, right = [], []
     for policy in policies:
         wrapped = made(
             pretrained=model,
@@ -175,7 +178,7 @@ def evaluate(
                 numpy_random_seed=seed,
                 torch_random_seed=seed,
                 fewshot_random_seed=seed,
-                log_samples=False,
+                log_samples=True,
             )
             mean = wrapped.routing.telemetry.mean_experts_per_token
         except (OSError, ConnectionError) as error:
@@ -195,4 +198,45 @@ def evaluate(
             for task in found["results"]
         }
         rows.append({"policy": policy, "mean_experts_per_token": mean, "results": results})
+        right.append(_right(found.get("samples", {})))
+    full = next((i for i, policy in enumerate(policies) if policy == "full"), None)
+    for row, mine in zip(rows, right, strict=True):
+        row["against_full"] = {} if full is None else against(mine, right[full])
     return rows
+
+
+def _right(samples: Mapping[str, Any]) -> dict[str, dict[Any, dict[str, bool]]]:
+    """{task: {item: {metric: whether it was answered rightly}}}, of the metrics that are right or wrong."""
+    return {
+        task: {
+            one["doc_id"]: {m: bool(one[m]) for m in RIGHT_OR_WRONG if one.get(m) in (0, 1)} for one in found
+        }
+        for task, found in samples.items()
+    }
+
+
+def against(
+    mine: Mapping[str, Mapping[Any, Mapping[str, bool]]], full: Mapping[str, Mapping[Any, Mapping[str, bool]]]
+) -> dict[str, dict[str, dict[str, float]]]:
+    """{task: {metric: ...}}: items that only this policy (``only_here``) or only the full model (``only_full``) got
+    right, and McNemar's exact p-value that both are right equally often (`bh_routing.stats.risk.mcnemar`).
+
+    Examples
+    --------
+    >>> mine, full = {"t": {1: {"acc": True}, 2: {"acc": False}}}, {"t": {1: {"acc": False}, 2: {"acc": False}}}
+    >>> against(mine, full)
+    {'t': {'acc': {'only_here': 1, 'only_full': 0, 'p': 1.0}}}
+    """
+    found: dict[str, dict[str, dict[str, float]]] = {}
+    for task, items in mine.items():
+        for metric in RIGHT_OR_WRONG:
+            pairs = [
+                (one[metric], full[task][item][metric])
+                for item, one in items.items()
+                if metric in one and metric in full[task].get(item, {})
+            ]
+            if pairs:
+                here, there = (sum(a > b for a, b in pairs), sum(a < b for a, b in pairs))
+                told = {"only_here": here, "only_full": there, "p": mcnemar(here, there)}
+                found.setdefault(task, {})[metric] = told
+    return found

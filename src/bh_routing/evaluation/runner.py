@@ -182,7 +182,7 @@ class RoutingExperimentRunner:
         todo = {key: pair for key, pair in wanted.items() if key not in held}
         done, total = 0, sum(self.texts[name].forwarded for _, name in todo.values())
         # All of them before the first runs: what is wrong with the last is not said after hours.
-        asked = {label: self._integration(self.policies[label]) for label, _ in todo.values()}
+        asked = {label: self.integration(label) for label, _ in todo.values()}
         for label, group in groupby(todo.items(), key=lambda item: item[1][0]):
             integration = asked[label]
             for key, (_, name) in group:
@@ -197,7 +197,9 @@ class RoutingExperimentRunner:
                 self.folder.append(held[key])
         return [held[key] for key in wanted]
 
-    def _integration(self, policy: PolicySpec | RoutingPolicy) -> RoutingIntegration:
+    def integration(self, label: str) -> RoutingIntegration:
+        """One of its policies on its model, not patched."""
+        policy = self.policies[label]
         torch.manual_seed(self.seed)
         if isinstance(policy, PolicySpec):
             return make_routing(policy, self.bench)
