@@ -20,7 +20,7 @@ ORDER = (
     ("telemetry",),
     ("patching",),
     ("calibration",),
-    ("settings", "levels"),
+    ("settings",),
     ("integration",),
     ("training",),
     ("evaluation",),

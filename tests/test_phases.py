@@ -12,10 +12,10 @@ import torch
 from bh_routing import BHRoutingIntegration
 from bh_routing.errors import InvalidParameterError, InvalidTypeError
 from bh_routing.evaluation.specs import parse_policy
-from bh_routing.levels import of_phases, read_phases
 from bh_routing.patching.forward import Call
 from bh_routing.policies import PhasePolicy, RoutingContext, TopKPolicy
 from bh_routing.settings import RoutingSettings
+from bh_routing.settings.levels import of_phases, read_phases
 from bh_routing.telemetry.phases import PhaseTelemetry
 
 PHASES = {"prefill": {"experts_per_token": 8}, "decode": {"experts_per_token": 3}}

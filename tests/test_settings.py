@@ -15,7 +15,8 @@ from bh_routing import BHRoutingIntegration, PValuePolicy, RoutingSettings, Tabl
 from bh_routing.calibration.calibration import Calibration
 from bh_routing.errors import InvalidParameterError, InvalidTypeError
 from bh_routing.models import bundled_calibration
-from bh_routing.settings import TEXT_OPTIONS, WORDS, level_of
+from bh_routing.settings import TEXT_OPTIONS, level_of
+from bh_routing.settings.routing import WORDS
 
 
 @pytest.fixture(scope="module")

@@ -11,12 +11,11 @@ The packages in the order of the method; none imports one further down:
 - `patching`: a model's routers: found, planned, replaced, restored
 - `calibration`: what a model's routers do on a text, and what follows from it
 - `support`: which engine and which path can do what
-- `levels`: the ways to name a level: a budget, a certified loss, one for each phase
-- `settings`: everything that a person can say about a routing
+- `settings`: everything that a person can say about a routing: levels, budgets, a certified loss, one for each phase
 - `integration`: a model and a policy
 - `training`: losses and a loop for training under a routing
 - `evaluation`: policies by name, measured on text, and reports
-- `engines`: the same routing in other programs (vLLM)
+- `engines`: the same routing in other programs (vLLM, llama.cpp)
 - `cli`: the command line
 
 The names below are loaded when they are first used, so that `bh-routing --help` does not wait for torch.

@@ -32,8 +32,8 @@ from ..calibration.checkpoint import Checkpoint, remove
 from ..calibration.passes import default_window
 from ..errors import BudgetError, CertificateError, InvalidParameterError
 from ..integration import BHRoutingIntegration
-from ..levels import LEVELS
 from ..settings import RoutingSettings
+from ..settings.levels import LEVELS
 from .document_losses import Documents, Sums, losses_of, read_documents
 
 logger = logging.getLogger(__name__)

@@ -128,11 +128,9 @@ class RoutingExperimentRunner:
         if not datasets:
             raise InvalidParameterError("expected texts to measure on, {name: text}, got none.")
         self.texts = {name: self._read(name, text) for name, text in datasets.items()}
-        windows = (
-            []
-            if solve_text is None
-            else cut_windows(tokenizer, solve_text, min(window, 512), limit=SOLVE_WINDOWS)
-        )
+        windows: list[Tensor] = []
+        if solve_text is not None:
+            windows = cut_windows(tokenizer, solve_text, min(window, 512), limit=SOLVE_WINDOWS)
         self.bench = Workbench(model, calibration, windows, streams=streams or 1)
 
     def _read(self, name: str, text: str) -> _Text:

@@ -20,8 +20,8 @@ import torch
 
 from ...calibration.calibration import Calibration
 from ...errors import InvalidParameterError
-from ...levels import LEVELS
 from ...policies import LevelsPolicy
+from ...settings.levels import LEVELS
 from .settings import KEY, Settings, number
 
 logger = logging.getLogger("vllm.bh_routing")

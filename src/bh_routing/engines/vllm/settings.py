@@ -17,9 +17,9 @@ from ..._version import __version__
 from ...calibration.calibration import Calibration
 from ...decision.table import DecisionTable
 from ...errors import InvalidParameterError, InvalidTypeError
-from ...levels import LEVELS
 from ...policies import RoutingPolicy, TablePolicy
 from ...settings import RoutingSettings
+from ...settings.levels import LEVELS
 
 KEY = "bh_routing"  # in vLLM's additional_config
 DIGEST_KEY = "bh_routing_digest"

@@ -9,12 +9,12 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar, get_args
 
-from ._words import Phase, did_you_mean, wanted
-from .errors import CertificateError, InvalidParameterError, InvalidTypeError
+from .._words import Phase, did_you_mean, wanted
+from ..errors import CertificateError, InvalidParameterError, InvalidTypeError
 
 if TYPE_CHECKING:
-    from .calibration.calibration import Calibration
-    from .settings import RoutingSettings
+    from ..calibration.calibration import Calibration
+    from .routing import RoutingSettings
 
 S = TypeVar("S", bound="RoutingSettings")
 
@@ -129,7 +129,7 @@ def decided_by(
     settings: RoutingSettings, calibration: Calibration
 ) -> tuple[dict[str, Any], tuple[str, float]]:
     """What decides beside the level: the settings that differ from the defaults, and the compensation's form and scale."""
-    from .stats.procedures import get_procedure
+    from ..stats.procedures import get_procedure
 
     given = {name: value for name, value in settings.to_dict().items() if name in DECIDES}
     if "procedure" in given:

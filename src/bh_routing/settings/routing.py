@@ -13,13 +13,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-from ._words import (
+from .._words import (
     Backend,
     Clamp,
     Estimator,
     Mode,
     NullSet,
-    Option,
     Scope,
     Size,
     Skip,
@@ -29,17 +28,17 @@ from ._words import (
     did_you_mean,
     wanted,
 )
-from .errors import InvalidParameterError, InvalidTypeError
-from .levels import LEVELS, certified, check_levels, decided_by, of_phases, read_phases
+from ..errors import InvalidParameterError, InvalidTypeError
+from .levels import LEVELS, certified, check_levels, decided_by, of_phases
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from .calibration.calibration import Calibration
-    from .decision.compensation import Compensation
-    from .policies import PhasePolicy, PricePolicy, PValuePolicy, RoutingPolicy, TablePolicy
-    from .stats.procedures import Procedure
-    from .support import Feature
+    from ..calibration.calibration import Calibration
+    from ..decision.compensation import Compensation
+    from ..policies import PhasePolicy, PricePolicy, PValuePolicy, RoutingPolicy, TablePolicy
+    from ..stats.procedures import Procedure
+    from ..support import Feature
 
 logger = logging.getLogger(__name__)
 
@@ -48,25 +47,6 @@ S = TypeVar("S", bound="RoutingSettings")
 NEEDS_CALIBRATION = (
     "pass calibration=..., made by `bh-routing calibrate MODEL --text FILE`."  # the end of a sentence
 )
-
-
-def compensation(text: str) -> bool | float | str:
-    """``true``, ``false``, a scale, a form, or both with a colon, as people type it."""
-    words = {"true": True, "yes": True, "false": False, "no": False}
-    if text.lower() in words:
-        return words[text.lower()]
-    try:
-        return float(text)
-    except ValueError:
-        return text
-
-
-def number_or_name(text: str) -> float | str:
-    """A number where it is one."""
-    try:
-        return float(text)
-    except ValueError:
-        return text
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -176,10 +156,10 @@ class RoutingSettings:
     strict: bool = True
 
     def __post_init__(self) -> None:
-        from .decision.types import check_k, check_temperature
-        from .stats.kde import BANDWIDTHS, KERNELS
-        from .stats.procedures import check_alpha, get_procedure
-        from .stats.pvalues import P_VALUES
+        from ..decision.types import check_k, check_temperature
+        from ..stats.kde import BANDWIDTHS, KERNELS
+        from ..stats.procedures import check_alpha, get_procedure
+        from ..stats.pvalues import P_VALUES
 
         for item in fields(self):
             value, words = getattr(self, item.name), WORDS.get(item.name)
@@ -281,7 +261,7 @@ class RoutingSettings:
         InvalidParameterError
             Unless exactly one of the first five is given, or of the last two, or of both, and in range.
         """
-        from .stats.procedures import check_one_level
+        from ..stats.procedures import check_one_level
 
         levels: dict[str, Any] = {"max_kl": max_kl, "agreement": agreement, "phases": phases}
         levels |= {"alpha": alpha, "experts_per_token": experts_per_token}
@@ -308,7 +288,7 @@ class RoutingSettings:
             If it names something else, or is one that the calibration cannot serve; or where a level has no table (without a
             calibration, or for a procedure that adapts).
         """
-        from .policies import TablePolicy
+        from ..policies import TablePolicy
 
         known = tuple(name for name in LEVELS if name != "phases")
         if self.priced:
@@ -338,7 +318,7 @@ class RoutingSettings:
         Raises
         ------
         CertificateError
-            If the calibration's certificate does not cover it (`bh_routing.levels.certified`).
+            If the calibration's certificate does not cover it (`bh_routing.settings.levels.certified`).
         """
         if self.max_kl is None and self.agreement is None:
             return self.experts_per_token
@@ -351,7 +331,7 @@ class RoutingSettings:
         return held.elsewhere(weights, engine) if held is not None and named else None
 
     def decided_by(self, calibration: Calibration) -> tuple[dict[str, Any], tuple[str, float]]:
-        """What decides beside the level (`bh_routing.levels.decided_by`)."""
+        """What decides beside the level (`bh_routing.settings.levels.decided_by`)."""
         return decided_by(self, calibration)
 
     @property
@@ -463,7 +443,7 @@ class RoutingSettings:
 
     def features(self, calibration: Calibration | None) -> list[Feature]:
         """What these settings ask of an engine (`bh_routing.support`); not widening, which the model's own number decides."""
-        from .stats.procedures import get_procedure
+        from ..stats.procedures import get_procedure
 
         form = self.form(calibration)
         asked: dict[Feature, bool] = {
@@ -488,7 +468,7 @@ class RoutingSettings:
         CalibrationError, BudgetError
             For a calibration that cannot serve the settings, or a budget that no level meets.
         """
-        from .policies import PhasePolicy, PValuePolicy, TablePolicy
+        from ..policies import PhasePolicy, PValuePolicy, TablePolicy
 
         self.check_calibrated(calibration)
         if self.phases is not None:
@@ -534,8 +514,8 @@ class RoutingSettings:
 
     def _with_price(self, policy: RoutingPolicy, calibration: Calibration) -> PricePolicy:
         """The same policy under the price of these settings."""
-        from .calibration.loads import price_policy
-        from .policies import TablePolicy
+        from ..calibration.loads import price_policy
+        from ..policies import TablePolicy
 
         if not isinstance(policy, TablePolicy):
             raise InvalidParameterError(
@@ -564,7 +544,7 @@ class RoutingSettings:
         InvalidParameterError, CalibrationError, BudgetError
             If they cannot be served, or need another kind of policy; nothing has changed then.
         """
-        from .policies import PhasePolicy, PricePolicy, PValuePolicy, TablePolicy
+        from ..policies import PhasePolicy, PricePolicy, PValuePolicy, TablePolicy
 
         new = self.policy(calibration)
         if isinstance(policy, PhasePolicy) and isinstance(new, PhasePolicy):
@@ -589,7 +569,7 @@ class RoutingSettings:
         self, policy: RoutingPolicy | None, *, calibrated: bool, top_k: int | None = None
     ) -> dict[str, Any]:
         """Of a routing by a policy of these settings, what the original design's statistics say of its settings."""
-        from .stats.procedures import get_procedure
+        from ..stats.procedures import get_procedure
 
         told = {
             "alpha": level_of(policy),
@@ -637,48 +617,4 @@ WORDS: dict[str, Any] = {
     "estimator": Estimator,
     "skip": Skip,
     "backend": Backend,
-}
-
-# The fields that text can say, by the name that people type.
-TEXT_OPTIONS: dict[str, Option] = {
-    "alpha": Option("level, 0 < alpha < 1 (default 0.05)", float),
-    "experts": Option(
-        "a budget: mean number of experts per token (needs a calibration)", float, "experts_per_token"
-    ),
-    "max_kl": Option(
-        "the loss that is accepted: KL to the model itself, nats per token (needs a certificate)", float
-    ),
-    "agreement": Option("or the share of next words that must stay the same (needs a certificate)", float),
-    "phases": Option("two budgets, as in 8/3: while a prompt is read, and while it is answered", read_phases),
-    "temperature": Option("divides the router logits (default 1)", float),
-    "min_k": Option(
-        "at least so many experts (default 1; 0 with a linear compensation and a small budget)", int
-    ),
-    "max_k": Option("at most so many experts (default: the model's own top-k)", int),
-    "mode": Option("patch: BH routing decides; analyze: the model routes as always, BH is counted"),
-    "weights": Option("model, preserve or sum: what kept experts weigh (default model)"),
-    "procedure": Option("multiple-testing procedure (default bh)"),
-    "pvalues": Option("robust, softmax or batch: without a calibration"),
-    "clamp": Option("after or inside: when min_k and max_k bind"),
-    "statistic": Option("contribution, logprob or logit"),
-    "size": Option("sensitivity, deviation or output: of the contribution"),
-    "null": Option("unselected, all or trimmed: what the null is made of"),
-    "scope": Option("model or layer: what has a null of its own"),
-    "estimator": Option("empirical, kde or normal"),
-    "kernel": Option("of the kde"),
-    "bandwidth": Option("of the kde: silverman or a number", number_or_name),
-    "compensation": Option(
-        "what stands in for dropped experts: none, mean or linear, a scale from 0 to 1, or both, as in linear:0.9",
-        compensation,
-    ),
-    "skip": Option("auto, compact or zero: how dropped experts are kept out"),
-    "backend": Option("auto, torch or triton: what computes decisions"),
-    "loads": Option(
-        "a budget: mean number of experts that a layer reads in a decoding step of several sequences (needs a calibration)",
-        float,
-        "distinct_experts",
-    ),
-    "price": Option(
-        "the price of such a load, in squared units of the loss; 0 changes nothing", float, "price_load"
-    ),
 }
