@@ -40,7 +40,9 @@ def test_a_level_is_solved_once_and_travels_as_thresholds():
     assert resolver.resolve({"experts_per_token": 3, "alpha": None}) is resolver.resolve(
         {"experts_per_token": 3.0}
     )
-    assert resolver.resolve({"experts_per_token": 3}, "load").why == "load"
+    loaded = Settings(calibration=CALIBRATION, experts_per_token=3.0, under_load=2.0)
+    assert Resolver(loaded).resolve({"experts_per_token": 2}, "load").why == "load"
+    assert EngineRouting(loaded).settings.with_level(experts_per_token=1.5).experts_per_token == 1.5
     assert resolver.admit({"other": 1}) is None
     assert resolver.admit(None) is None
 

@@ -102,7 +102,7 @@ class Resolver:
     """
 
     def __init__(self, settings: Settings | None, weights: str = "") -> None:
-        self.settings, self.weights = settings, weights
+        self.settings, self.weights = (None if settings is None else settings.at_rest()), weights
         self._calibration: Calibration | None = None
         self._solved: OrderedDict[str, Level] = OrderedDict()
 

@@ -173,7 +173,7 @@ class EngineRouting:
     """
 
     def __init__(self, settings: Settings) -> None:
-        self.settings = settings
+        self.settings = settings = settings.at_rest()
         with _plain_tensors():
             self.calibration = settings.load_calibration()
             support.check("vLLM", settings.features(self.calibration))

@@ -7,7 +7,7 @@ import json
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +94,10 @@ class Settings(RoutingSettings):
                 f'"experts_per_token": 4}}, got {value!r}.'
             )
         return cls.from_dict(value)
+
+    def at_rest(self) -> Settings:
+        """The same without ``under_load``, which is about the default alone."""
+        return replace(self, under_load=None)
 
     def digest(self) -> str:
         """SHA-256 (hexadecimal) of the settings, of the calibration's own digest, and of the library's version."""
