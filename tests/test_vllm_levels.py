@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-from types import SimpleNamespace
+import sys
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
 
-from bh_routing.engines.vllm import admission, metrics
+from bh_routing.engines.vllm import admission, metrics, plugin
 from bh_routing.engines.vllm.levels import Level, LevelBook, Resolver, Shedding, asked_of
 from bh_routing.engines.vllm.phases import PhaseCounts, by_phase
 from bh_routing.engines.vllm.routing import EngineRouting, LayerFacts
 from bh_routing.engines.vllm.settings import Settings
 from bh_routing.engines.vllm.step import DECODE, PADDING, PREFILL, REPEATED, Step
-from bh_routing.errors import BHRoutingError, InvalidParameterError
+from bh_routing.errors import BHRoutingError, InvalidParameterError, MissingDependencyError
 from bh_routing.models import bundled_calibration
 from bh_routing.policies import RoutingContext, TopKPolicy
 
@@ -175,6 +176,25 @@ def test_budgets_under_load_lie_between_both():
             InvalidParameterError, match=r"^under_load must be a number of experts above 0 and below"
         ):
             Settings(calibration=CALIBRATION, **wrong)
+
+
+def test_a_vllm_without_the_hooks_is_refused_where_it_is_to_be_routed(monkeypatch):
+    for name in (
+        "vllm",
+        "vllm.v1",
+        "vllm.v1.engine",
+        "vllm.v1.engine.core",
+        "vllm.v1.engine.input_processor",
+    ):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    sys.modules["vllm.v1.engine.core"].EngineCore = type("EngineCore", (), {})
+    sys.modules["vllm.v1.engine.input_processor"].InputProcessor = type("InputProcessor", (), {})
+    plugin.hook_requests(SimpleNamespace(additional_config={}))
+    with pytest.raises(
+        MissingDependencyError,
+        match=r"^this vLLM does not have what a request's level is read from: .*process_inputs",
+    ):
+        plugin.hook_requests(SimpleNamespace(additional_config={"bh_routing": {"alpha": 0.1}}))
 
 
 # -------------------------------------------------------------------------------------------- together

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from ...errors import BHRoutingError, UnsupportedModelError
+from ...errors import BHRoutingError, MissingDependencyError, UnsupportedModelError
 from . import admission
 from .checks import (
     check_compensation,
@@ -62,14 +62,27 @@ def register() -> None:
         hook_requests()
 
 
-def hook_requests() -> None:
-    """Hook what a request passes: the front end that checks it, and the engine that it is added to."""
-    from vllm.v1.engine.core import EngineCore
-    from vllm.v1.engine.input_processor import InputProcessor
+def hook_requests(config: Any = None) -> None:
+    """Hook what a request passes: the front end that checks it, and the engine that it is added to.
 
-    _wrap(InputProcessor, "process_inputs", admission.process_inputs)
-    _wrap(EngineCore, "preprocess_add_request", admission.preprocess_add_request)
-    _wrap(EngineCore, "collective_rpc", admission.collective_rpc)
+    Raises
+    ------
+    MissingDependencyError
+        If this vLLM has no such place, and the engine of this configuration is to be routed.
+    """
+    try:
+        from vllm.v1.engine.core import EngineCore
+        from vllm.v1.engine.input_processor import InputProcessor
+
+        _wrap(InputProcessor, "process_inputs", admission.process_inputs)
+        _wrap(EngineCore, "preprocess_add_request", admission.preprocess_add_request)
+        _wrap(EngineCore, "collective_rpc", admission.collective_rpc)
+    except (ImportError, AttributeError) as error:
+        if config is not None and read_settings(config.additional_config) is not None:
+            raise MissingDependencyError(
+                f"this vLLM does not have what a request's level is read from: {error}; install one that bh-routing was "
+                "tested with."
+            ) from error
 
 
 def _wrap(owner: type, name: str, around: Callable[..., Any]) -> None:
@@ -89,7 +102,7 @@ def _wrap(owner: type, name: str, around: Callable[..., Any]) -> None:
 def _create_engine_config(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
     config = original(self, *args, **kwargs)
     _told(prepare, config)
-    hook_requests()
+    _told(hook_requests, config)
     return config
 
 
