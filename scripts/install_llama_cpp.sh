@@ -31,6 +31,6 @@ fi
 
 say "llama-cpp-python, bh-routing and what its llama.cpp tests need"
 pip install "torch==$TORCH" "$(ls "$WHEELS"/llama_cpp_python-"$LLAMA"-*.whl)[server]" "gguf==$GGUF"
-pip install "torch==$TORCH" --editable . pytest pytest-timeout
+pip install "torch==$TORCH" --editable . pytest pytest-timeout httpx
 "$VENV/bin/python" -c "import llama_cpp, bh_routing; print('llama-cpp-python', llama_cpp.__version__, 'with bh-routing', bh_routing.__version__)"
 say "done: $(du -sh "$VENV" | cut -f1) in $VENV"

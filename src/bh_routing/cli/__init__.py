@@ -34,7 +34,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "lm-eval": ("lm_eval", "tasks of lm-evaluation-harness under routing policies"),
     "bench": ("bench", "time a model with its own routing and with fewer experts, side by side"),
     "finetune": ("finetune", "train a model under routing at a budget: a checkpoint and its calibration"),
-    "serve": ("serve", "an OpenAI-compatible server, vLLM, with BH routing"),
+    "chat": ("chat", "talk to a GGUF model in llama.cpp under BH routing"),
+    "serve": ("serve", "an OpenAI-compatible server, vLLM or llama.cpp, with BH routing"),
     "record": ("record", "router logits, choices and weights of a sample of tokens, to a file"),
 }
 

@@ -1,6 +1,7 @@
-"""Start vLLM's OpenAI-compatible server with BH routing, on this machine only unless --host says otherwise.
+"""Start an OpenAI-compatible server with BH routing, on this machine only unless --host says otherwise: vLLM's, or, of a GGUF file,
+llama-cpp-python's.
 
-After start-up every MoE layer must say that it is routed, else the server is ended. What vLLM logs goes to stderr.
+In vLLM, after start-up every MoE layer must say that it is routed, else the server is ended. What vLLM logs goes to stderr.
 """
 
 from __future__ import annotations
@@ -10,12 +11,14 @@ import shlex
 import signal
 from typing import Any
 
+from ..errors import InvalidParameterError
 from ..settings import TEXT_OPTIONS
 from . import common
+from .gguf import add_llama_arguments, is_gguf, load_routed
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="MODEL", help="olmoe-nano, a folder, or a hub id")
+    parser.add_argument("model", metavar="MODEL", help="olmoe-nano, a folder, a hub id, or a GGUF file")
     common.add_routing_arguments(parser, leave_out=["skip"])
     parser.add_argument(
         "--padded",
@@ -42,9 +45,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="ARGS",
         help='more arguments for vLLM in one string: --vllm "--max-model-len 4096 --tensor-parallel-size 2"',
     )
+    add_llama_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> None:
+    if is_gguf(args.model):
+        return _serve_gguf(args)
     from ..engines.vllm import serving
 
     plan = make_plan(args)
@@ -59,6 +65,21 @@ def run(args: argparse.Namespace) -> None:
         code = server.process.wait()
     if code:
         raise server.ended()
+
+
+def _serve_gguf(args: argparse.Namespace) -> None:
+    for name, default in (("padded", False), ("under_load", None), ("dtype", "auto"), ("vllm", "")):
+        if getattr(args, name) != default:
+            raise InvalidParameterError(
+                f"--{name.replace('_', '-')} is an option of vLLM, and {args.model} runs in llama.cpp; leave it out."
+            )
+    from ..engines.llama_cpp.serving import serve
+
+    llm = load_routed(args)
+    try:
+        serve(llm, args.name or common.model_name(args.model), args.host, args.port)
+    finally:
+        llm.close()
 
 
 def _interrupt(*_: Any) -> None:
