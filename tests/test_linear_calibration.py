@@ -164,10 +164,11 @@ def test_a_layer_keeps_the_mean_where_a_map_does_not_pay():
     assert choose_fit(sums_of(tokens(0)), sums_of(tokens(1)), 3, E).fit.rank == 3
 
 
-def test_the_default_rank_takes_three_percent_of_the_experts():
+def test_the_default_rank_takes_three_percent_of_the_experts_or_sixteen():
     assert largest_rank(3 * 2048 * 1024, 2048) == 92
-    assert largest_rank(3 * 128 * 64, 128) == 5
-    assert largest_rank(0, 128) == 1
+    assert largest_rank(3 * 2048 * 768, 2048) == 69
+    assert largest_rank(3 * 128 * 64, 128) == 16  # 3 % would be 5
+    assert largest_rank(0, 128) == 16
 
 
 @pytest.mark.parametrize("pairs", [0, 1, 2, 16, ENOUGH, 1000])

@@ -16,7 +16,10 @@ from ..decision.compensation import Compensation
 from .linear_fit import LinearFit, LinearSums, explained, fit_linear
 from .moments import ENOUGH
 
-MEMORY_SHARE = 0.03  # of the experts' weights that A may be as large as, in the same dtype
+MEMORY_SHARE = 0.03  # of the experts' weights that A may be as large as, in the same dtype; by default no more than that,
+SMALLEST_MOST = (
+    16  # but a rank of 16 is tried in any model: where experts are tiny it was best at equal arithmetic
+)
 RIDGES = (1e-3, 5e-3, 2.5e-2)
 PAYS = 0.01  # a layer keeps the mean unless the held-out share explained rises by this much over the means'
 NEAR = 0.002  # of two ranks so near in that share the smaller is taken
@@ -172,5 +175,5 @@ def expert_numbers(experts: nn.Module | None, num_experts: int) -> int:
 
 
 def largest_rank(numbers: int, hidden: int) -> int:
-    """The rank up to which A, R x H numbers an expert, is at most 3 % of the expert's own; 1 at least."""
-    return max(1, int(MEMORY_SHARE * numbers / hidden))
+    """The rank up to which A, R x H numbers an expert, is at most 3 % of the expert's own; 16 at least (docs/results.md)."""
+    return max(SMALLEST_MOST, int(MEMORY_SHARE * numbers / hidden))

@@ -108,7 +108,7 @@ def calibrate(
         over at most 16,384 tokens that are held out of their sums.
     rank : int, optional
         Of the linear compensation, in every layer. Default: chosen per layer by what it explains of held-out outputs, up to
-        where it takes 3 % of the experts' memory.
+        where it takes 3 % of the experts' memory, or to 16 if that is more.
     robust_fit : bool
         The linear compensation's sums come from as many tokens, of which a quarter is text shuffled within its windows and a
         quarter uniformly random: it costs nothing on text like the calibration's, and holds better on other text.

@@ -48,7 +48,7 @@ def fit_maps(
     batches : sequence of Batch
         This process's held-out windows.
     rank : int, optional
-        Of every layer. Default: chosen, up to where it takes 3 % of the experts' memory.
+        Of every layer. Default: chosen, up to 16 or where it takes 3 % of the experts' memory.
     """
     moments = calibration.moments
     assert moments is not None

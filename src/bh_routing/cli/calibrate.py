@@ -56,8 +56,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--rank",
         type=common.whole(1),
         metavar="R",
-        help="rank of the linear compensation (with --sensitivity; default: by what it explains, up to 3 %% of the "
-        "experts' memory)",
+        help="rank of the linear compensation (with --sensitivity; default: by what it explains, up to 16, or 3 %% of "
+        "the experts' memory)",
     )
     parser.add_argument(
         "--no-robust-fit",
