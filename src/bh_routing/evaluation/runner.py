@@ -21,18 +21,16 @@ from .._files import write_atomically
 from ..calibration.calibration import Calibration
 from ..errors import InvalidInputError, InvalidParameterError
 from ..integration import RoutingIntegration
-from ..policies import RoutingContext, RoutingPolicy
+from ..policies import RoutingContext
 from ..text import Window, cut_windows, spans
 from .figures import result_of, to_frame
 from .results import FORMAT, ResultsFolder
 from .scoring import TextScores, score_text, whole_streams
-from .specs import PolicySpec, make_routing, parse_policy
+from .specs import Policy, PolicySpec, labelled, make_routing
 from .workbench import Workbench
 
 SOLVE_WINDOWS = 16  # of the calibration text, for layer profiles
 SHOWN = 192  # tokens of each text that the report shows one by one
-
-Policy = str | PolicySpec | RoutingPolicy
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -115,7 +113,7 @@ class RoutingExperimentRunner:
         if calibration is not None and not isinstance(calibration, Calibration):
             calibration = Calibration.load(calibration)
         self.calibration = calibration
-        self.policies = _labelled(policies)
+        self.policies = labelled(policies)
         self.window, self.stride, self.batch_tokens = window, stride or window, batch_tokens
         self.max_tokens, self.streams, self.kl, self.seed = max_tokens, streams, kl, seed
         if streams is not None and self.stride != window:
@@ -136,8 +134,9 @@ class RoutingExperimentRunner:
     def _read(self, name: str, text: str) -> _Text:
         if not text.strip():
             raise InvalidInputError(f"expected text in data set {name}, got none.")
-        encoded = self.tokenizer(text, add_special_tokens=False, return_tensors="pt", verbose=False)
-        ids_N = encoded.input_ids[0]
+        ids_N = self.tokenizer(text, add_special_tokens=False, return_tensors="pt", verbose=False).input_ids[
+            0
+        ]
         cut_N = ids_N[: self.max_tokens]
         if self.streams is not None:
             cut_N = cut_N[: whole_streams(len(cut_N), self.window, self.streams)]
@@ -197,9 +196,8 @@ class RoutingExperimentRunner:
 
     def integration(self, label: str) -> RoutingIntegration:
         """One of its policies on its model, not patched."""
-        policy = self.policies[label]
         torch.manual_seed(self.seed)
-        if isinstance(policy, PolicySpec):
+        if isinstance(policy := self.policies[label], PolicySpec):
             return make_routing(policy, self.bench)
         return RoutingIntegration(self.model, policy)
 
@@ -328,23 +326,3 @@ class RoutingExperimentRunner:
     def _results_of(self, df: Any) -> list[dict[str, Any]]:
         wanted = set(df["key"])
         return [result for result in self.folder.results() if result["key"] in wanted]
-
-
-def _labelled(
-    policies: Sequence[Policy] | Mapping[str, Policy],
-) -> dict[str, PolicySpec | RoutingPolicy]:
-    """Label -> policy, text parsed, the model's own routing first."""
-    labels = list(policies) if isinstance(policies, Mapping) else [None] * len(policies)
-    given = policies.values() if isinstance(policies, Mapping) else policies
-    found: dict[str, PolicySpec | RoutingPolicy] = {"full": parse_policy("full")}
-    asked = set()
-    for label, policy in zip(labels, given, strict=True):
-        read = parse_policy(policy) if isinstance(policy, str) else policy
-        name = label or (read.text if isinstance(read, PolicySpec) else read.name)
-        if name in asked:
-            raise InvalidParameterError(
-                f"policy {name!r} is there twice; give a mapping of labels to policies."
-            )
-        asked.add(name)
-        found[name] = read
-    return found

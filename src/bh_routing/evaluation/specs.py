@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from .._words import did_you_mean
 from ..errors import InvalidParameterError, UnknownPolicyError
 from ..integration import RoutingIntegration
+from ..policies import RoutingPolicy
 from ..stats.procedures import ALIASES
 from .entries import POLICIES, SOLVED
 from .workbench import Workbench
@@ -27,6 +28,9 @@ class PolicySpec:
     def budget(self) -> float | None:
         """The budget, where one was given."""
         return self.parameters.get("experts")
+
+
+Policy = str | PolicySpec | RoutingPolicy
 
 
 # ------------------------------------------------------------------------------------------------ parsing
@@ -114,3 +118,23 @@ def make_routing(spec: PolicySpec | str, bench: Workbench) -> RoutingIntegration
     """
     spec = parse_policy(spec) if isinstance(spec, str) else spec
     return POLICIES[spec.name].build(bench, dict(spec.parameters))
+
+
+def labelled(
+    policies: Sequence[Policy] | Mapping[str, Policy],
+) -> dict[str, PolicySpec | RoutingPolicy]:
+    """Label -> policy, text parsed, the model's own routing first."""
+    labels = list(policies) if isinstance(policies, Mapping) else [None] * len(policies)
+    given = policies.values() if isinstance(policies, Mapping) else policies
+    found: dict[str, PolicySpec | RoutingPolicy] = {"full": parse_policy("full")}
+    asked = set()
+    for label, policy in zip(labels, given, strict=True):
+        read = parse_policy(policy) if isinstance(policy, str) else policy
+        name = label or (read.text if isinstance(read, PolicySpec) else read.name)
+        if name in asked:
+            raise InvalidParameterError(
+                f"policy {name!r} is there twice; give a mapping of labels to policies."
+            )
+        asked.add(name)
+        found[name] = read
+    return found
