@@ -12,7 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from bh_routing._files import write_atomically
-from bh_routing._tensor_files import tensors_digest
+from bh_routing._files.tensors import tensors_digest
 from bh_routing.calibration.calibration import Calibration
 from bh_routing.calibration.fingerprint import (
     EXPERT_TOLERANCE,

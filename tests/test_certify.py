@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from bh_routing import BHRoutingIntegration, Calibration
-from bh_routing._tensor_files import tensors_digest
+from bh_routing._files.tensors import tensors_digest
 from bh_routing.calibration import checkpoint
 from bh_routing.calibration.certify import documents_needed, fixed_sequence, simultaneous
 from bh_routing.calibration.passes import calibrate

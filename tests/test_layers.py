@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1] / "src"
 # Lowest first. A file may import what stands on its own line, or below it.
 ORDER = (
     ("_version", "errors"),
-    ("_lazy", "_files", "_words", "_hashing", "_checks", "_tensor_files", "_threads", "support"),
+    ("_lazy", "_files", "_words", "_threads", "support"),
     ("data", "models"),
     ("text",),
     ("stats",),

@@ -10,8 +10,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from bh_routing._hashing import document_digest
-from bh_routing._tensor_files import tensors_digest
+from bh_routing._files.tensors import tensors_digest
 from bh_routing.calibration import checkpoint, third_pass
 from bh_routing.calibration.calibration import Calibration
 from bh_routing.calibration.dropping import Dropping, dropping_policy
@@ -33,6 +32,7 @@ from bh_routing.errors import (
 from bh_routing.patching import make_plan
 from bh_routing.stats.statistic import full_statistic, token_size
 from bh_routing.text import TextStream
+from bh_routing.text.hashing import document_digest
 from test_linear_fit import E, H, sums_of, tokens
 
 FIXTURES = Path(__file__).parent / "fixtures"

@@ -15,11 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .._hashing import Ids
 from ..decision.compensation import lost_and_kept
 from ..errors import CalibrationError
 from ..stats.histogram import FIRST_BIN, LAST_BIN, Histogram, bin_index
 from ..stats.statistic import base_statistic
+from ..text.hashing import Ids
 from .data import CalibrationData, Reservoir, join_layers
 from .moments import Moments
 

@@ -15,10 +15,10 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from .._checks import listed, number, one_of, optional, record, text, whole
-from .._hashing import short_digest
+from .._files.checks import listed, number, one_of, optional, record, text, whole
 from .._words import Bound
 from ..errors import CertificateError
+from ..text.hashing import short_digest
 
 Loss = Literal["kl", "agreement"]
 CLIP = 0.1  # nats: the most that a document counts

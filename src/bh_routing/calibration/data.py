@@ -4,7 +4,7 @@ Which document a token or a text is of, in files of format 2 (None in format 1):
 
 - ``reservoir.document_N``, int64 [N], non-negative: a hash of the document that each kept token comes from, in the order of
   ``reservoir.hash_N``; equal where the document is the same. It depends on the calibration's seed.
-- ``document_digests_C``, int64 [C], non-negative, ascending, distinct: `bh_routing._hashing.document_digest` of every document
+- ``document_digests_C``, int64 [C], non-negative, ascending, distinct: `bh_routing.text.hashing.document_digest` of every document
   that was read (of a string without regard to white space, of token ids of their int64 bytes), whatever the seed.
 
 Shape legend: L routed layers, E experts, K slots of the router's own choice, N tokens kept, D projections, C documents.

@@ -1,6 +1,6 @@
 """Reading and writing calibrations.
 
-A calibration file is a file of tensors (`bh_routing._tensor_files`); its header holds model, layers, settings, text.
+A calibration file is a file of tensors (`bh_routing._files.tensors`); its header holds model, layers, settings, text.
 Tensors: ``hist.<statistic>.<set>.<layer>`` integer counts [E, B] in the narrowest type that holds them; ``moments.*``;
 ``reservoir.*``; ``linear.*`` (A in bfloat16); ``token_sizes.*``; ``fingerprint``;
 ``document_digests``; ``text_profile.*`` beside a certificate. What a file may hold is said here, once: `HEADER`, `LAYER`
@@ -22,8 +22,8 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
-from .._checks import LONGEST, listed, mapping, number, one_of, optional, record, text, unique, whole
-from .._tensor_files import INTEGERS, Expected, read_tensors, write_tensors
+from .._files.checks import LONGEST, listed, mapping, number, one_of, optional, record, text, unique, whole
+from .._files.tensors import INTEGERS, Expected, read_tensors, write_tensors
 from ..decision.types import RouteNorm
 from ..errors import CalibrationError, CalibrationFileError
 from ..stats.histogram import FIRST_BIN, LAST_BIN, Histogram

@@ -13,11 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .._hashing import mix64
 from ..patching import LayerPlan
 from ..patching.adapters import flat_experts
 from ..patching.contract import calls, hidden_size
 from ..patching.instance import execution_device, find_patch
+from ..text.hashing import mix64
 from .forwards import evaluating
 
 ROWS = 8  # R

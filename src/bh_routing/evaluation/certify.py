@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 
-from .._hashing import document_digest, short_digest
 from .._version import __version__
 from .._words import Bound, check_word
 from ..calibration.calibration import Calibration
@@ -34,6 +33,7 @@ from ..errors import BudgetError, CertificateError, InvalidParameterError
 from ..integration import BHRoutingIntegration
 from ..settings import RoutingSettings
 from ..settings.levels import LEVELS
+from ..text.hashing import document_digest, short_digest
 from .document_losses import Documents, Sums, losses_of, read_documents
 
 logger = logging.getLogger(__name__)

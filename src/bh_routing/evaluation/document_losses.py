@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .._hashing import document_key
 from ..calibration.calibration import Calibration
 from ..calibration.certificate import Loss
 from ..calibration.checkpoint import Checkpoint
@@ -27,6 +26,7 @@ from ..policies import RoutingContext, TopKPolicy
 from ..stats.divergence import kl_divergence
 from ..stats.statistic import LOG_SCORES
 from ..text import Batch, TextStream
+from ..text.hashing import document_key
 from .figures import costs
 
 

@@ -11,8 +11,8 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from .._checks import either, listed, mapping, number, one_of, optional, read_json, record, text, whole
 from .._files import append_line, write_atomically
+from .._files.checks import either, listed, mapping, number, one_of, optional, read_json, record, text, whole
 from ..calibration.fingerprint import fingerprint, same_model
 from ..errors import ResultsError
 

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any, get_args
 import torch
 from torch import Tensor, nn
 
-from .._checks import Check, listed, number, one_of, record, text, unique, whole
-from .._tensor_files import FLOATS, INTEGERS, Expected, read_tensors, write_tensors
+from .._files.checks import Check, listed, number, one_of, record, text, unique, whole
+from .._files.tensors import FLOATS, INTEGERS, Expected, read_tensors, write_tensors
 from ..decision.types import RouteNorm
 from ..errors import CalibrationError, InvalidInputError, RoutingLogError
 from ..patching import make_plan, watch

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .._hashing import Ids, document_digest, document_key, token_hashes
+from .hashing import Ids, document_digest, document_key, token_hashes
 from .windows import Document, evenly, token_ids
 
 

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .._hashing import Ids
 from ..errors import InvalidInputError, InvalidParameterError, InvalidTypeError
+from .hashing import Ids
 
 Document = str | Sequence[int] | Tensor
 Item = TypeVar("Item")

@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .._hashing import mix64
 from ..calibration.accumulate import recount
 from ..calibration.calibration import Calibration
 from ..calibration.data import Reservoir
@@ -24,6 +23,7 @@ from ..errors import CalibrationError
 from ..integration import BHRoutingIntegration
 from ..policies import RoutingContext
 from ..telemetry.counters import recomputing
+from ..text.hashing import mix64
 from .tape import real_tokens
 
 

@@ -21,8 +21,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from ._checks import read_json
-from ._files import write_atomically
+from .checks import read_json
+from .plain import write_atomically
 
 MOST_BYTES = 1 << 34  # of a file: many times what the largest known model needs
 
