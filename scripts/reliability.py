@@ -40,7 +40,7 @@ KINDS: dict[str, tuple[str, ...]] = {
 }
 # What one test stands for, where that is more than one case: by its parameter's name.
 TRIED = {"[many]": 10_000, "[few]": 150}
-SEVERAL = {"test_a_hundred_thousand_rows": 100_000}
+SEVERAL = {"test_a_hundred_thousand_rows": 100_000, "test_a_hundred_thousand_rows_by_definition": 100_000}
 FEWER = {"test_mutated_report_input[many]": 300, "test_mutated_report_input[few]": 12}
 
 

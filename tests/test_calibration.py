@@ -202,7 +202,7 @@ def test_budget_per_layer(synthetic_calibration):
 @pytest.mark.parametrize("budget", [0.5, 4.5])
 def test_impossible_budgets_tell_what_is_possible(synthetic_calibration, budget):
     with pytest.raises(
-        BudgetError, match=r"1 to 3\.9 are reachable with min_k=1 and max_k=4; change the budget"
+        BudgetError, match=r"1 to 3\.9 are reachable with min_k=1 and max_k=4, and all 4; change the budget"
     ):
         synthetic_calibration().solve(budget)
 

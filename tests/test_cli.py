@@ -15,7 +15,7 @@ import pytest
 
 from bh_routing import __version__, is_patched
 from bh_routing.cli import COMMANDS, main
-from bh_routing.settings import RoutingSettings
+from bh_routing.settings import TEXT_OPTIONS, RoutingSettings
 
 UNCALIBRATED = ["--calibration", "none"]
 
@@ -144,7 +144,7 @@ def test_as_a_module():
         ),
         (
             ["generate", "olmoe-nano", "-p", "x", "--experts", "-1"],
-            "bh-routing generate: experts must be a number of experts per token above 0, got -1.",
+            "bh-routing generate: experts must be a finite number of experts per token above 0, got -1.",
         ),
         (
             ["generate", "olmoe-nano", "-p", "x", "--max-new-tokens", "0"],
@@ -363,8 +363,11 @@ def test_what_a_yaml_file_cannot_say(run, tmp_path, monkeypatch, yaml, sentence)
 def test_every_setting_is_an_option(run):
     out = run("generate", "--help").out
     for field in fields(RoutingSettings):
-        name = {"experts_per_token": "experts"}.get(field.name, field.name).replace("_", "-")
-        assert (f"--{name} " in out) == (field.name not in ("collect_stats", "strict"))
+        told = {option.field: name for name, option in TEXT_OPTIONS.items() if option.field}
+        name = told.get(field.name, field.name).replace("_", "-")
+        assert (f"--{name} " in out) == (
+            field.name not in ("collect_stats", "strict", "resident", "batch_invariant")
+        )
 
 
 def test_generate_analyze_leaves_the_text_alone(run, loaded):

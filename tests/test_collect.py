@@ -449,3 +449,27 @@ def test_two_processes_write_what_one_writes(tmp_path):
         a, b = one.table(0.1, size=size), first.table(0.1, size=size)
         torch.testing.assert_close(a.thresholds_LE, b.thresholds_LE, atol=1e-4, rtol=0)
         torch.testing.assert_close(a.offset_LE, b.offset_LE, atol=1e-4, rtol=0)
+
+
+def test_masked_experts_are_not_counted():
+    """Logits of -inf are of experts that a router cannot choose: the null is that of the others, whatever their number."""
+    logits_TE = torch.randn(50, 12, generator=torch.Generator().manual_seed(0))
+    masked_TE = logits_TE.clone()
+    masked_TE[:, 8:] = float("-inf")
+    own_TK = masked_TE.topk(3).indices
+    all_of_them = LayerCounts("gate", 12, "softmax", 1.0, 2)
+    all_of_them.update(masked_TE, own_TK)
+    fewer = LayerCounts("gate", 8, "softmax", 1.0, 2)
+    fewer.update(logits_TE[:, :8].contiguous(), own_TK)
+    for kind, sets in all_of_them.histograms().items():
+        for name in ("selected", "unselected"):
+            found, expected = sets[name], fewer.histograms()[kind][name]
+            assert found.start == expected.start
+            assert torch.equal(found.counts_LEB[:, :8], expected.counts_LEB)
+            assert int(found.counts_LEB[:, 8:].sum()) == 0
+    few = LayerCounts(
+        "gate", 12, "softmax", 1.0, 2
+    )  # fewer experts than slots: the choice is counted all the same
+    masked_TE[:, 2:] = float("-inf")
+    few.update(masked_TE, masked_TE.topk(3).indices)
+    assert int(few.histograms()["logit"]["selected"].counts_LEB.sum()) == 150

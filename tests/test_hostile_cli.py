@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import lzma
 import shutil
 import subprocess
 import sys
@@ -52,6 +53,7 @@ def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
         (["evaluate", "-o", "{folder}/none/out"], "output must lie in a folder that exists"),
         (["evaluate", "--policy", "bh:experts=inf"], "cannot read experts='inf' of policy bh"),
         (["evaluate", "--policy", "bh:experts=0"], "cannot read experts='0' of policy bh"),
+        (["evaluate", "-o", "{folder}/night.txt"], "output must be a folder, got the file"),
         (["record", "--max-tokens", "0"], "expected a whole number of at least 1, got '0'"),
         (["record", "--window", "600"], "window must be at most the 512 tokens"),
         (["record", "-o", "{folder}/none/log.safetensors"], "output must lie in a folder that exists"),
@@ -61,6 +63,11 @@ def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
             "--sensitivity-tokens is of the second pass, which was not asked for",
         ),
         (["bench", "--experts", "inf"], "expected a finite number above 0, got 'inf'"),
+        (
+            ["bench", "--calibration", "none", "--compensation", "mean"],
+            "compensation='mean' needs a calibration",
+        ),
+        (["generate", "-p", "x", "--experts", "inf"], "experts must be a finite number of experts per token"),
         (["bench", "--experts", "0"], "expected a finite number above 0, got '0'"),
         (["bench", "--tokens", "0"], "expected a whole number of at least 1, got '0'"),
         (["generate", "-p", "x", "--max-new-tokens", "0"], "expected a whole number of at least 1, got '0'"),
@@ -184,4 +191,56 @@ def test_other_names() -> None:
         "1 result",
         "0 results",
         "2 policies",
+    )
+
+
+@pytest.mark.parametrize("command", ["calibrate", "record", "report", "lm-eval"])
+def test_a_folder_in_the_place_of_a_file(
+    tmp_path: Path, text: Path, no_model: None, capsys: Any, command: str
+) -> None:
+    """A file that is there is replaced, whole; a folder never is."""
+    held = tmp_path / "held.safetensors"
+    held.mkdir()
+    arguments = {
+        "calibrate": ["olmoe-nano", "--text", str(text)],
+        "record": ["olmoe-nano", "--text", str(text)],
+        "report": [str(tmp_path)],
+        "lm-eval": ["olmoe-nano", "--tasks", "arc_easy"],
+    }[command]
+    assert main([command, *arguments, "-o", str(held)]) == 2
+    assert f"bh-routing {command}: output must be a file, got the folder" in capsys.readouterr().err
+    assert list(held.iterdir()) == []
+
+
+def test_all_experts_are_a_budget(tmp_path: Path, capsys: Any) -> None:
+    """The model's own number means all of it, exactly; between it and what a level reaches there is none."""
+    short = tmp_path / "short.txt.xz"
+    short.write_bytes(lzma.compress(b"The old man walked to the window. " * 20))
+    policies = ["--policy", "full", "--policy", "bh:experts=8"]
+    assert main(["evaluate", "olmoe-nano", *policies, "--text", str(short), "-o", str(tmp_path / "r")]) == 0
+    printed = capsys.readouterr()
+    own, all_of_it = ResultsFolder(tmp_path / "r").results()
+    assert all_of_it["mean_experts_per_token"] == 8.0
+    assert all_of_it["blocks"] == own["blocks"]
+    assert own["window"] == 256  # what the model was trained on; its configuration says 512
+    assert "note: short is" in printed.err
+    assert "too short to judge by; at least 10 blocks give an interval" in printed.err
+    assert main(["generate", "olmoe-nano", "-p", "x", "--experts", "7.9"]) == 2
+    assert "are reachable with min_k=1 and max_k=8, and all 8; change" in capsys.readouterr().err
+
+
+def test_without_a_network_there_is_no_wait(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    def unreachable(*_args: Any, **_settings: Any) -> None:
+        raise ConnectionError("Network is unreachable")
+
+    monkeypatch.setattr("huggingface_hub.get_hf_file_metadata", unreachable)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(
+        "transformers.AutoConfig.from_pretrained", lambda *_: pytest.fail("the hub's client was asked")
+    )
+    assert main(["generate", "no-such-owner/no-such-model", "-p", "x"]) == 2
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1
+    assert (
+        "no connection to https://huggingface.co (Network is unreachable), and no copy in the cache" in told
     )

@@ -99,6 +99,7 @@ def test_retries_are_not_told_one_by_one(monkeypatch, capfd):
         logging.getLogger("huggingface_hub.utils._http").warning("Retrying in 1s [Retry 1/5].")
         raise OSError("We couldn't connect.")
 
+    monkeypatch.setattr("huggingface_hub.get_hf_file_metadata", lambda *_, **__: None)
     monkeypatch.setattr("transformers.AutoConfig.from_pretrained", unreachable)
     assert message("allenai/no-such-model-at-all") == (
         "expected to load a model and its tokenizer from allenai/no-such-model-at-all, got OSError: We couldn't "

@@ -220,6 +220,33 @@ def test_chunks_after_a_cache(tiny_olmoe, token_ids, kind, room):
         assert tokens(integrator) == (12, 0)
 
 
+@pytest.mark.parametrize(
+    "stopping", [{"early_stopping": True}, {"early_stopping": False, "length_penalty": 0.0}]
+)
+def test_beams_of_a_sequence_that_has_ended_are_not_counted(nano, stopping):
+    """Beam search runs all beams of a batch until its last sequence is done: what is counted is what each takes alone."""
+    prompts = torch.randint(3, 4000, (3, 6), generator=torch.Generator().manual_seed(4))
+    settings = {"max_new_tokens": 12, "num_beams": 3, "do_sample": False, "pad_token_id": 0}
+    settings |= {"eos_token_id": list(range(0, 4096, 5))} | stopping
+    alone = []
+    with BHRoutingIntegration(nano, alpha=0.3) as integrator:
+        for row in prompts:
+            integrator.reset_stats()
+            nano.generate(row.unsqueeze(0), **settings)
+            alone.append(integrator.telemetry.num_tokens)
+        integrator.reset_stats()
+        nano.generate(prompts, **settings)
+        together, calls = (
+            integrator.telemetry.num_tokens,
+            integrator.get_routing_stats()["total_forward_passes"],
+        )
+    assert together == sum(alone)
+    assert len(set(alone)) > 1
+    # there was something not to count: forwards of nine rows while a sequence had ended
+    layers = len(integrator.plan.layers)
+    assert together < prompts.numel() * 3 + 9 * (calls // layers - 1)
+
+
 def test_rows_that_have_ended_are_not_counted(nano):
     """A batch counts what its rows count alone."""
     generator = torch.Generator().manual_seed(3)

@@ -67,6 +67,12 @@ class LayerCounts:
                 f"router {self.path} gave NaN or infinite logits: expected finite ones; load the model in "
                 "another dtype, or find the token that breaks it."
             )
+        if low == float("-inf"):  # experts that the router masks out: not passed over, but not there
+            there_TE = (value_TE > low) | (row_TE & SELECTED > 0)
+            value_TE, row_TE = value_TE[there_TE], row_TE[there_TE]
+            if not value_TE.numel():
+                return
+            low = float(value_TE.min())
         bins_TE = bin_index(value_TE)
         first, last = bin_index(torch.tensor([low, high], dtype=torch.float64)).tolist()
         counts_ECB = self._reserve(kind, first, last, value_TE.device)

@@ -10,6 +10,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
+import torch
+
 from ..decision.select import count_p_values
 from ..decision.table import DecisionTable
 from ..decision.types import Limits
@@ -19,6 +21,8 @@ from .data import CalibrationData, some_of
 from .fit import p_values, table_at
 from .null_settings import NullSettings
 
+# A level below 1 never keeps an expert whose p-value is 1; with a table, all that a router chooses is a level of its own.
+HIGHEST, ALL = 1 - 1e-12, 1.0
 TOLERANCE = 0.02  # how far from a budget the mean may be, relative to it
 
 
@@ -142,15 +146,18 @@ def _solve_level(layers: list[Counter], budget: float, where: str) -> tuple[floa
     def kept(log_alpha: float) -> float:
         return sum(layer.mean(math.exp(log_alpha)) for layer in layers) / len(layers)
 
-    most = max(layer.top for layer in layers)
+    most, whole = max(layer.top for layer in layers), sum(layer.top for layer in layers) / len(layers)
+    has_table = layers[0].procedure.has_table
+    if budget == whole and has_table:
+        return ALL, whole
     log_alpha, mean = solve_parameter(
         kept,
         budget,
         math.log(1e-300),
-        math.log1p(-1e-12),
+        math.log(HIGHEST),
         what="level",
         where=f" in {where}",
-        limits=f" with min_k={layers[0].limits.min_k} and max_k={most}",
+        limits=f" with min_k={layers[0].limits.min_k} and max_k={most}" + f", and all {whole:g}" * has_table,
     )
     return math.exp(log_alpha), mean
 
@@ -190,16 +197,27 @@ def _solve(
     layers = counters(data, procedure, settings, limits)
     if isinstance(budgets, float):
         alpha, mean = _solve_level(layers, budgets, "the model")
-        has_table = procedure.has_table
-        table = table_at(data, [alpha] * len(layers), procedure, settings) if has_table else None
+        table = _table(data, [alpha] * len(layers), procedure, settings) if procedure.has_table else None
         return Solution(alpha, mean, table, settings)
     solved = {
         path: _solve_level([layer], budget, f"layer {path}")
         for layer, (path, budget) in zip(layers, budgets.items(), strict=True)
     }
     alphas = {path: alpha for path, (alpha, _) in solved.items()}
-    table = replace(table_at(data, list(alphas.values()), procedure, settings), alpha=None)
+    table = replace(_table(data, list(alphas.values()), procedure, settings), alpha=None)
     return Solution(alphas, sum(mean for _, mean in solved.values()) / len(layers), table, settings)
+
+
+def _table(
+    data: CalibrationData, alphas: list[float], procedure: Procedure, settings: NullSettings
+) -> DecisionTable:
+    """The decision table at one level per layer, of which `ALL` leaves nothing out."""
+    table = table_at(data, [min(alpha, HIGHEST) for alpha in alphas], procedure, settings)
+    whole_L1 = torch.tensor(alphas).unsqueeze(1) == ALL
+    if not bool(whole_L1.any()):
+        return table
+    thresholds_LE = table.thresholds_LE.masked_fill(whole_L1.to(table.thresholds_LE.device), -math.inf)
+    return table.with_thresholds(thresholds_LE, alpha=ALL if bool(whole_L1.all()) else None)
 
 
 def _budgets(data: CalibrationData, experts_per_token: Mapping[str, float]) -> dict[str, float]:

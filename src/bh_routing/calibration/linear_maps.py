@@ -80,8 +80,10 @@ class LinearMaps:
             mean_LEH=torch.stack([fit.mean_EH for fit in fits]).float(),
             slope_LERH=torch.stack([wide(fit.slope_ERH, 1) for fit in fits]).to(torch.bfloat16),
             rank_L=torch.tensor([fit.rank for fit in fits]),
-            r2_L=torch.tensor([one.r2 for one in layers], dtype=torch.float64).nan_to_num(0.0),
-            mean_r2_L=torch.tensor([one.mean_r2 for one in layers], dtype=torch.float64).nan_to_num(0.0),
+            r2_L=torch.tensor([one.r2 for one in layers], dtype=torch.float64).nan_to_num(0.0).clamp_max(1.0),
+            mean_r2_L=torch.tensor([one.mean_r2 for one in layers], dtype=torch.float64)
+            .nan_to_num(0.0)
+            .clamp_max(1.0),
             pairs_LE=torch.stack([one.pairs_E for one in layers]),
             expert_numbers_L=torch.tensor(list(expert_numbers)),
         )

@@ -82,7 +82,7 @@ def calibrate(
         At most so many tokens of each document (one window at least), in windows that lie evenly over it. What is
         exchangeable with the text in use is a document, not a token: so no long one outweighs the others.
     window : int, optional
-        Longest run of tokens in one forward. Default: the model's context, at most 512.
+        Longest run of tokens in one forward. Default: what the model was trained on, or its context; at most 512.
     batch_tokens : int
         Tokens per forward, about.
     temperature : float
@@ -333,8 +333,10 @@ def _layers(plan: PatchPlan) -> tuple[CalibratedLayer, ...]:
 
 
 def default_window(model: nn.Module) -> int:
-    """The model's context, at most 512 tokens."""
+    """What the model was trained on (``trained_window`` of its configuration, where it says so), else its context; at most 512."""
     config: Any = getattr(model, "config", None)
     text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
-    longest = getattr(text_config, "max_position_embeddings", None)
+    longest = getattr(text_config, "trained_window", None) or getattr(
+        text_config, "max_position_embeddings", None
+    )
     return min(512, longest) if isinstance(longest, int) and longest > 1 else 512

@@ -102,7 +102,7 @@ def fit_token_sizes(layers: Sequence[Residuals], centers: Sequence[Tensor], num_
         offset_LE=torch.stack(offsets).float(),
         slope_LDE=torch.stack(slopes).float(),
         center_LD=torch.stack([center_D.float() for center_D in centers]),
-        r2_L=torch.tensor(r2, dtype=torch.float64).nan_to_num(0.0),
+        r2_L=torch.tensor(r2, dtype=torch.float64).nan_to_num(0.0).clamp_max(1.0),
         tokens_LE=torch.stack(tokens),
     )
 

@@ -19,7 +19,8 @@ from typing import NoReturn
 
 from .._version import __version__
 from ..errors import BHRoutingError
-from .common import notes, with_config
+from .common import notes
+from .yaml_options import with_config
 
 # command: (module, one line of help), in the order in which --help lists them.
 COMMANDS: dict[str, tuple[str, str]] = {

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 
+from ..settings import TEXT_OPTIONS, RoutingSettings
 from . import common
 from .tables import print_table
 
@@ -48,12 +49,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     common.add_number(parser, "rounds", "rounds", default=7)
     parser.add_argument("--text", metavar="FILE", help="UTF-8 text to run on (default: the bundled one)")
     common.add_calibration_argument(parser)
+    common.add_options(parser, {"compensation": TEXT_OPTIONS["compensation"]})
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     common.add_model_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> None:
     calibration = common.load_calibration(args.calibration, args.model, [])
+    settings = common.values_of(args, {"compensation": TEXT_OPTIONS["compensation"]})
+    RoutingSettings.from_dict(settings).check_calibrated(calibration)
 
     import torch
 
@@ -81,7 +85,9 @@ def run(args: argparse.Namespace) -> None:
         variants = bench.threshold_variants(model, input_ids, budgets)
     else:
         variants = {
-            f"{n:g} experts": BHRoutingIntegration(model, calibration=calibration, experts_per_token=n)
+            f"{n:g} experts": BHRoutingIntegration(
+                model, calibration=calibration, experts_per_token=n, **settings
+            )
             for n in budgets
         }
     results = bench.measure(model, variants, input_ids, tokens, rounds=args.rounds) if tokens else []
@@ -91,7 +97,7 @@ def run(args: argparse.Namespace) -> None:
         if calibration is not None:
             for n in args.loads or [max(1, 3 * max(context.num_experts for context in contexts) // 8)]:
                 variants[f"{n:g} loads"] = BHRoutingIntegration(
-                    model, calibration=calibration, distinct_experts=n
+                    model, calibration=calibration, distinct_experts=n, **settings
                 )
         results += bench.measure(model, variants, input_ids, sequences=sequences, rounds=args.rounds)
     stock = {(r.tokens, r.sequences): r for r in results if r.variant == "stock"}

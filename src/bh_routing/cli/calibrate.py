@@ -91,7 +91,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--window",
         type=common.whole(2),
         metavar="N",
-        help="tokens per window (default: the context, at most 512)",
+        help="tokens per window (default: what the model was trained on, or its context; at most 512)",
     )
     parser.add_argument(
         "--batch-tokens",
@@ -233,8 +233,6 @@ def _check_output(path: Path) -> None:
         raise InvalidParameterError(
             f"output must be a file name that ends in .safetensors, got {str(path)!r}."
         )
-    if path.is_dir():
-        raise InvalidParameterError(f"output must be a file that can be written, got {str(path)!r}.")
     common.check_output(path, "file")
 
 

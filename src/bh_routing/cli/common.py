@@ -13,7 +13,7 @@ from pathlib import Path
 from textwrap import fill
 from typing import TYPE_CHECKING, Any
 
-from .._words import Option, did_you_mean
+from .._words import Option
 from ..errors import InvalidParameterError
 from ..settings import TEXT_OPTIONS
 
@@ -76,7 +76,12 @@ def add_number(
 
 def add_window_argument(parser: argparse.ArgumentParser) -> None:
     """--window, as `window_of` reads it."""
-    add_number(parser, "window", "tokens per window (default: the context, at most 512)", least=2)
+    add_number(
+        parser,
+        "window",
+        "tokens per window (default: what the model was trained on, or its context; at most 512)",
+        least=2,
+    )
 
 
 def positive(text: str) -> float:
@@ -101,7 +106,7 @@ def plural(number: int, word: str) -> str:
 
 
 def window_of(name: str, asked: int | None) -> int:
-    """Tokens per window for MODEL: what was asked for, at most its context; by default that, at most 512.
+    """Tokens per window for MODEL: what was asked for, at most its context; by default as `default_window` says.
 
     It reads the configuration only, so that what is wrong is said before the model is loaded.
     """
@@ -154,62 +159,6 @@ def add_config_argument(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def with_config(parser: argparse.ArgumentParser, argv: Sequence[str] | None, path: str) -> argparse.Namespace:
-    """The command line again, over a YAML file of options, over the defaults.
-
-    Raises
-    ------
-    InvalidParameterError
-        For what is no YAML, an unknown option, or a value that the option cannot take.
-    """
-    import yaml
-
-    try:
-        held = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise InvalidParameterError(f"{path} cannot be read as YAML: {error}.") from None
-    if not isinstance(held, dict):
-        raise InvalidParameterError(f"expected options as key: value in {path}, got {type(held).__name__}.")
-    command = parser.parse_args(argv).parser
-    actions = {a.dest: a for a in command._actions if a.dest not in ("help", "config")}
-    defaults = {name: action.default for name, action in actions.items()}
-    values = {}
-    for key, value in held.items():
-        name = str(key).replace("-", "_")
-        if name not in actions:
-            raise InvalidParameterError(f"unknown option {key!r} in {path}; {did_you_mean(name, actions)}")
-        values[name] = _read(actions[name], key, value, path)
-    for action in actions.values():
-        action.default = argparse.SUPPRESS
-    given = parser.parse_args(argv)
-    for group in command._mutually_exclusive_groups:
-        members = [action.dest for action in group._group_actions]
-        if any(name in given for name in members):
-            values = {name: value for name, value in values.items() if name not in members}
-    return argparse.Namespace(**(defaults | values | vars(given)))
-
-
-def _read(action: argparse.Action, key: str, value: Any, path: str) -> Any:
-    """A value of a YAML file, read as the option reads its text."""
-    several = action.nargs in ("+", "*") or isinstance(action, argparse._AppendAction)
-    listed = value if isinstance(value, list) else [value]
-    wrong = InvalidParameterError(f"cannot read {key}: {value!r} in {path}: {action.help}.")
-    if action.nargs == 0:
-        if not isinstance(value, bool):
-            raise wrong
-        return value
-    if (len(listed) != 1 and not several) or value is None:
-        raise wrong
-    read: Any = action.type or str
-    try:
-        found = [read(str(item)) for item in listed]
-    except argparse.ArgumentTypeError as error:
-        raise InvalidParameterError(f"{key} in {path}: {error}.") from None
-    except ValueError:
-        raise wrong from None
-    return found if several else found[0]
-
-
 def calibration_file(choice: str | None, model: str) -> str | None:
     """What --calibration asks for: a file, `none`, or (not given) the one that comes with the model."""
     from ..models.loading import default_calibration
@@ -224,9 +173,9 @@ def load_calibration(choice: str | None, model: str, budgets: Sequence[float]) -
     Raises where budgets are asked for and there is none to solve them on.
     """
     for budget in budgets:
-        if not budget > 0:
+        if not 0 < budget < float("inf"):
             raise InvalidParameterError(
-                f"experts must be a number of experts per token above 0, got {budget:g}."
+                f"experts must be a finite number of experts per token above 0, got {budget:g}."
             )
     path = calibration_file(choice, model)
     if path is None:
@@ -243,6 +192,11 @@ def load_calibration(choice: str | None, model: str, budgets: Sequence[float]) -
 
 def check_output(path: Path, what: str) -> None:
     """Find out before the work, not after it, that a file or folder cannot be written."""
+    if (what == "file" and path.is_dir()) or (what == "folder" and path.exists() and not path.is_dir()):
+        other = "folder" if what == "file" else "file"
+        raise InvalidParameterError(
+            f"output must be a {what}, got the {other} {str(path)!r}; give another name."
+        )
     parent = path.absolute().parent
     if not parent.is_dir():
         raise InvalidParameterError(
@@ -283,6 +237,20 @@ def notes() -> Iterator[None]:
         finally:
             logger.removeHandler(handler)
             logger.propagate = propagate
+
+
+def warn_of_few(text: str, tokens: int, blocks: int) -> None:
+    """A note where a text is too short to judge by."""
+    from ..evaluation.paired import FEWEST
+
+    if blocks < FEWEST:
+        logging.getLogger(__name__).warning(
+            "%s is %s in %s: too short to judge by; at least %d blocks give an interval.",
+            text,
+            plural(tokens, "token"),
+            plural(blocks, "block"),
+            FEWEST,
+        )
 
 
 @contextmanager

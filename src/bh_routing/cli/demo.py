@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from ..settings import TEXT_OPTIONS, RoutingSettings
 from . import common
 from .demo_parts import (
     PROMPTS,
@@ -38,6 +39,9 @@ if TYPE_CHECKING:
     from ..calibration.calibration import Calibration
 
 
+COMPENSATION = {"compensation": TEXT_OPTIONS["compensation"]}
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", nargs="?", default="olmoe-nano", help="default: olmoe-nano")
     level = parser.add_mutually_exclusive_group()
@@ -46,6 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--experts", type=float, nargs="+", metavar="N", help="budgets, N experts per token each"
     )
     common.add_calibration_argument(parser)
+    common.add_options(parser, COMPENSATION)
     parser.add_argument("--text", metavar="FILE", help="measure on this text instead of the bundled one")
     common.add_number(parser, "max-new-tokens", "tokens per answer", default=24)
     parser.add_argument(
@@ -61,6 +66,8 @@ def run(args: argparse.Namespace) -> None:
     with common.muted("bh_routing.integration"), common.make_progress() as progress:
         loading = progress.add_task("loading", total=None)
         calibration = _check(args)
+        settings = common.values_of(args, COMPENSATION)
+        RoutingSettings.from_dict(settings).check_calibrated(calibration)
         source, documents = read_documents(args.text, quick=args.quick)
 
         import torch
@@ -70,7 +77,7 @@ def run(args: argparse.Namespace) -> None:
 
         model, tokenizer = load_model(args.model, device=args.device, dtype=args.dtype)
         torch.manual_seed(args.seed)
-        routings = make_routings(model, calibration, args.alpha, args.experts, quick=args.quick)
+        routings = make_routings(model, calibration, args.alpha, args.experts, quick=args.quick, **settings)
         pieces = cut_pieces(tokenizer, documents, args.quick)
         progress.remove_task(loading)
         if not args.json:

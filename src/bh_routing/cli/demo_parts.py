@@ -136,8 +136,12 @@ def make_routings(
     budgets: list[float] | None,
     *,
     quick: bool = False,
+    **settings: Any,
 ) -> dict[str, RoutingIntegration | None]:
-    """The rows: the model itself, BH at every level or budget, the cut top-k at the same number, the usual level."""
+    """The rows: the model itself, BH at every level or budget, the cut top-k at the same number, the usual level.
+
+    ``settings``: more of them, for every BH row.
+    """
     from ..integration import BHRoutingIntegration, RoutingIntegration
     from ..patching import make_plan
     from ..policies import TopKPolicy
@@ -154,17 +158,21 @@ def make_routings(
     if budgets is not None:
         for budget in budgets[1:3] if quick and len(budgets) > 2 else budgets:
             rows[f"BH, {budget:g} experts"] = BHRoutingIntegration(
-                model, experts_per_token=budget, calibration=calibration
+                model, experts_per_token=budget, calibration=calibration, **settings
             )
             cut(budget)
     else:
         alphas = list(ALPHAS) if alphas is None else alphas
         for alpha in alphas[1:3] if quick and len(alphas) > 2 else alphas:
-            rows[f"BH, alpha {alpha:g}"] = BHRoutingIntegration(model, alpha=alpha, calibration=calibration)
+            rows[f"BH, alpha {alpha:g}"] = BHRoutingIntegration(
+                model, alpha=alpha, calibration=calibration, **settings
+            )
         for k in CUTS[1:3] if quick else CUTS:
             cut(k)
     for label, mode in USUAL.items():
-        rows[label] = BHRoutingIntegration(model, alpha=USUAL_ALPHA, calibration=calibration, mode=mode)
+        rows[label] = BHRoutingIntegration(
+            model, alpha=USUAL_ALPHA, calibration=calibration, mode=mode, **settings
+        )
     return rows
 
 

@@ -198,6 +198,7 @@ def show(results: list[dict[str, Any]]) -> None:
         print_table(dataset, columns, lines, spare=("s", "vs full", "MB", "arithmetic"))
         front = [row["result"]["policy"] for row in rows if row["front"]]
         first = rows[0]["result"]
+        common.warn_of_few(dataset, first["tokens"], len(first["blocks"]))
         print()
         common.print_text(
             f"{first['tokens']:,} tokens in windows of {first['window']}, stride {first['stride']}; perplexity per token; "

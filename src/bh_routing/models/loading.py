@@ -83,6 +83,8 @@ def load_config(name: str) -> Any:
     from transformers import AutoConfig
 
     with _quiet(downloads=False), _explained(name, kind):
+        if kind == "hub":
+            _check_hub(where)
         return AutoConfig.from_pretrained(where)
 
 
@@ -160,7 +162,9 @@ def load_model(name: str, *, device: str = "auto", dtype: str = "auto") -> tuple
 
     spread = {"device_map": "auto"} if target is None else {}
     with _quiet(downloads=kind == "hub"), _explained(name, kind):
-        config = AutoConfig.from_pretrained(where)  # first and alone: without a network one wait is enough
+        if kind == "hub":
+            _check_hub(where)
+        config = AutoConfig.from_pretrained(where)
         tokenizer = AutoTokenizer.from_pretrained(where, config=config)
         if len(tokenizer) <= len(tokenizer.all_special_tokens):
             raise ValueError("a tokenizer without words")
@@ -181,6 +185,27 @@ def load_model(name: str, *, device: str = "auto", dtype: str = "auto") -> tuple
                 f"{len(found)} {problem.replace('_', ' ')} (such as {first}); copy the model again."
             )
     return (model if target is None else model.to(target)).eval(), tokenizer
+
+
+def _check_hub(name: str) -> None:
+    """Without a network and without a copy in the cache, say so at once: the hub's client tries for 40 s.
+
+    Raises
+    ------
+    OSError
+        If there is no connection, and no copy.
+    """
+    from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+    from huggingface_hub.errors import FileMetadataError, HfHubHTTPError
+
+    if constants.HF_HUB_OFFLINE or isinstance(try_to_load_from_cache(name, "config.json"), str):
+        return
+    try:
+        get_hf_file_metadata(hf_hub_url(name, "config.json"), timeout=10.0)
+    except (HfHubHTTPError, FileMetadataError):
+        return  # it answered: whatever is wrong is transformers' to tell
+    except Exception as error:  # of the HTTP client, which is another one in every version
+        raise OSError(f"no connection to {constants.ENDPOINT} ({error}), and no copy in the cache") from None
 
 
 @contextmanager

@@ -23,7 +23,7 @@ from .calls import Forwards
 from .checkpointing import forget_carried
 from .discovery import replaced_forward
 from .forward import ForwardPatch, way_to
-from .generation import CriteriaPatch, GeneratePatch
+from .generation import BeamsPatch, CriteriaPatch, GeneratePatch
 from .implementation import ImplementationPatch
 from .instance import InstancePatch, execution_device, find_patch
 from .plan import LayerPlan, PatchPlan
@@ -136,6 +136,8 @@ class RoutingPatch:
             pieces.append(ForwardPatch(owner, forwards, causal=causal, edges=way_to(owner, inside)))
         for module in self.plan.generating:
             pieces += [GeneratePatch(module, forwards), CriteriaPatch(module, forwards)]
+            if hasattr(module, "_check_early_stop_heuristic"):
+                pieces.append(BeamsPatch(module, forwards))
         for layer in self.plan.layers:
             compensation = self.compensations.get(layer.path)
             link = Link() if compensation is not None and self.change else None

@@ -37,12 +37,36 @@ class CriteriaPatch(InstancePatch):
     def run(self, *args: Any, **kwargs: Any) -> Any:
         criteria = self.inner(*args, **kwargs)
         config = kwargs.get("generation_config", args[0] if args else None)
-        if (getattr(config, "num_beams", None) or 1) > 1:  # rows change places
+        if (
+            getattr(config, "num_beams", None) or 1
+        ) > 1:  # asked about candidates, which are no rows: see `BeamsPatch`
             return criteria
         kind: Any = type(criteria)
         told = telling(kind)(criteria)
         told.here = self.forwards.here
         return told
+
+
+class BeamsPatch(InstancePatch):
+    """Reads off beam search which sequences of a batch have ended: all their beams run on until the last one has."""
+
+    def __init__(self, module: nn.Module, forwards: Forwards) -> None:
+        super().__init__(module, "_check_early_stop_heuristic")
+        self.forwards = forwards
+
+    def inner(self, *args: Any, **kwargs: Any) -> Any:
+        """A static method in transformers."""
+        return (self.previous or getattr(type(self.module), self.attribute))(*args, **kwargs)
+
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        open_B1 = self.inner(*args, **kwargs)
+        finished_BK = kwargs.get("is_sent_finished")  # K beams of each
+        if finished_BK is not None:
+            done_B = ~open_B1.flatten()
+            if kwargs.get("early_stopping") is True:
+                done_B = done_B | finished_BK.all(-1)
+            self.forwards.here.ended_B = done_B.repeat_interleave(finished_BK.shape[1])
+        return open_B1
 
 
 @cache

@@ -9,6 +9,7 @@ Over 350 lines: one object says everything, and each of its fields is documented
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
@@ -171,9 +172,9 @@ class RoutingSettings:
         if self.alpha is not None:
             check_alpha(self.alpha)
         for budget in _budgets(self.experts_per_token):
-            if isinstance(budget, bool) or not isinstance(budget, (int, float)) or not budget > 0:
+            if isinstance(budget, bool) or not isinstance(budget, (int, float)) or not 0 < budget < math.inf:
                 raise InvalidParameterError(
-                    f"experts_per_token must be a number of experts per token above 0, or one for each router, got {budget!r}."
+                    f"experts_per_token must be a finite number of experts per token above 0, or one for each router, got {budget!r}."
                 )
         self._check_price()
         check_temperature(self.temperature)
