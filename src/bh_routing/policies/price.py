@@ -12,8 +12,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ..decision.price import first_of, price_loads, priced_kept
-from ..decision.select import keep_own, not_finite, rank_by_table
+from ..decision.price import first_of, price_loads
+from ..decision.select import Kept, keep_own, not_finite, rank_by_table
 from ..decision.table import DecisionTable
 from ..decision.types import RoutingDecision
 from ..errors import InvalidInputError, InvalidParameterError
@@ -90,6 +90,19 @@ class PricePolicy(TablePolicy):
             if isinstance(self.resident, Mapping) and context.path in self.resident:
                 self._check_resident(self.resident[context.path], context)
         self._priced_contexts, self._price = contexts, {}
+        self._look_at_table()
+
+    def set_table(self, table: DecisionTable) -> None:
+        super().set_table(table)
+        self._look_at_table()
+
+    def _look_at_table(self) -> None:
+        """Of which routers the table keeps all of the model's own choice: nothing is ranked there."""
+        self._whole = {
+            context.path: bool((self.thresholds_of(context)[: context.top_k] == -torch.inf).all())
+            and self.limits.top(context.top_k) == context.top_k
+            for context in self._priced_contexts
+        }
 
     def set_prices(self, prices: Prices) -> None:
         """Other prices, in the same buffers."""
@@ -149,13 +162,15 @@ class PricePolicy(TablePolicy):
             return super().decide(logits_TE, own_weights_TK, own_experts_TK, context)
         how, votes_T, resident_E = self._settings[context.path], context.mask_T, self.resident_of(context)
         price = self.price_of(context, step.tokens)
-        own_TK = self.statistic(logits_TE, context).gather(-1, own_experts_TK)
-        ranking = rank_by_table(own_TK, self.thresholds_of(context), rule=how.rule, limits=how.limits)
-        kept, lost_T1 = ranking.kept(), not_finite(logits_TE)
-        keep_TK = kept.keep_TK | lost_T1
+        own_TK, lost_T1 = self.statistic(logits_TE, context).gather(-1, own_experts_TK), not_finite(logits_TE)
+        keep_TK, first_TK, raw_T = None, lost_T1, None
+        if self.first or not self._whole[context.path]:
+            ranking = rank_by_table(own_TK, self.thresholds_of(context), rule=how.rule, limits=how.limits)
+            raw_T, first_TK = ranking.raw_counts_T, first_of(ranking, self.first, lost_T1)
+            keep_TK = ranking.kept().keep_TK | lost_T1
         priced = price_loads(
             keep_TK,
-            first_of(ranking, self.first, lost_T1),
+            first_TK,
             (2.0 * own_TK).exp(),
             own_experts_TK,
             shape=step.shape,
@@ -167,8 +182,11 @@ class PricePolicy(TablePolicy):
         )
         if votes_T is not None:  # a padded token's own choice is not loaded for its sake
             lost_T1 = lost_T1 & (votes_T if step.priced_T is None else votes_T | ~step.priced_T).unsqueeze(-1)
+        counts_T = priced.keep_TK.sum(-1)
+        if raw_T is None:
+            raw_T = torch.full_like(counts_T, own_experts_TK.shape[-1])
         decision = keep_own(
-            priced_kept(kept, priced.keep_TK),
+            Kept(priced.keep_TK, counts_T, raw_T),
             lost_T1,
             own_weights_TK,
             own_experts_TK,
