@@ -49,7 +49,9 @@ class Kernel:
 
 
 @torch.inference_mode()
-def replayed(calibration: Calibration, sequences: int, loads: float, seconds: float) -> tuple[Times, float, float]:
+def replayed(
+    calibration: Calibration, sequences: int, loads: float, seconds: float
+) -> tuple[Times, float, float]:
     """Times by variant, and the mean loads of the model's own choice and of the price."""
     steps, policy = record(calibration, sequences, loads)
     ours, top, kernel = by_layer(policy, sequences), TopKPolicy(4), Kernel()
@@ -70,8 +72,12 @@ def replayed(calibration: Calibration, sequences: int, loads: float, seconds: fl
         four, priced = decided(step, top), decided(step, ours)
         calls = {
             "8": lambda step=step: kernel(out_TH, x_TH, step.weights_BK.float(), step.experts_BK.int()),
-            "top-4": lambda d=four: kept_only(kernel, out_TH, x_TH, d.weights_TK.float(), filled(d, torch.int32)),
-            "price": lambda d=priced: kept_only(kernel, out_TH, x_TH, d.weights_TK.float(), filled(d, torch.int32)),
+            "top-4": lambda d=four: kept_only(
+                kernel, out_TH, x_TH, d.weights_TK.float(), filled(d, torch.int32)
+            ),
+            "price": lambda d=priced: kept_only(
+                kernel, out_TH, x_TH, d.weights_TK.float(), filled(d, torch.int32)
+            ),
             "decision": lambda step=step: decided(step, ours),
         }
         names = list(calls)
@@ -129,9 +135,20 @@ def main() -> None:
         f"{1e3 * statistics.median(times['decision']):.2f}",
         str(len(times["8"])),
     ]
-    header = ("sequences", "loads, all / price", "ms, all 8", "top-4", "price", "bytes", "ms, decision", "rounds")
+    header = (
+        "sequences",
+        "loads, all / price",
+        "ms, all 8",
+        "top-4",
+        "price",
+        "bytes",
+        "ms, decision",
+        "rounds",
+    )
     size = f"an expert is {EXPERT_WEIGHTS * 2 / 1e6:.1f} MB"
-    text = f"{markdown_table(header, [cells])}\n\n{describe_machine(args.threads)}; vLLM {vllm_version}; {size}."
+    text = (
+        f"{markdown_table(header, [cells])}\n\n{describe_machine(args.threads)}; vLLM {vllm_version}; {size}."
+    )
     if args.engine:
         header = ("requests at a time", "tokens per second, price 0", f"{args.loads:g} loads", "ratio")
         text += f"\n\n{markdown_table(header, [generated(calibration, args.sequences, args.loads)])}"
