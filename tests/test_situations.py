@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 
-from bh_routing import BHRoutingIntegration, RoutingIntegration, TopKPolicy, is_patched
+from bh_routing import BHRoutingIntegration, RoutingIntegration, TopKPolicy, calibrate, is_patched
 from bh_routing.errors import PatchError, UnsupportedModelError
 from bh_routing.evaluation.lm_eval import real_length
 from bh_routing.models import bundled_calibration, bundled_path
@@ -157,6 +157,57 @@ def test_copies_of_patched_modules_are_refused_and_restored(nano, token_ids, wha
     integrator.unpatch_model()
     assert not is_patched(adapted)
     assert torch.equal(logits_of(adapted, token_ids), plain)
+
+
+@pytest.mark.parametrize("when", ["before", "between", "patched"])
+def test_adapters_on_the_routers_weights(nano, token_ids, when):
+    """PEFT's target_parameters parametrises the router while it runs: routed as it is, and restored."""
+    peft = pytest.importorskip("peft")
+    plain = logits_of(nano, token_ids)
+    with calibrated(nano) as integrator:
+        wanted = logits_of(nano, token_ids)
+    if when == "patched":
+        integrator.patch_model()
+    adapted = peft.get_peft_model(
+        nano, peft.LoraConfig(r=2, target_modules=[], target_parameters=["mlp.gate.weight"])
+    ).eval()
+    if when == "before":
+        integrator = BHRoutingIntegration(adapted, alpha=0.2)
+        with integrator:
+            wanted = logits_of(adapted, token_ids)
+        assert not torch.equal(wanted, plain)
+    if when != "patched":
+        integrator.patch_model()
+    integrator.reset_stats()
+    assert torch.equal(logits_of(adapted, token_ids), wanted)
+    assert integrator.telemetry.num_tokens == token_ids.numel()
+    with torch.no_grad():  # an adapter that says something is part of the router's own choice
+        for name, parameter in adapted.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(0.0, 0.2, generator=torch.Generator().manual_seed(0))
+    assert not torch.equal(logits_of(adapted, token_ids), wanted)
+    integrator.unpatch_model()
+    assert not is_patched(adapted)
+    with adapted.disable_adapter():
+        assert torch.allclose(logits_of(adapted, token_ids), plain, atol=1e-5)
+
+
+def test_a_router_that_runs_several_times_per_forward(tiny_olmoe, token_ids):
+    """Shared layers: calibrated, counted and routed at each of their calls."""
+    model = tiny_olmoe(num_hidden_layers=3)
+    model.config.use_cache = False
+    model.model.layers[1] = model.model.layers[0]
+    found = calibrate(model, None, [token_ids.flatten().tolist()], window=token_ids.numel())
+    assert len(found.layers) == 2
+    tokens_seen, slots = token_ids.numel(), found.layers[0].top_k
+    chosen = found.histograms["logit"]["selected"].counts_LEB.sum((1, 2))
+    assert chosen.tolist() == [2 * tokens_seen * slots, tokens_seen * slots]
+    assert found.moments.tokens_LE.sum(-1).tolist() == chosen.tolist()
+    with BHRoutingIntegration(model, calibration=found, experts_per_token=2.0) as integrator:
+        logits_of(model, token_ids)
+        assert [part["router_calls"] for part in integrator.telemetry.to_dict()["layers"]] == [2, 1]
+        assert integrator.telemetry.to_dict()["total"]["decisions"] == 3 * tokens_seen
+        assert integrator.telemetry.mean_experts_per_token == pytest.approx(2.0, abs=0.3)
 
 
 def test_adapters_elsewhere_change_nothing(nano, token_ids):
@@ -379,6 +430,32 @@ def test_a_patched_model_in_a_fresh_process(nano, token_ids, tmp_path, procedure
     # another process may run with another number of threads
     torch.testing.assert_close(routed, wanted, rtol=1e-5, atol=1e-4)
     torch.testing.assert_close(restored, plain, rtol=1e-5, atol=1e-4)
+
+
+class Answers(torch.utils.data.Dataset):
+    """Rows that a patched model has answered, in whatever process reads them."""
+
+    def __init__(self, model, rows):
+        self.model, self.rows = model, rows
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, index):
+        return logits_of(self.model, self.rows[index : index + 1])[0]
+
+
+@pytest.mark.parametrize("start", ["fork", "spawn"])
+def test_a_patched_model_in_workers(nano, token_ids, start):
+    rows = token_ids.reshape(-1)[:32].reshape(2, 16)
+    with calibrated(nano):
+        wanted = Answers(nano, rows)
+        expected = torch.stack([wanted[0], wanted[1]])
+        loader = torch.utils.data.DataLoader(
+            wanted, batch_size=2, num_workers=1, multiprocessing_context=start
+        )
+        (found,) = list(loader)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-4)
 
 
 def test_a_module_copied_by_itself_does_not_take_its_model_along(nano):

@@ -240,6 +240,31 @@ def test_a_lone_block_is_a_forward_too(tiny_olmoe):
     assert not is_patched(block)
 
 
+@pytest.mark.parametrize("elsewhere", [True, False])
+def test_a_forward_that_began_before_the_patch_stays_plain(tiny_olmoe, token_ids, elsewhere):
+    """Patched in mid-forward, by another thread or by a hook of its own: the next forward is the first routed one."""
+    model = tiny_olmoe()
+    call = {"input_ids": token_ids}
+    plain = logits_of(model, call)
+    integrator = BHRoutingIntegration(model, alpha=0.05)
+    with integrator:
+        routed = logits_of(model, call)
+    integrator.reset_stats()
+    handles = []
+
+    def patch(*_):
+        handles.pop().remove()
+        in_background(integrator.patch_model).join() if elsewhere else integrator.patch_model()
+
+    handles.append(model.model.layers[0].register_forward_hook(patch))
+    assert torch.equal(logits_of(model, call), plain)
+    assert integrator.is_patched
+    assert integrator.telemetry.num_tokens == 0
+    assert torch.equal(logits_of(model, call), routed)
+    integrator.unpatch_model()
+    assert torch.equal(logits_of(model, call), plain)
+
+
 def test_patching_while_another_thread_runs_its_own_forwards(tiny_olmoe, token_ids, impatient):
     """Probing calls are the probing thread's alone."""
     model = tiny_olmoe()

@@ -41,7 +41,9 @@ class FirstPass:
         self.counts = dict(zip(blank.paths, layer_counts(blank), strict=True))
         self.moments = {path: LayerMoments(blank.num_experts) for path in blank.paths if outputs}
         self.sampler = ReservoirSampler(blank.reservoir_size, blank.num_layers, blank.num_experts, self.slots)
-        self.seen: dict[str, tuple[Tensor, Tensor]] = {}
+        self.seen: dict[
+            str, list[tuple[Tensor, Tensor]]
+        ] = {}  # of every call: shared layers run several times
 
     def add(self, batch: Batch) -> None:
         """Run the model on a batch."""
@@ -61,7 +63,7 @@ class FirstPass:
                 f"router {layer.path} saw {logits_TE.shape[0]} tokens of {self.batch.input_ids.numel()}: "
                 "expected every router to see every token of the batch; this model cannot be calibrated."
             )
-        self.seen[layer.path] = (logits_TE, own_experts_TK)
+        self.seen.setdefault(layer.path, []).append((logits_TE, own_experts_TK))
 
     def _around(
         self, layer: LayerPlan, inner: ExpertsForward, hidden_TH: Tensor, index_TK: Tensor, weights_TK: Tensor
@@ -89,15 +91,19 @@ class FirstPass:
                     f"router {layer.path} was never called by the model's forward: expected every router to "
                     "see the text; a kernel that replaces the whole block bypasses its router."
                 )
-            logits_TE, own_TK = self.seen[layer.path]
-            rows = batch.rows_on(logits_TE.device)
+            calls = self.seen[layer.path]
+            rows = batch.rows_on(calls[0][0].device)
             if rows is not None:
-                logits_TE, own_TK = logits_TE.index_select(0, rows), own_TK.index_select(0, rows)
-            self.counts[layer.path].update(logits_TE, own_TK)
-            if len(admitted):
-                chosen = admitted.to(logits_TE.device)
-                kept_logits.append(logits_TE[chosen].to("cpu", torch.float16))
-                own = own_TK[chosen].to("cpu", torch.int16)
+                calls = [(logits.index_select(0, rows), own.index_select(0, rows)) for logits, own in calls]
+            for logits_TE, own_TK in calls:
+                self.counts[layer.path].update(logits_TE, own_TK)
+            if len(admitted):  # of several calls one, by the token's hash
+                chosen = admitted.to(calls[0][0].device)
+                picked = torch.from_numpy(batch.hashes)[admitted] % len(calls), torch.arange(len(admitted))
+                kept_logits.append(
+                    torch.stack([x[chosen].to("cpu", torch.float16) for x, _ in calls])[picked]
+                )
+                own = torch.stack([x[chosen].to("cpu", torch.int16) for _, x in calls])[picked]
                 kept_experts.append(nn.functional.pad(own, (0, self.slots - own.shape[-1]), value=-1))
         if len(admitted):
             self.sampler.add(

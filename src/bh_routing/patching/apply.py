@@ -118,6 +118,7 @@ class RoutingPatch:
                     )
         self.forwards = Forwards()
         pieces = self._build()
+        self.forwards.pass_over(self.plan.owners)
         try:
             for piece in pieces:
                 piece.install()

@@ -8,13 +8,16 @@ Shape legend: B sequences, S positions of this call, C positions with the cache,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from threading import get_ident
+from types import FrameType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .._threads import Lock, PerThread
 from .._words import Phase
@@ -115,6 +118,7 @@ class Forwards:
         self._open = True
         self._running = 0
         self._afterwards: Callable[[], None] | None = None
+        self._before: set[int] = set()  # threads in a forward that began before the patch
         # Those without a mask: (the router's, the same completed), which keeps the identity in the key alive.
         self._complete: dict[
             tuple[int, tuple[int, int], Phase, bool], tuple[RoutingContext, RoutingContext]
@@ -122,7 +126,7 @@ class Forwards:
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy or a pickle has no forwards under way.
-        return self.__dict__ | {"_running": 0, "_afterwards": None, "_complete": {}}
+        return self.__dict__ | {"_running": 0, "_afterwards": None, "_before": set(), "_complete": {}}
 
     def begin(self) -> Call:
         """A forward of this thread begins."""
@@ -136,7 +140,24 @@ class Forwards:
                 call = Call(routed=routed, counted=routed, outer=outer)
                 self._running += routed
         here.call = call
+        if self._before:
+            self._before.discard(get_ident())
         return call
+
+    def pass_over(self, modules: Iterable[nn.Module]) -> None:
+        """Forwards of these modules that are under way now, in any thread, stay the unpatched model's."""
+        inside = {id(module) for module in modules}
+        for thread, frame in sys._current_frames().items():
+            at: FrameType | None = frame
+            while at is not None and id(at.f_locals.get("self")) not in inside:
+                at = at.f_back
+            if at is not None:
+                self._before.add(thread)
+
+    @property
+    def began_before(self) -> bool:
+        """Whether this thread is in a forward that began before the patch."""
+        return bool(self._before) and get_ident() in self._before
 
     def end(self, call: Call) -> None:
         """It has ended, well or not."""

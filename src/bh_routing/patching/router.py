@@ -80,7 +80,7 @@ class RouterPatch(InstancePatch):
     def run(self, *args: Any, **kwargs: Any) -> Any:
         forwards = self.forwards
         call = forwards.here.call
-        if not (forwards.is_open if call is None else call.routed):
+        if not (forwards.is_open and not forwards.began_before if call is None else call.routed):
             return self.inner(*args, **kwargs)
         if call is None and self.has_owner and self.change and not self.policy.causal and recomputing():
             raise PatchError(
