@@ -16,13 +16,14 @@ from typing import Any
 from ..errors import CalibrationError, InvalidParameterError, MissingDependencyError
 from . import common
 from .certify import certify_file, documents_of
+from .gguf import add_llama_arguments, is_gguf, llama_arguments
 from .tables import print_table
 
 DATASET_TOKENS = 1_000_000  # where --max-tokens does not say: a data set may have no end
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="MODEL", help="olmoe-nano, a folder, or a hub id")
+    parser.add_argument("model", metavar="MODEL", help="olmoe-nano, a folder, a hub id, or a GGUF file")
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--text", nargs="+", metavar="FILE", help="UTF-8 text, plain or .xz, .gz, .bz2")
     source.add_argument(
@@ -111,6 +112,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--split", default="train", help="its split (default train)")
     group.add_argument("--column", default="text", help="the column that holds the text (default text)")
     common.add_model_arguments(parser)
+    add_llama_arguments(parser, context=False)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -122,6 +124,8 @@ def run(args: argparse.Namespace) -> None:
         raise InvalidParameterError(
             "--sensitivity-tokens is of the second pass, which was not asked for; give --sensitivity too, or leave it out."
         )
+    if is_gguf(args.model):
+        return _calibrate_gguf(args, texts)
     from ..decision.types import check_temperature
 
     check_temperature(args.temperature)
@@ -182,6 +186,47 @@ def run(args: argparse.Namespace) -> None:
             }
             print()
             certify_file(model, tokenizer, documents, calibration, Path(args.output), **asked)
+
+
+def _calibrate_gguf(args: argparse.Namespace, texts: Callable[[], Iterator[str]]) -> None:
+    """In llama.cpp, without what takes gradients."""
+    if args.sensitivity:
+        raise InvalidParameterError(
+            "--sensitivity takes gradients, which llama.cpp does not compute: leave it out (the linear compensation is fitted all the "
+            "same), or calibrate the model in transformers; its calibration serves every GGUF file of it."
+        )
+    for name in ("resume", "no_means", "no_outputs", "certify"):
+        if getattr(args, name):
+            raise InvalidParameterError(
+                f"--{name.replace('_', '-')} is not there for GGUF files; leave it out, or calibrate the model in transformers."
+            )
+    if args.temperature != 1.0:
+        raise InvalidParameterError(f"temperature must be 1 for GGUF files, got {args.temperature:g}.")
+    from ..engines.llama_cpp import calibrate
+    from ..engines.llama_cpp.ggml import modules
+
+    package, _ = modules()
+    calibration = calibrate(
+        package.Llama,
+        model_path=args.model,
+        texts=texts,
+        max_tokens=args.max_tokens or (DATASET_TOKENS if args.dataset else None),
+        document_tokens=args.document_tokens,
+        window=args.window or 512,
+        linear=args.linear,
+        rank=args.rank,
+        robust_fit=args.robust_fit,
+        seed=args.seed,
+        **llama_arguments(args),
+    )
+    calibration.save(args.output)
+    show_calibration(calibration)
+    print()
+    common.print_text(
+        f"saved to {args.output} ({os.path.getsize(args.output) / 1e6:.1f} MB); use it with `bh-routing chat {args.model} "
+        f"--calibration {args.output} --experts 4`, or with the same model in transformers. It holds no loss sensitivities, which take "
+        "gradients."
+    )
 
 
 # column of the printed table: key of Calibration.summary()

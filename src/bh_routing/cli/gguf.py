@@ -16,12 +16,17 @@ def is_gguf(model: str) -> bool:
     return model.lower().endswith(".gguf")
 
 
-def add_llama_arguments(parser: argparse.ArgumentParser) -> None:
+def add_llama_arguments(parser: argparse.ArgumentParser, *, context: bool = True) -> None:
     """What llama.cpp is told."""
     group = parser.add_argument_group("llama.cpp (MODEL is a GGUF file)")
-    group.add_argument(
-        "--context", type=common.whole(2), default=4096, metavar="N", help="tokens of context (default 4096)"
-    )
+    if context:
+        group.add_argument(
+            "--context",
+            type=common.whole(2),
+            default=4096,
+            metavar="N",
+            help="tokens of context (default 4096)",
+        )
     group.add_argument(
         "--threads", type=common.whole(1), metavar="N", help="default: the processors there are"
     )
@@ -30,7 +35,8 @@ def add_llama_arguments(parser: argparse.ArgumentParser) -> None:
 def llama_arguments(args: argparse.Namespace) -> dict[str, Any]:
     """The same as arguments of ``Llama``."""
     threads = args.threads or os.cpu_count()
-    return {"n_ctx": args.context, "n_threads": threads, "n_threads_batch": threads}
+    context = {"n_ctx": args.context} if "context" in args else {}
+    return context | {"n_threads": threads, "n_threads_batch": threads}
 
 
 def load_routed(args: argparse.Namespace) -> Any:
