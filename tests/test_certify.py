@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import random
 from dataclasses import replace
@@ -15,6 +16,7 @@ from bh_routing._files.tensors import tensors_digest
 from bh_routing.calibration import checkpoint
 from bh_routing.calibration.certify import documents_needed, fixed_sequence, simultaneous
 from bh_routing.calibration.passes import calibrate
+from bh_routing.cli import main
 from bh_routing.errors import CalibrationFileError, CertificateError, InvalidParameterError
 from bh_routing.evaluation import document_losses as module
 from bh_routing.evaluation.certify import certify
@@ -287,7 +289,6 @@ def test_what_changes_a_level_loses_the_certificate(certified):
 
 
 def test_a_damaged_certificate_is_refused(certified, tmp_path):
-    import json
 
     from safetensors import safe_open
     from safetensors.torch import load_file, save_file
@@ -321,3 +322,77 @@ def test_how_unlike_a_text_is(model, calibration, certified):
     assert other["usage"]["here"] > 2 * like["usage"]["here"]
     with pytest.raises(CertificateError, match="this calibration has none"):
         unlike(model, tokenizer, texts(3, 9), calibration)
+
+
+# -- the command -----------------------------------------------------------------------------------------------
+
+
+def test_the_command_certifies_compares_and_is_used(tmp_path, capsys):
+    from bh_routing.data import sample_text
+    from bh_routing.models import bundled_calibration
+
+    words = sample_text().split()
+    rows = [{"text": " ".join(words[i : i + 40]), "source": f"s{i // 80}"} for i in range(0, 1600, 40)]
+    (tmp_path / "held-out.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "same.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:6]))
+    text, out = str(tmp_path / "held-out.jsonl"), tmp_path / "out.safetensors"
+    held = ["--calibration", str(bundled_calibration())]
+    asked = [
+        "certify",
+        "olmoe-nano",
+        *held,
+        "--text",
+        text,
+        "-o",
+        str(out),
+        "--window",
+        "48",
+        "--document-tokens",
+        "48",
+    ]
+    assert main([*asked, "--levels", "4", "2", "--max-kl", "0.09"]) == 0
+    told = capsys.readouterr().out
+    assert "these 20 documents" in told  # two lines of each source
+    assert "Last level certified: 2 experts per token." in " ".join(told.split())
+    found = Calibration.load(out).certificate
+    assert (found.target, found.window, found.document_tokens) == (pytest.approx(0.09), 48, 48)
+    assert not out.with_suffix(".certify-parts").exists()
+    assert (
+        main(
+            [
+                "generate",
+                "olmoe-nano",
+                "-p",
+                "Once",
+                "--max-new-tokens",
+                "2",
+                "--calibration",
+                str(out),
+                "--max-kl",
+                "0.09",
+            ]
+        )
+        == 0
+    )
+    assert "KL at most 0.09" in capsys.readouterr().out
+    assert (
+        main(["generate", "olmoe-nano", "-p", "Once", "--calibration", str(out), "--agreement", "0.9"]) == 2
+    )
+    assert "agreement=0.9 needs a certificate of it" in capsys.readouterr().err
+    compare = ["certify", "olmoe-nano", "--calibration", str(out), "--compare", str(tmp_path / "same.jsonl")]
+    assert main(compare) == 0
+    assert "usage of experts" in capsys.readouterr().out
+    assert main([*asked, "--levels", "4", "--max-kl", "0.001"]) == 2
+    assert "nothing can be certified at max_kl=0.001" in capsys.readouterr().err
+
+
+def test_the_model_that_comes_along_has_a_certificate(nano_model):
+    from bh_routing.models import bundled_calibration
+
+    routed = BHRoutingIntegration(nano_model, calibration=bundled_calibration(), max_kl=0.01)
+    held = routed.calibration.certificate
+    assert held.target is None
+    assert held.documents >= 500
+    level = held.level(max_kl=0.01)
+    assert routed.budget == level.experts_per_token < 5
+    assert level.risk < level.bound <= 0.01

@@ -8,6 +8,7 @@ import argparse
 
 from . import common
 from .calibrate import show_calibration
+from .certify import show_certificate
 from .tables import print_table
 
 DROPPED = {"registry": "skipped", "wrapper": "in front", "zero": "weight 0"}
@@ -58,6 +59,9 @@ def _inspect_calibration(args: argparse.Namespace) -> None:
 
         plot_calibration(calibration, args.plot)
     show_calibration(calibration)
+    if calibration.certificate is not None:
+        print()
+        show_certificate(calibration)
     if args.plot is not None:
         print()
         common.print_text(f"drawn to {args.plot}")

@@ -30,11 +30,12 @@ def binomial_cdf(most: int, trials: int, share: float) -> float:
     """
     if most >= trials:
         return 1.0
-    k = np.arange(max(most, -1) + 1, dtype=np.float64)
-    if not len(k):
+    if most < 0:
         return 0.0
-    ways = [math.lgamma(trials + 1) - math.lgamma(i + 1) - math.lgamma(trials - i + 1) for i in k]
-    logs = np.array(ways) + k * math.log(share) + (trials - k) * math.log1p(-share)
+    k = np.arange(most + 1)
+    log_factorial = np.concatenate(([0.0], np.log(np.arange(1.0, trials + 1.0)).cumsum()))
+    ways = log_factorial[trials] - log_factorial[k] - log_factorial[trials - k]
+    logs = ways + k * math.log(share) + (trials - k) * math.log1p(-share)
     top = logs.max()
     return min(1.0, float(math.exp(top) * np.exp(logs - top).sum()))
 
