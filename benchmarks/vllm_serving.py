@@ -1,14 +1,15 @@
 """`bh-routing serve` as people use it: many clients at once, of mixed levels, some of whom hang up.
 
     .venv-vllm/bin/python benchmarks/vllm_serving.py soak [--minutes 10] [--write docs/reliability.md]
-    .venv-vllm/bin/python benchmarks/vllm_serving.py load [--seconds 20] [--write docs/serving.md]
+    .venv-vllm/bin/python benchmarks/vllm_serving.py load [--seconds 20] [--model FOLDER --calibration FILE] [--write docs/serving.md]
 
 `soak`: 16 clients, of every level and of wrong ones, a tenth of whom hang up while they are answered; meanwhile statistics are
 read and the default level is changed. Afterwards a quiet minute: histograms, pairs, phases and usage must agree, the memory
 of the server's processes must not have grown, and nothing may have failed.
 
 `load`: 32 clients, of whom 8 run at a time, against one server with ``--experts 8 --under-load 3``; rounds in turn with a level of
-their own (8: what a server of a fixed level does) and without (what the server sheds).
+their own (8: what a server of a fixed level does) and without (what the server sheds). The embedded model is tiny; `large_model` makes
+a random one with experts of 1.6 million weights (``--make FOLDER``), which `bh-routing calibrate --no-means` calibrates.
 """
 
 from __future__ import annotations
@@ -30,11 +31,14 @@ from typing import Any
 
 import aiohttp
 import psutil
+import torch
 from machine import describe_machine
 from pages import markdown_table, publish
+from transformers import AutoTokenizer, OlmoeConfig, OlmoeForCausalLM
 from vllm import __version__ as vllm_version
 
 from bh_routing.data import sample_text
+from bh_routing.models import bundled_path
 
 KEY = "bh_routing."
 LEVELS: list[dict[str, Any]] = [
@@ -50,12 +54,12 @@ WORDS = sample_text().split()
 class Server:
     """A server in a process of its own, and what is said to it."""
 
-    def __init__(self, *argv: str, vllm: str) -> None:
+    def __init__(self, *argv: str, vllm: str, model: str = "olmoe-nano") -> None:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
-        self.argv = ["serve", "olmoe-nano", *argv, "--port", str(self.port), "--vllm", vllm]
+        self.argv = ["serve", model, "--name", "model", *argv, "--port", str(self.port), "--vllm", vllm]
 
     async def __aenter__(self) -> Server:
         environment = os.environ | {
@@ -100,7 +104,7 @@ class Server:
     ) -> AsyncIterator[dict[str, Any]]:
         """The chunks of a streamed answer; {"error": ..., "status": ...} where it is refused."""
         body = {
-            "model": "olmoe-nano", "prompt": prompt, "max_tokens": tokens, "temperature": 0, "ignore_eos": True, "stream": True,
+            "model": "model", "prompt": prompt, "max_tokens": tokens, "temperature": 0, "ignore_eos": True, "stream": True,
             "stream_options": {"include_usage": True}, "vllm_xargs": level or None,
         }  # fmt: skip
         async with self.session.post(f"{self.url}/v1/completions", json=body) as response:
@@ -283,12 +287,13 @@ async def load_round(server: Server, seconds: float, level: dict[str, Any], seed
     return {"rate": tokens / (time.perf_counter() - start), "first": statistics.median(first)}
 
 
-async def load(seconds: float, rounds: int, page: Path | None) -> None:
+async def load(seconds: float, rounds: int, model: str, calibration: str | None, page: Path | None) -> None:
     vllm = "--max-num-seqs 8 --max-model-len 256 --enforce-eager --no-enable-prefix-caching"
     fixed = {f"{KEY}experts_per_token": 8}
     found: dict[str, list[dict[str, float]]] = {"fixed": [], "shed": []}
     experts: dict[str, list[float]] = {"fixed": [], "shed": []}
-    async with Server("--experts", "8", "--under-load", "3", vllm=vllm) as server:
+    argv = ["--experts", "8", "--under-load", "3", *(["--calibration", calibration] if calibration else [])]
+    async with Server(*argv, vllm=vllm, model=model) as server:
         await load_round(server, 10, fixed, 0)  # warm-up
         for turn in range(1, rounds + 1):
             for name in ("fixed", "shed") if turn % 2 else ("shed", "fixed"):
@@ -305,9 +310,34 @@ async def load(seconds: float, rounds: int, page: Path | None) -> None:
         f"{statistics.median(s[key] / f[key] for s, f in zip(found['shed'], found['fixed'], strict=True)):.2f}" for key in ("rate", "first")
     ]  # fmt: skip
     rows.append(["ratio within a round, median", "", *ratios])
-    header = ["32 clients, 8 at a time", "experts per token", "tokens per second", "ms to the first token"]
+    header = [
+        f"{Path(model).name}, 32 clients, 8 at a time",
+        "experts per token",
+        "tokens per second",
+        "ms to the first token",
+    ]
     text = f"{rounds} rounds of {seconds:g} s each, in turn. {describe_machine(1)}; vLLM {vllm_version}."
     publish(page, "serving-load", f"{markdown_table(header, rows)}\n\n{text}")
+
+
+def large_model(folder: Path) -> None:
+    """Save a random OLMoE of two layers, hidden 512, 64 experts of intermediate 1024, in bfloat16, with the embedded model's tokenizer."""
+    tokenizer = AutoTokenizer.from_pretrained(bundled_path("olmoe-nano"))
+    torch.manual_seed(0)
+    config = OlmoeConfig(
+        vocab_size=len(tokenizer), hidden_size=512, intermediate_size=1024, num_hidden_layers=2, num_attention_heads=8,
+        num_key_value_heads=8, num_experts=64, num_experts_per_tok=8, max_position_embeddings=512, tie_word_embeddings=False,
+        pad_token_id=None, bos_token_id=None, eos_token_id=tokenizer.eos_token_id,
+    )  # fmt: skip
+    model = OlmoeForCausalLM(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("gate.weight"):
+                parameter.normal_(0.0, 1.5 * config.hidden_size**-0.5)
+            elif parameter.dim() > 1:
+                parameter.normal_(0.0, 0.02)
+    model.to(torch.bfloat16).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
 
 
 def median(rounds: list[dict[str, float]], key: str) -> float:
@@ -322,12 +352,19 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=10.0, help="of the soak (default 10)")
     parser.add_argument("--seconds", type=float, default=20.0, help="of a round of the load (default 20)")
     parser.add_argument("--rounds", type=int, default=5, help="of the load (default 5)")
+    parser.add_argument("--model", default="olmoe-nano", help="of the load: olmoe-nano, a folder or a hub id")
+    parser.add_argument("--calibration", help="of that model")
+    parser.add_argument(
+        "--make", type=Path, metavar="FOLDER", help="only make the random model of the load there"
+    )
     parser.add_argument("--write", type=Path, metavar="PAGE", help="put the table into this page")
     args = parser.parse_args()
-    if args.what == "soak":
+    if args.make is not None:
+        large_model(args.make)
+    elif args.what == "soak":
         asyncio.run(soak(args.minutes, args.write))
     else:
-        asyncio.run(load(args.seconds, args.rounds, args.write))
+        asyncio.run(load(args.seconds, args.rounds, args.model, args.calibration, args.write))
 
 
 if __name__ == "__main__":
