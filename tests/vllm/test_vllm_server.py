@@ -158,13 +158,13 @@ def test_a_level_of_its_own_and_a_wrong_one_over_http(server):
 
     client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=120)
 
-    def ask(**level: Any) -> Any:
+    def ask(stream: bool = False, **level: Any) -> Any:
         extra = {
             "ignore_eos": True,
             "vllm_xargs": {f"bh_routing.{name}": value for name, value in level.items()},
         }
         return client.completions.create(
-            model="olmoe-nano", prompt="The ship", max_tokens=24, extra_body=extra
+            model="olmoe-nano", prompt="The ship", max_tokens=24, extra_body=extra, stream=stream
         )
 
     server.rpc("bh_routing_reset")
@@ -176,6 +176,8 @@ def test_a_level_of_its_own_and_a_wrong_one_over_http(server):
         ):
             with pytest.raises(openai.BadRequestError) as refused:
                 ask(**level)
+            with pytest.raises(openai.BadRequestError):
+                ask(stream=True, **level)
             assert refused.value.status_code == 400
             assert refused.value.body["message"].startswith(sentence)
         assert all(future.result().usage.completion_tokens == 24 for future in going)

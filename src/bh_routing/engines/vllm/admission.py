@@ -1,8 +1,8 @@
 """What happens to a request before it is scheduled: its level is checked, and keeps its keys and values to itself.
 
-Two hooks, each of which does nothing to a request that asks for nothing of an engine at rest:
+Hooks, each of which does nothing to a request that asks for nothing of an engine at rest:
 
-- the front end, ``InputProcessor.process_inputs``: a level that cannot be served is the client's error, status 400 with
+- the front end, ``to_sampling_params`` of the server's requests and ``InputProcessor.process_inputs``: a level that cannot be served is the client's error, status 400 with
   one sentence; one that can be is solved (`levels.Resolver`).
 - the engine, ``EngineCore.preprocess_add_request``: the level enters the salt of the prefix cache, because keys and values that
   were computed at one level are not those of another. ``EngineCore.collective_rpc``: after `bh_routing_set` the
@@ -22,24 +22,55 @@ from .settings import KEY, LOAD_KEY, read_settings
 _HELD = "_bh_routing"  # on vLLM's objects: what this module keeps for them
 
 
-def process_inputs(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
-    """Around ``InputProcessor.process_inputs``."""
-    request = original(self, *args, **kwargs)
-    params = request.sampling_params
-    if params is None or not any(str(name).startswith(KEY) for name in params.extra_args or ()):
-        return request
-    try:
-        if (resolver := getattr(self, _HELD, None)) is None:
-            weights = str(self.vllm_config.model_config.dtype).removeprefix("torch.")
-            resolver = Resolver(read_settings(self.vllm_config.additional_config), weights)
-            setattr(self, _HELD, resolver)
-        if resolver.settings is not None:
-            check_step(self.vllm_config, "a request's own level")
-        params.extra_args = resolver.admit(params.extra_args) or params.extra_args
-    except BHRoutingError as error:
-        from vllm.exceptions import VLLMValidationError
+class Front:
+    """The front end of one engine: what checks the levels of its requests."""
 
-        raise VLLMValidationError(" ".join(str(error).split())) from None
+    def __init__(self, config: Any) -> None:
+        weights = str(config.model_config.dtype).removeprefix("torch.")
+        self.config, self.resolver = config, Resolver(read_settings(config.additional_config), weights)
+
+    def check(self, params: Any) -> None:
+        """Solve the level that a request's parameters ask for, once; what cannot be served is the client's error.
+
+        Raises
+        ------
+        vllm.exceptions.VLLMValidationError
+        """
+        asked = getattr(params, "extra_args", None) or {}
+        if not any(str(name).startswith(KEY) for name in asked) or Level.of(asked) is not None:
+            return
+        try:
+            if self.resolver.settings is not None:
+                check_step(self.config, "a request's own level")
+            params.extra_args = self.resolver.admit(asked) or asked
+        except BHRoutingError as error:
+            from vllm.exceptions import VLLMValidationError
+
+            raise VLLMValidationError(" ".join(str(error).split())) from None
+
+
+_served: list[Front] = []  # of this process's server, which has one engine
+
+
+def serve(config: Any) -> None:
+    """Check the levels of the server's requests for the engine of this configuration."""
+    _served[:] = [Front(config)]
+
+
+def to_sampling_params(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
+    """Around ``to_sampling_params`` of the server's requests: before an answer begins, so that its status can be 400."""
+    params = original(self, *args, **kwargs)
+    for front in _served:
+        front.check(params)
+    return params
+
+
+def process_inputs(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
+    """Around ``InputProcessor.process_inputs``: requests that came in another way."""
+    request = original(self, *args, **kwargs)
+    if not hasattr(self, _HELD):
+        setattr(self, _HELD, Front(self.vllm_config))
+    getattr(self, _HELD).check(request.sampling_params)
     return request
 
 

@@ -75,6 +75,14 @@ def hook_requests(config: Any = None) -> None:
         from vllm.v1.engine.input_processor import InputProcessor
 
         _wrap(InputProcessor, "process_inputs", admission.process_inputs)
+        if config is not None:  # a front end
+            from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+            from vllm.entrypoints.openai.completion.protocol import CompletionRequest
+            from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
+
+            for kind in (ChatCompletionRequest, CompletionRequest, ResponsesRequest):
+                _wrap(kind, "to_sampling_params", admission.to_sampling_params)
+            admission.serve(config)
         _wrap(EngineCore, "preprocess_add_request", admission.preprocess_add_request)
         _wrap(EngineCore, "collective_rpc", admission.collective_rpc)
     except (ImportError, AttributeError) as error:
