@@ -58,7 +58,7 @@ def test_a_level_is_solved_once_and_travels_as_thresholds():
         (ENGINE, 3, r'^a level must be a mapping such as \{"experts_per_token": 3\}, got 3\.$'),
         (ENGINE, {}, r"^expected"),
         (ENGINE, {"min_k": 1}, r"^a level has no 'min_k'; "),
-        (ENGINE, {"max_kl": 0.01}, r"^max_kl=0\.01 needs a calibration with a certificate; "),
+        (ENGINE, {"max_kl": 1e-9}, r"1e-09"),
         (ENGINE, {"alpha": 0}, r"^alpha must be a number strictly between 0 and 1, got 0\.0"),
         (ENGINE, {"alpha": True}, r"^alpha must be a number, got True\.$"),
     ],
