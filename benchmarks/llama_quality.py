@@ -1,0 +1,131 @@
+"""What fewer experts cost in llama.cpp: KL to the model itself at equal numbers of experts, which is what time follows there.
+
+    python scripts/to_gguf.py /tmp/nano.gguf && python benchmarks/llama_quality.py /tmp/nano.gguf VALID TEST
+
+Sixteen windows of 256 tokens, evenly over each text. min-p on the router's scores is what `-ser` of ik_llama.cpp does, without its floor; its
+p is solved on VALID at each budget. `expert_used_count` is llama.cpp's own top-k. The calibration is the one that comes with olmoe-nano.
+"""
+
+from __future__ import annotations
+
+import argparse
+import lzma
+from pathlib import Path
+from typing import Any
+
+import torch
+from llama_cpp import Llama
+
+from bh_routing.engines.llama_cpp import route
+from bh_routing.engines.llama_cpp.loading import load
+from bh_routing.engines.llama_cpp.watching import Reader, Watch
+from bh_routing.evaluation.baselines.tokenwise import MinPPolicy
+from bh_routing.models import bundled_calibration
+from bh_routing.policies import RoutingContext
+
+WINDOWS, LENGTH = 16, 256
+PLAIN = {
+    "n_ctx": 512,
+    "n_batch": 512,
+    "n_ubatch": 512,
+    "type_k": 0,
+    "type_v": 0,
+    "n_threads": 1,
+    "n_threads_batch": 1,
+}
+
+
+def windows(llm: Any, path: Path) -> list[torch.Tensor]:
+    held = path.read_bytes() if path.suffix != ".xz" else lzma.decompress(path.read_bytes())
+    ids = llm.tokenize(held[:600_000], add_bos=False)
+    step = len(ids) // WINDOWS
+    return [torch.tensor(ids[i * step : i * step + LENGTH]) for i in range(WINDOWS)]
+
+
+def predictions(llm: Any, texts: list[torch.Tensor]) -> list[torch.Tensor]:
+    found = []
+    for ids in texts:
+        llm.reset()
+        llm._ctx.kv_cache_clear()
+        llm.eval(ids.tolist())
+        found.append(torch.from_numpy(llm.scores[: len(ids)].copy()).log_softmax(-1))
+    return found
+
+
+def millinats(own: list[torch.Tensor], routed: list[torch.Tensor]) -> float:
+    each = [(a.exp() * (a - b)).sum(-1).mean() for a, b in zip(own, routed, strict=True)]
+    return 1e3 * float(torch.stack(each).mean())
+
+
+class Counted(MinPPolicy):
+    """min-p that counts."""
+
+    kept = tokens = 0
+
+    def decide(self, *call: Any) -> Any:
+        decision = super().decide(*call)
+        self.kept += int(decision.counts_T.sum())
+        self.tokens += decision.counts_T.numel()
+        return decision
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("model", help="olmoe-nano as a GGUF file")
+    parser.add_argument("texts", nargs="+", type=Path, help="the first is also what min-p's p is solved on")
+    args = parser.parse_args()
+    llm, hook, s, _ = load(Llama, args.model, dict(PLAIN))
+    read = Reader(llm, hook)
+    contexts = {
+        block: RoutingContext(
+            path=s.path(block),
+            index=i,
+            num_experts=s.experts,
+            empty=s.experts,
+            top_k=s.slots,
+            route_norm="none",
+        )
+        for i, block in enumerate(s.blocks)
+    }
+
+    def by_min_p(p: float, texts: list[torch.Tensor]) -> tuple[float, list[torch.Tensor]]:
+        policy = Counted(p)
+        found = [read(ids, Watch(s, contexts, policy=policy)).log_softmax(-1) for ids in texts]
+        return policy.kept / policy.tokens, found
+
+    texts = {path: windows(llm, path) for path in args.texts}
+    own = {path: [read(ids).log_softmax(-1) for ids in held] for path, held in texts.items()}
+    print("| text | routing | experts | KL, millinats |\n|---|---|---:|---:|")
+    for budget in (4, 2):
+        low, high = 0.01, 0.95
+        for _ in range(9):
+            p = (low + high) / 2
+            low, high = (p, high) if by_min_p(p, texts[args.texts[0]][:6])[0] > budget else (low, p)
+        for path, held in texts.items():
+            mean, found = by_min_p(p, held)
+            print(
+                f"| {path.name} | min-p {p:.3f} | {mean:.2f} | {millinats(own[path], found):.1f} |",
+                flush=True,
+            )
+            given = PLAIN | {"verbose": False, "logits_all": True}
+            top = Llama(model_path=args.model, kv_overrides={"olmoe.expert_used_count": budget}, **given)
+            cost = millinats(own[path], predictions(top, held))
+            print(f"| {path.name} | expert_used_count={budget} | {budget}.00 | {cost:.1f} |", flush=True)
+            for form in ("none", "mean", "linear"):
+                ours = route(
+                    Llama,
+                    model_path=args.model,
+                    calibration=bundled_calibration(),
+                    experts_per_token=budget,
+                    compensation=form,
+                    **given,
+                )
+                cost = millinats(own[path], predictions(ours, held))
+                mean = ours.routing.get_routing_stats()["mean_experts_per_token"]
+                print(f"| {path.name} | BH, compensation {form} | {mean:.2f} | {cost:.1f} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
