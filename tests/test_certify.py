@@ -396,3 +396,27 @@ def test_the_model_that_comes_along_has_a_certificate(nano_model):
     level = held.level(max_kl=0.01)
     assert routed.budget == level.experts_per_token < 5
     assert level.risk < level.bound <= 0.01
+
+
+def test_calibrating_and_certifying_at_once(tmp_path, capsys):
+    words = [f"word{i % 97} number{i % 13}" for i in range(1600)]
+    rows = [json.dumps({"text": f"{' '.join(words[i : i + 20])} {i}"}) + "\n" for i in range(0, 1600, 20)]
+    (tmp_path / "own.jsonl").write_text("".join(rows[:20]))
+    (tmp_path / "held-out.jsonl").write_text("".join(rows[20:]))
+    out = tmp_path / "out.safetensors"
+    asked = [
+        "calibrate",
+        "olmoe-nano",
+        "--text",
+        str(tmp_path / "own.jsonl"),
+        "-o",
+        str(out),
+        "--window",
+        "32",
+    ]
+    assert main([*asked, "--document-tokens", "32", "--certify", str(tmp_path / "held-out.jsonl")]) == 0
+    assert "these 60 documents" in " ".join(capsys.readouterr().out.split())
+    assert Calibration.load(out).certificate.documents == 60
+    again = ["certify", "olmoe-nano", "--calibration", str(out), "--text", str(tmp_path / "own.jsonl")]
+    assert main(again) == 2
+    assert "20 of 20 documents are of the text that the calibration was made from" in capsys.readouterr().err
