@@ -181,7 +181,7 @@ def test_double_patching_is_refused(tiny_olmoe, token_ids):
     first = strict(model)
     first.patch_model()
     patched = logits_of(model, token_ids)
-    with pytest.raises(PatchError, match="this patch is applied already"):
+    with pytest.raises(PatchError, match="patched by this integration already: call unpatch_model"):
         first.patch_model()
     with pytest.raises(PatchError, match=r"model\.layers\.0\.mlp\.gate is already patched"):
         strict(model, alpha=0.5).patch_model()

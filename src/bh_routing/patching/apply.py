@@ -104,7 +104,9 @@ class RoutingPatch:
             If dropped experts cannot be handled as asked for.
         """
         if self.applied:
-            raise PatchError("this patch is applied already; remove() it first.")
+            raise PatchError(
+                "the model is patched by this integration already: call unpatch_model() first, or set_level() for another level."
+            )
         if self.forwards.reopen():  # taken off, but for a forward in another thread
             return
         refresh(self.plan)

@@ -260,6 +260,10 @@ def finish(config: Any, model: torch.nn.Module, device: torch.device, model_runn
     engine.step = watch(model_runner, device, engine.book)
     for layer in engine.layers:
         check_weights(engine, layer, model, device)
+    if engine.calibration is not None:
+        logger.info(
+            "bh-routing: routers were compared with the calibration's; experts, which are packed, were not."
+        )
     ragged = [_make_ragged(runner) for runner in runners_of(config).values() if layer_of(runner) is not None]
     for layer in engine.layers:
         logger.info(
