@@ -31,7 +31,7 @@ help:
 	@echo "make reliability   hostile and unusual input, counted, into docs/reliability.md (twenty minutes)"
 	@echo "make soak          a server under 16 clients for ten minutes, counted, into docs/reliability.md"
 	@echo "make bench         the benchmarks whose figures stand in docs/"
-	@echo "make docs          every figure and output in README.md, docs/ and examples/ anew"
+	@echo "make docs          every figure and output in README.md, docs/ and examples/ anew; what is fresh is skipped"
 	@echo "make lint          ruff and mypy"
 	@echo "make clean         remove everything that the other targets made"
 
@@ -110,7 +110,7 @@ bench: $(DEV)
 	$(BIN)/python benchmarks/parameters.py
 
 docs: $(DEV)
-	$(BIN)/python benchmarks/refresh_docs.py
+	$(BIN)/python benchmarks/refresh_docs.py $(ARGS)
 
 lint: $(DEV)
 	$(BIN)/ruff check .

@@ -72,7 +72,7 @@ def test_sections_in_order_at_any_width(run, monkeypatch, width):
     assert places == sorted(places)
     assert re.search(
         r"Verdict: (Half the|4\.\d of 8) experts, same next word as the full model in \d\d\.\d% \(top-4: \d\d\.\d%\), "
-        r"a real-sized MoE layer in \d\.\d\d of the time\.",
+        r"a real-sized MoE layer in \d\.\d\d of the time( at \d\.\d)?\.",
         said,
     )
     assert re.search(r"the model's own experts run; \d\.\d\d would have been selected\.", said)
@@ -188,9 +188,21 @@ def test_layer_takes_turns_and_is_left_as_it_was(monkeypatch):
     own, four, two = layer_speed.measure_layer(layer, seconds=0.0)
     assert torch.equal(layer(x), before)
     assert (own.ratio, own.experts, len(own.seconds)) == (1.0, 8.0, 5)
-    assert four.experts == pytest.approx(4.0, abs=0.6)  # 80 tokens with a deviation of about 2
-    assert two.experts == pytest.approx(2.0, abs=0.6)
+    assert four.experts == four.loads == pytest.approx(4.0, abs=0.5)  # 256 tokens with a deviation of about 2
+    assert two.experts == pytest.approx(2.0, abs=0.5)
     assert two.to_dict()["milliseconds"] == median(two.seconds) * 1e3
+
+
+def test_a_batch_reads_what_a_price_pays_for(monkeypatch):
+    monkeypatch.setattr(layer_speed, "HIDDEN", 64)
+    monkeypatch.setattr(layer_speed, "INTERMEDIATE", 32)
+    layer = layer_speed.make_layer(64)
+    own, four, priced = layer_speed.measure_layer(layer, (4.0,), tokens=16, share_loaded=0.5, seconds=0.0)
+    assert (own.tokens, own.experts) == (16, 8.0)
+    assert 0.7 * own.loads < four.loads < own.loads <= 64
+    assert priced.loads == pytest.approx(own.loads / 2, rel=0.1)
+    assert four.experts == pytest.approx(4.0, abs=0.4)
+    assert priced.experts > 4.0
 
 
 @pytest.mark.parametrize(("available", "experts"), [(1e9, 16), (10e9, 64), (None, 64)])

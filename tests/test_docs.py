@@ -16,6 +16,7 @@ from bh_routing.cli import COMMANDS, build_parser, main
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
+import refresh_docs  # noqa: E402
 from pages import outputs  # noqa: E402
 from refresh_docs import PROGRAMS  # noqa: E402
 
@@ -120,6 +121,47 @@ def test_readme_output_is_of_this_model():
     for k in (6, 4, 3, 2):
         assert re.search(rf"^BH, {k} experts +\d\.\d\d ± ", text, re.MULTILINE)
         assert re.search(rf"^top-{k} +{k}\.00 ± 0\.00 ", text, re.MULTILINE)
+
+
+def test_what_is_fresh_is_not_made_again(tmp_path, monkeypatch, capsys):
+    """A part runs once; again when what the page holds is another; a part that fails is told and left to do."""
+    monkeypatch.setattr(refresh_docs, "STATE", tmp_path / "docs.json")
+    monkeypatch.setattr(refresh_docs, "package_digest", lambda: "of the package")
+    ran, page = [], ["old"]
+    parts = {
+        name: refresh_docs.Part(name, make=lambda data, name=name: ran.append(name), holds=lambda: page)
+        for name in ("one", "two")
+    }
+    parts["broken"] = refresh_docs.Part("broken", make=lambda data: 1 / 0)
+    monkeypatch.setattr(refresh_docs, "parts", lambda: parts)
+    assert refresh_docs.main(["--data", str(tmp_path)]) == 1
+    assert ran == ["one", "two"]
+    assert "failed: broken" in capsys.readouterr().out
+    assert refresh_docs.main(["--data", str(tmp_path), "one", "two"]) == 0
+    assert ran == ["one", "two"]
+    assert "0 of 2 parts to do, 2 fresh." in capsys.readouterr().out
+    page[0] = "edited"
+    refresh_docs.main(["--data", str(tmp_path), "--plan", "one"])
+    assert "1 of 1 parts to do, 0 fresh. 1 of them took 0 s the last time." in capsys.readouterr().out
+    assert ran == ["one", "two"]
+    refresh_docs.main(["--data", str(tmp_path), "one"])
+    assert ran == ["one", "two", "one"]
+
+
+def test_every_block_belongs_to_a_part():
+    """And a command gets this Python and its texts."""
+    parts = refresh_docs.parts()
+    filled = {(page.name, name) for part in parts.values() for page, name in part.blocks}
+    in_pages = {
+        (page.name, name) for page in PAGES for name in re.findall(r"<!-- begin (\S+):", page.read_text())
+    }
+    assert filled == in_pages
+    assert len(filled) >= 20
+    environment, words = refresh_docs.words_of("COLUMNS=88 make demo", ROOT)
+    assert (environment, words) == ({"COLUMNS": "88"}, [sys.executable, "-m", "bh_routing", "demo"])
+    assert refresh_docs.words_of("python x.py --text README.md DIR", ROOT)[1][1:] == [
+        "x.py", "--text", str(ROOT / "README.md"), str(ROOT),
+    ]  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------------ command lines

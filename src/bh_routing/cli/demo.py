@@ -165,6 +165,7 @@ def _as_json(
     if speed is not None:
         timed = {"experts": speed.experts, "megabytes_each": speed.megabytes_each}
         timed["rows"] = [row.to_dict() for row in speed.rows]
+        timed["batch"] = [row.to_dict() for row in speed.batch]
     return {
         "model": model,
         "tokens": report.tokens,

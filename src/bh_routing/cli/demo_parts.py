@@ -23,6 +23,7 @@ CUTS = (6, 4, 3, 2)  # of the model's own top-k, beside uncalibrated levels
 USUAL_ALPHA = 0.05  # the level of the original design, routed by and only watched
 USUAL: dict[str, Mode] = {f"alpha={USUAL_ALPHA:g}": "patch", f"alpha={USUAL_ALPHA:g}, analyze": "analyze"}
 WINDOW = 512  # tokens
+BATCH = 16  # sequences that are decoded together, in the time of a layer
 STRIP = 160  # tokens of each kind of text that are shown one by one, at most
 # Of the kind of text that the embedded model was trained on, such that what it says does not go in circles.
 PROMPTS = (
@@ -39,11 +40,12 @@ LOSSES = (0.01, 0.02, 0.05)  # nats per token: the least that is certified is sa
 
 @dataclass(frozen=True, kw_only=True)
 class Speed:
-    """Times of a real-sized layer, and the size that it had."""
+    """Times of a real-sized layer, one token at a time and for a batch, and the size that it had."""
 
     experts: int
     megabytes_each: float
     rows: list[LayerTime]
+    batch: list[LayerTime]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,14 +182,19 @@ def make_routings(
 
 
 def measure_speed(*, quick: bool = False) -> Speed:
-    """A layer of OLMoE-1B-7B's shape, one token at a time; of fewer experts where memory is short, and for a quick look."""
+    """A layer of OLMoE-1B-7B's shape; of fewer experts where memory is short, and for a quick look."""
     from ..evaluation import layer_speed
 
     experts = layer_speed.FEWER_EXPERTS if quick else layer_speed.experts_that_fit()
     layer = layer_speed.make_layer(experts)
     each = 3 * layer_speed.HIDDEN * layer_speed.INTERMEDIATE * layer.gate.weight.element_size()
-    rows = layer_speed.measure_layer(layer, seconds=1.0 if quick else 6.0)
-    return Speed(experts=experts, megabytes_each=each / 1e6, rows=rows)
+    seconds = 1.0 if quick else 6.0
+    return Speed(
+        experts=experts,
+        megabytes_each=each / 1e6,
+        rows=layer_speed.measure_layer(layer, seconds=seconds),
+        batch=layer_speed.measure_layer(layer, (4.0,), tokens=BATCH, share_loaded=0.5, seconds=seconds),
+    )
 
 
 def nearest_to_half(measured: Sequence[Measured]) -> Measured:
@@ -213,6 +220,8 @@ def verdict(measured: Sequence[Measured], half: Measured, speed: Speed | None) -
     )
     if timed:
         said += f", a real-sized MoE layer in {timed[0].ratio:.2f} of the time"
+        if abs(timed[0].experts - half.mean_experts) >= 0.25:
+            said += f" at {timed[0].experts:.1f}"
     return f"{said[0].upper()}{said[1:]}."
 
 

@@ -11,35 +11,47 @@ from .tables import print_heading, print_table
 
 if TYPE_CHECKING:
     from ..evaluation import Measured
+    from ..evaluation.layer_speed import LayerTime
     from ..evaluation.paired import Interval
     from .demo_parts import Answers, Report, Speed, Strip
 
 
 def speed(found: Speed) -> None:
     """A real-sized layer."""
-    rows = [
-        (
-            row.label,
-            f"{row.experts:.2f}",
-            f"{row.to_dict()['milliseconds']:.2f}",
-            f"{row.ratio:.2f}",
-            str(len(row.seconds)),
-        )
-        for row in found.rows
-    ]
-    print_table(
-        "Speed: one MoE layer of OLMoE-1B-7B's shape, one token at a time",
-        ("routing", "experts", "ms", "of the time", "rounds"),
-        rows,
-        spare=("rounds",),
-    )
+    _times("Speed: one MoE layer of OLMoE-1B-7B's shape, one token at a time", found.rows)
+    batch = found.batch[0].tokens
+    _times(f"The same for {batch} sequences that are decoded together", found.batch)
     print()
-    short = "" if found.experts == 64 else f" (of 64 in OLMoE-1B-7B; {found.experts} need less memory)"
-    _, *fewer = found.rows
-    told = ", ".join(f"{row.experts:.1f} experts in {row.ratio:.2f} of the time" for row in fewer)
+    one = ", ".join(f"{row.experts:.1f} experts in {row.ratio:.2f} of the time" for row in found.rows[1:])
+    own, dropped, priced = found.batch
     common.print_text(
-        f"{told}: a token waits for its experts to be read, {found.megabytes_each:.1f} MB each in bfloat16. Random weights, "
-        f"{found.experts} experts{short}; medians, the rows taking turns, decisions and counting included."
+        f"Alone, a token waits for its own experts: {one}. Together, {batch} read {own.loads:.0f}, and {dropped.loads:.0f} where "
+        f"each drops half of its own ({dropped.ratio:.2f} of the time); a price on loads reads {priced.loads:.0f} "
+        f"({priced.ratio:.2f})."
+    )
+    short = "" if found.experts == 64 else f" (OLMoE-1B-7B has 64; {found.experts} need less memory)"
+    common.print_text(
+        f"{found.experts} experts{short} of {found.megabytes_each:.1f} MB, random bfloat16 weights; ms: median, the rows taking "
+        "turns; deciding and counting included. read: distinct experts."
+    )
+
+
+def _times(title: str, rows: Sequence[LayerTime]) -> None:
+    print_table(
+        title,
+        ("routing", "experts", "read", "ms", "of the time", "rounds"),
+        [
+            (
+                row.label,
+                f"{row.experts:.2f}",
+                f"{row.loads:.1f}",
+                f"{row.to_dict()['milliseconds']:.2f}",
+                f"{row.ratio:.2f}",
+                str(len(row.seconds)),
+            )
+            for row in rows
+        ],
+        spare=("rounds", "read"),
     )
 
 

@@ -21,7 +21,7 @@ def print_strip(tokens: Sequence[str], values: Sequence[float], most: float, *, 
 
     console = make_console()
     coloured = shades_in_colour()
-    for held in _broken(tokens, values, console.width - len(_LEFT))[:lines]:
+    for held in broken(tokens, values, console.width - len(_LEFT))[:lines]:
         line, digits = Text(_LEFT), _LEFT
         for token, value in held:
             if coloured:
@@ -66,7 +66,7 @@ def ground(share: float) -> str:
     return f"{'white' if share > 0.5 else 'black'} on rgb({','.join(map(str, mixed))})"
 
 
-def _broken(tokens: Sequence[str], values: Sequence[float], width: int) -> list[list[tuple[str, float]]]:
+def broken(tokens: Sequence[str], values: Sequence[float], width: int) -> list[list[tuple[str, float]]]:
     """Lines of (token, value) of at most this many letters, broken between words; tokens of white space are left out."""
     words: list[list[tuple[str, float]]] = []
     apart = True  # white space before
@@ -92,4 +92,4 @@ def _broken(tokens: Sequence[str], values: Sequence[float], width: int) -> list[
     return [line for line in lines if line]
 
 
-__all__ = ["ground", "print_legend", "print_strip", "shades_in_colour"]
+__all__ = ["broken", "ground", "print_legend", "print_strip", "shades_in_colour"]
