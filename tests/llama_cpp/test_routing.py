@@ -136,6 +136,14 @@ def test_a_level_is_changed_in_place(make_llama, logits_of, followed, ids):
     assert torch.equal(logits_of(llm, ids), second)
 
 
+def test_a_certified_loss_is_said_to_be_certified_elsewhere(make_llama, calibration, caplog):
+    """The certificate is of other weights in another engine."""
+    if calibration.certificate is None:
+        pytest.skip("the calibration that comes with olmoe-nano holds no certificate")
+    make_llama(calibration, max_kl=0.05)
+    assert "this is GGUF in llama.cpp: it is used, and the certificate does not speak of it" in caplog.text
+
+
 def test_generation_is_that_of_transformers(make_llama, nano, calibration):
     model, tokenizer = nano
     prompt = "The old man walked to the"

@@ -78,6 +78,8 @@ class LlamaRouting:
                 f"no more; got {settings.max_k}."
             )
         policy.bind(self.contexts.values())
+        if sentence := settings.elsewhere(calibration, "GGUF", "llama.cpp"):
+            logger.warning("%s", sentence)
         self.telemetry: Telemetry | None = None
         if settings.collect_stats:
             contexts = list(self.contexts.values())
