@@ -76,7 +76,7 @@ def test_frozen_and_keyword_only():
         (
             {"experts_per_token": {"a": 2.0, "b": "many"}},
             InvalidParameterError,
-            "experts_per_token must be a number of experts per token above 0, or one for each router, got 'many'.",
+            "experts_per_token must be a finite number of experts per token above 0, or one for each router, got 'many'.",
         ),
         (
             {"alpha": 0.1, "experts_per_token": 4},

@@ -212,7 +212,7 @@ def test_the_decision_is_the_library_s_own(routed, nano_model):
 
 def test_unused_slots_carry_the_first_kept_expert(routed):
     logits_TE, weights_TK, experts_TK = routed
-    layer = bound(calibration=CALIBRATION, experts_per_token=2).layers[0]
+    layer = bound(calibration=CALIBRATION, experts_per_token=2, min_k=1).layers[0]
     weights, experts = layer.route(logits_TE, weights_TK, experts_TK, count=False)
     for row in range(len(weights)):
         kept = experts_TK[row][weights[row] != 0].tolist()
