@@ -182,7 +182,9 @@ def test_float32_equals_transformers(calibrated, nano_model, prompts, budget, pl
     ours, (worker,) = calibrated[place : place + 2]
     assert [x["tokens"] for x in ours] == [x["tokens"] for x in theirs.answers]
     assert histograms(worker) == histograms(theirs.worker)
-    without = sum(layer[0] for layer in histograms(worker))  # the linear compensation alone: min_k is 0 at 2 of 8
+    without = sum(
+        layer[0] for layer in histograms(worker)
+    )  # the linear compensation alone: min_k is 0 at 2 of 8
     assert (without > 0) == (budget == 2)
     difference = largest_difference(ours, theirs.answers)
     print(f"budget {budget}: largest difference of a log-probability {difference:.1e}")
