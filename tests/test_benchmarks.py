@@ -49,7 +49,7 @@ def test_the_calibration_benchmark_prints_its_tables(tmp_path):
     assert len(result["documents"]["books"]) == 4
     assert len(result["comparison"]["second half"]["rows"]) == 3 * 8
     by_scale = [result["scale"][0][s][0] for s in ("0", "0.5", "1")]
-    assert by_scale[1] < min(by_scale[0], by_scale[2])
+    assert max(by_scale[1:]) < by_scale[0]
     assert [row["budget"] for row in result["budgets"]] == [4.0, 3.0, 2.0]
     assert all(0.0 < row["pooled"] < 0.1 for row in result["uniformity"])
 
@@ -67,4 +67,4 @@ def test_the_gpu_script_passes_its_checks_in_the_interpreter():
         timeout=280,
     )
     assert run.returncode == 0, run.stderr
-    assert [line[:5] for line in run.stdout.splitlines()] == ["- ok:"] * 3
+    assert [line[:5] for line in run.stdout.splitlines()] == ["- ok:"] * 5

@@ -422,12 +422,9 @@ def test_inspect_model(run, loaded, monkeypatch, columns):
     ]
 
 
-def test_inspect_says_where_dropped_experts_are_computed(run, loaded, nano_model):
-    nano_model.model.layers[1].mlp.experts._is_expert_parallel = True
-    try:
-        result = run("inspect", "olmoe-nano")
-    finally:
-        del nano_model.model.layers[1].mlp.experts._is_expert_parallel
+def test_inspect_says_where_dropped_experts_are_computed(run, loaded, nano_model, monkeypatch):
+    monkeypatch.setattr(nano_model.model.layers[1].mlp.experts, "_is_expert_parallel", True, raising=False)
+    result = run("inspect", "olmoe-nano")
     assert [line.split()[-2:] for line in result.out.splitlines() if ".1.mlp.gate" in line] == [
         ["weight", "0"]
     ]

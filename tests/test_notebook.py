@@ -54,8 +54,11 @@ def test_runs(executed):
     assert list(perplexities) == ["own top-8"] + [
         label for k in (6, 4, 3, 2) for label in (f"BH, {k} experts", f"top-{k}")
     ]
+    own = perplexities["own top-8"]
     for k in (4, 3, 2):
-        assert perplexities[f"BH, {k} experts"] < perplexities[f"top-{k}"]
+        # Text of six kinds, of which the model knows one: fewer experts may lower perplexity; BH stays nearer to the model's own.
+        bh, top = (abs(perplexities[label] / own - 1.0) for label in (f"BH, {k} experts", f"top-{k}"))
+        assert bh < top
 
 
 def test_stored_outputs_are_of_these_cells(stored, executed):

@@ -17,6 +17,7 @@ from bh_routing.policies import PhasePolicy, RoutingContext, TopKPolicy
 from bh_routing.settings import RoutingSettings
 from bh_routing.settings.levels import of_phases, read_phases
 from bh_routing.telemetry.phases import PhaseTelemetry
+from caches import after
 
 PHASES = {"prefill": {"experts_per_token": 8}, "decode": {"experts_per_token": 3}}
 
@@ -54,11 +55,13 @@ def test_decoding_is_what_the_decoding_level_alone_decides(nano_model, calibrati
     cache = nano_model(input_ids=token_ids, use_cache=True).past_key_values
     last = token_ids[:, :1]
     with BHRoutingIntegration(nano_model, calibration=calibration, experts_per_token=3):
-        expected = nano_model(input_ids=last, past_key_values=copy.deepcopy(cache)).logits
+        expected = nano_model(input_ids=last, **after(nano_model, copy.deepcopy(cache))).logits
     with BHRoutingIntegration(nano_model, calibration=calibration, phases=PHASES) as routed:
-        assert torch.equal(nano_model(input_ids=last, past_key_values=copy.deepcopy(cache)).logits, expected)
+        assert torch.equal(
+            nano_model(input_ids=last, **after(nano_model, copy.deepcopy(cache))).logits, expected
+        )
         routed.set_level(phases=PHASES | {"decode": {"alpha": 0.5}})
-        other = nano_model(input_ids=last, past_key_values=copy.deepcopy(cache)).logits
+        other = nano_model(input_ids=last, **after(nano_model, copy.deepcopy(cache))).logits
         assert not torch.equal(other, expected)
         with pytest.raises(InvalidParameterError, match="unpatch and patch anew"):
             routed.set_level(experts_per_token=4)

@@ -18,6 +18,7 @@ from bh_routing.errors import InvalidInputError, InvalidParameterError
 from bh_routing.patching.calls import as_steps
 from bh_routing.policies import FixedPrice, PricePolicy, RoutingContext, TablePolicy
 from bh_routing.telemetry import figures as telemetry_figures
+from caches import after
 
 E, K = 12, 4
 
@@ -437,7 +438,7 @@ def test_compiled_decoding_takes_the_same_price(nano_model, calibration, prompts
     def step() -> torch.Tensor:
         with torch.no_grad():
             cache = nano_model(input_ids=prompts[:, :8], use_cache=True).past_key_values
-            return run(input_ids=prompts[:, 8:9], past_key_values=cache).logits
+            return run(input_ids=prompts[:, 8:9], **after(nano_model, cache)).logits
 
     with integration:
         run: Any = nano_model

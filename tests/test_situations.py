@@ -18,6 +18,7 @@ from bh_routing.evaluation.lm_eval import real_length
 from bh_routing.models import bundled_calibration, bundled_path
 from bh_routing.policies import RoutingPolicy
 from bh_routing.training import AdaptiveRoutingLoss
+from caches import after
 
 # PEFT, and every release of transformers but the newest, name checkpointing as they always did.
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated:FutureWarning")
@@ -257,7 +258,7 @@ def test_chunks_after_a_cache(tiny_olmoe, token_ids, kind, room):
             if room
             else DynamicCache(config=model.config)
         )
-        model(input_ids=token_ids[:, :8], attention_mask=first, past_key_values=cache)
+        model(input_ids=token_ids[:, :8], attention_mask=first, **after(model, cache))
         assert tokens(integrator) == (13, 3)
         mask = torch.cat([first, torch.ones(2, 6 + room, dtype=torch.long)], 1)
         if kind == "two":
@@ -267,7 +268,7 @@ def test_chunks_after_a_cache(tiny_olmoe, token_ids, kind, room):
             mask = causal_SC[None, None] & mask.bool()[:, None, None, :]
             if kind == "float":
                 mask = torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min)
-        model(input_ids=token_ids[:, 8:14], attention_mask=mask, past_key_values=cache)
+        model(input_ids=token_ids[:, 8:14], attention_mask=mask, **after(model, cache))
         assert tokens(integrator) == (12, 0)
 
 

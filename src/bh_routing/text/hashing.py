@@ -19,7 +19,7 @@ def document_key(content: bytes, seed: int) -> tuple[int, int]:
 
 
 def document_digest(document: str | bytes) -> int:
-    """63 bits that tell a document of a text from others, whatever the seed; of a string without regard to white space.
+    r"""63 bits that tell a document of a text from others, whatever the seed; of a string without regard to white space.
 
     >>> document_digest("so it\nwas. ") == document_digest("so it was.")
     True

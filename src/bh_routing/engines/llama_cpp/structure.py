@@ -30,7 +30,7 @@ class Architecture:
     experts: str = "model.layers.{}.mlp.experts"
 
 
-# general.architecture of a GGUF file; a row is added with a test in tests/llama_cpp/test_families.py.
+# general.architecture of a GGUF file; a row is added with a test in tests/llama_cpp/test_llama_families.py.
 ARCHITECTURES: Mapping[str, Architecture] = {
     "olmoe": Architecture("olmoe"),
     "qwen3moe": Architecture("qwen3_moe"),
