@@ -26,16 +26,14 @@ import torch
 from machine import describe_machine, ratio
 from pages import arguments, markdown_table, publish
 from torch import Tensor
-from transformers import OlmoeConfig
-from transformers.models.olmoe.modeling_olmoe import OlmoeSparseMoeBlock
 
 from bh_routing import DecisionTable, RoutingIntegration, TablePolicy
 from bh_routing.decision.compensation import Compensation
 from bh_routing.evaluation.bench import threshold_for
+from bh_routing.evaluation.layer_speed import EXPERTS, HIDDEN, INTERMEDIATE, TOP_K, make_layer
 from bh_routing.patching.instance import find_patch
 from bh_routing.stats.statistic import base_statistic
 
-HIDDEN, INTERMEDIATE, EXPERTS, TOP_K = 2048, 1024, 64, 8
 EXPERT_WEIGHTS = 3 * HIDDEN * INTERMEDIATE
 STOCK = ("eager", "grouped_mm", "batched_mm")
 MEAN = 4.0
@@ -43,18 +41,8 @@ MEAN = 4.0
 
 def make_block(dtype: torch.dtype) -> Any:
     """A block whose router has opinions: logits with a standard deviation of about 1.5."""
-    config = OlmoeConfig(
-        hidden_size=HIDDEN,
-        intermediate_size=INTERMEDIATE,
-        num_experts=EXPERTS,
-        num_experts_per_tok=TOP_K,
-        num_hidden_layers=1,
-    )
-    config._experts_implementation = "grouped_mm"
-    block = OlmoeSparseMoeBlock(config).to(dtype).eval()
-    with torch.no_grad():
-        for name, parameter in block.named_parameters():
-            parameter.normal_(0.0, 1.5 * HIDDEN**-0.5 if name.startswith("gate.") else 0.02)
+    block = make_layer(dtype=dtype)
+    block.experts.config._experts_implementation = "grouped_mm"
     return block
 
 

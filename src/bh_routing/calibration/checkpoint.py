@@ -14,7 +14,7 @@ import os
 import pickle
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
@@ -22,6 +22,7 @@ import torch
 
 from .._files import write_atomically
 from ..errors import CalibrationError
+from ..text import Batch, TextStream
 
 EVERY = 180.0  # seconds between two files
 
@@ -87,6 +88,42 @@ class Checkpoint:
         for name, one in passes.items():
             one.load_state(state[name])
         self.done, self.digest, self.complete = done, digest, complete
+
+    def run(
+        self,
+        stream: TextStream,
+        passes: Mapping[str, Resumable],
+        add: Callable[[Batch], None],
+        advance: Callable[[int], None],
+    ) -> None:
+        """A pass over a stream from where it was interrupted: batches that the passes hold already are only read.
+
+        Parameters
+        ----------
+        passes : mapping
+            Whose sums are loaded, and written every few minutes and at the end.
+        add : callable
+            Takes a batch into them.
+        advance : callable
+            Is told the tokens of every batch.
+
+        Raises
+        ------
+        CalibrationError
+            As `load` and `check_text` do.
+        """
+        self.load(passes)
+        number = 0
+        for number, batch in enumerate(stream, start=1):
+            if number > self.done:
+                add(batch)
+                self.after(number, stream.digest, passes)
+            elif number == self.done:
+                self.check_text(stream.digest)
+            advance(batch.num_tokens)
+        if number < self.done:
+            self.check_text(-1)
+        self.after(number, stream.digest, passes, complete=True)
 
     def check_text(self, digest: int) -> None:
         """Raise `CalibrationError` unless the documents read again up to there are the same."""

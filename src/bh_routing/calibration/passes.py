@@ -23,7 +23,7 @@ from .._words import check_whole
 from ..decision.types import check_temperature
 from ..errors import CalibrationError, CalibrationWarning, InvalidParameterError, InvalidTypeError
 from ..patching import PatchPlan, is_patched, make_plan, reached_by_text
-from ..text import Document, TextStream
+from ..text import Batch, Document, TextStream
 from . import compensation_scale, third_pass
 from .calibration import Calibration
 from .checkpoint import Checkpoint, remove, settings_digest
@@ -210,20 +210,13 @@ def calibrate(
         """One pass over this process's share of the text, from where it was interrupted."""
         process, world = distributed()
         stream.start(limit, process, world)
-        checkpoint, number = Checkpoint(resume, name, process, settings), 0
-        checkpoint.load(passes)
+
+        def add(batch: Batch) -> None:
+            for one in passes.values():
+                one.add(batch)
+
         with progress_bar(what, show) as advance:
-            for number, batch in enumerate(stream, start=1):
-                if number > checkpoint.done:
-                    for one in passes.values():
-                        one.add(batch)
-                    checkpoint.after(number, stream.digest, passes)
-                elif number == checkpoint.done:
-                    checkpoint.check_text(stream.digest)
-                advance(batch.num_tokens)
-        if number < checkpoint.done:
-            checkpoint.check_text(-1)
-        checkpoint.after(number, stream.digest, passes, complete=True)
+            Checkpoint(resume, name, process, settings).run(stream, passes, add, advance)
 
     with evaluating(model), in_step(model):
         first, spread = (

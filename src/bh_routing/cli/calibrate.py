@@ -41,11 +41,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="stop after N tokens (data set: default 1,000,000)",
     )
-    parser.add_argument(
-        "--document-tokens",
-        type=common.whole(1),
-        metavar="N",
-        help="at most N tokens of each document, evenly over it: no long one outweighs the others",
+    common.add_number(
+        parser,
+        "document-tokens",
+        "at most N tokens of each document, evenly over it: no long one outweighs the others",
     )
     parser.add_argument(
         "--sensitivity", action="store_true", help="also loss sensitivities: a second pass, with backward"
@@ -88,19 +87,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--temperature", type=float, default=1.0, metavar="T", help="divides the router logits (default 1)"
     )
-    parser.add_argument(
-        "--window",
-        type=common.whole(2),
-        metavar="N",
-        help="tokens per window (default: what the model was trained on, or its context; at most 512)",
-    )
-    parser.add_argument(
-        "--batch-tokens",
-        type=common.whole(1),
-        default=4096,
-        metavar="N",
-        help="tokens per forward (default 4096)",
-    )
+    common.add_window_argument(parser)
+    common.add_number(parser, "batch-tokens", "tokens per forward", default=4096)
     parser.add_argument(
         "--certify",
         nargs="+",

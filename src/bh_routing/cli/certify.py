@@ -62,25 +62,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--split-on-blank-lines", action="store_true", help="a blank line of a text ends a document"
     )
-    parser.add_argument(
-        "--document-tokens",
-        type=common.whole(2),
-        metavar="N",
-        help="at most N tokens of each document, evenly over it",
-    )
-    parser.add_argument(
-        "--window",
-        type=common.whole(2),
-        metavar="N",
-        help="tokens per window (default: the context, at most 512)",
-    )
-    parser.add_argument(
-        "--batch-tokens",
-        type=common.whole(1),
-        default=4096,
-        metavar="N",
-        help="tokens per forward (default 4096)",
-    )
+    common.add_number(parser, "document-tokens", "at most N tokens of each document, evenly over it", least=2)
+    common.add_window_argument(parser)
+    common.add_number(parser, "batch-tokens", "tokens per forward", default=4096)
     parser.add_argument(
         "--resume",
         action="store_true",

@@ -196,19 +196,8 @@ def read_documents(
         document_tokens=document_tokens,
     )
     checkpoint = Checkpoint(None, "", 0, {}) if checkpoint is None else checkpoint
-    parts, number = {"sums": reader.sums}, 0
-    checkpoint.load(parts)
     with evaluating(model), progress_bar(what, progress) as advance:
-        for number, batch in enumerate(stream, start=1):
-            if number > checkpoint.done:
-                reader.add(batch)
-                checkpoint.after(number, stream.digest, parts)
-            elif number == checkpoint.done:
-                checkpoint.check_text(stream.digest)
-            advance(batch.num_tokens)
-    if number < checkpoint.done:
-        checkpoint.check_text(-1)
-    checkpoint.after(number, stream.digest, parts, complete=True)
+        checkpoint.run(stream, {"sums": reader.sums}, reader.add, advance)
     return reader.sums
 
 

@@ -196,7 +196,7 @@ class RoutingSettings:
             ("price_load", self.price_load, "a finite number of at least 0"),
         ):
             number = isinstance(value, (int, float)) and not isinstance(value, bool)
-            in_range = number and (0.0 < value < float("inf") or (value == 0.0 and name == "price_load"))  # type: ignore[operator]
+            in_range = number and (0.0 < value < math.inf or (value == 0.0 and name == "price_load"))  # type: ignore[operator]
             if value is not None and not in_range:
                 raise InvalidParameterError(f"{name} must be {least}, got {value!r}.")
         if self.distinct_experts is not None and self.price_load is not None:
