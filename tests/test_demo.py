@@ -295,7 +295,8 @@ def test_digits_stand_below_their_tokens(capsys, monkeypatch):
     ],
 )
 def test_colours_by_what_the_terminal_can_do(capsys, monkeypatch, environment, code):
-    for name, value in ({"COLUMNS": "60", "FORCE_COLOR": "1"} | environment).items():
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    for name, value in ({"COLUMNS": "60", "FORCE_COLOR": "1", "TERM": "xterm"} | environment).items():
         monkeypatch.setenv(name, value)
     most = (
         8 if environment.get("COLORTERM") else 11
