@@ -21,7 +21,6 @@ from bh_routing.engines.llama_cpp.loading import load
 from bh_routing.engines.llama_cpp.watching import Reader, Watch
 from bh_routing.evaluation.baselines.tokenwise import MinPPolicy
 from bh_routing.models import bundled_calibration
-from bh_routing.policies import RoutingContext
 
 WINDOWS, LENGTH = 16, 256
 PLAIN = {
@@ -78,21 +77,10 @@ def main() -> None:
     args = parser.parse_args()
     llm, hook, s, _ = load(Llama, args.model, dict(PLAIN))
     read = Reader(llm, hook)
-    contexts = {
-        block: RoutingContext(
-            path=s.path(block),
-            index=i,
-            num_experts=s.experts,
-            empty=s.experts,
-            top_k=s.slots,
-            route_norm="none",
-        )
-        for i, block in enumerate(s.blocks)
-    }
 
     def by_min_p(p: float, texts: list[torch.Tensor]) -> tuple[float, list[torch.Tensor]]:
         policy = Counted(p)
-        found = [read(ids, Watch(s, contexts, policy=policy)).log_softmax(-1) for ids in texts]
+        found = [read(ids, Watch(s, policy=policy)).log_softmax(-1) for ids in texts]
         return policy.kept / policy.tokens, found
 
     texts = {path: windows(llm, path) for path in args.texts}

@@ -18,6 +18,7 @@ from bh_routing import BHRoutingIntegration
 from bh_routing.calibration.data import CalibratedLayer
 from bh_routing.cli import main
 from bh_routing.cli import serve as serve_command
+from bh_routing.engines import addresses
 from bh_routing.engines.vllm import checks, plugin, serving
 from bh_routing.engines.vllm.paths import match_layer
 from bh_routing.engines.vllm.ragged import kept_only
@@ -744,7 +745,7 @@ def test_statistics_over_http_only_on_loopback():
 
 @pytest.mark.parametrize(("host", "local"), [("127.0.0.1", True), ("localhost", True), ("::1", True), ("0.0.0.0", False), ("10.0.0.1", False), ("example.org", False)])  # fmt: skip
 def test_loopback(host, local):
-    assert serving.is_loopback(host) is local
+    assert addresses.is_loopback(host) is local
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,6 @@ from ...calibration.second_pass import TEXT, mean_logits, strange_windows
 from ...calibration.third_pass import TOKENS as HELD_OUT
 from ...decision.compensation import Compensation
 from ...errors import CalibrationError
-from ...policies import RoutingContext
 from ...text import Batch, Document, TextStream
 from .loading import load
 from .routing import router_logits
@@ -153,19 +152,7 @@ class _Calibrating:
     ) -> None:
         self.read, self.structure, self.blank, self.stream = read, s, blank, stream
         self.max_tokens, self.show = max_tokens, show
-        self.contexts = {
-            block: RoutingContext(
-                path=s.path(block),
-                index=index,
-                num_experts=s.experts,
-                empty=s.experts,
-                top_k=s.slots,
-                route_norm="none",  # what is dropped is compensated
-                score_func=s.score_func,
-            )
-            for index, block in enumerate(s.blocks)
-        }
-        self.paths = {block: context.path for block, context in self.contexts.items()}
+        self.paths = {block: s.path(block) for block in s.blocks}
 
     def run(self, linear: bool, rank: int | None, robust: bool) -> Calibration:
         """Counts and moments; then, on what is dropped, the linear compensation; then how strongly each is applied."""
@@ -204,7 +191,7 @@ class _Calibrating:
             moments[path].update(outputs.flatten(0, 1), own.flatten())
             seen[block] = (logits, own)
 
-        watch, tokens = Watch(s, self.contexts, take), 0
+        watch, tokens = Watch(s, take), 0
         for batch in self._batches("calibrating"):
             at = 0
             for ids, mask in zip(batch.input_ids, batch.mask, strict=True):
@@ -260,7 +247,7 @@ class _Calibrating:
             ) -> None:
                 into[b].update(logits, outputs, own, weights, dropped)
 
-            return Watch(s, self.contexts, take, dropping_policy(found), means)
+            return Watch(s, take, dropping_policy(found), means)
 
         held_out, plain_N, own = {batch.index for batch in windows}, self._plain_ids(), watch(sums)
         for batch in self._batches("compensation"):
@@ -303,7 +290,6 @@ class _Calibrating:
         routed = [
             Watch(
                 self.structure,
-                self.contexts,
                 policy=dropping_policy(found, size=None),
                 compensations={path: one.scaled(scale) for path, one in full.items()},
             )

@@ -12,7 +12,7 @@ from typing import Any
 from unittest import mock
 
 from ...errors import BHRoutingError, InvalidParameterError, MissingDependencyError
-from ..vllm.serving import is_loopback
+from ..addresses import is_loopback, url
 from .routing import LlamaRouting
 
 
@@ -92,12 +92,6 @@ def serve(llm: Any, name: str, host: str, port: int) -> None:
     print(f"\n{name} at {url(host, port)}/v1: {llm.routing}")
     print(how_to_talk(name, host, port), flush=True)
     uvicorn.run(app, host=host, port=port, log_level="warning")
-
-
-def url(host: str, port: int) -> str:
-    """Where this machine reaches the server."""
-    anywhere = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}
-    return f"http://{anywhere.get(host, f'[{host}]' if ':' in host else host)}:{port}"
 
 
 def how_to_talk(name: str, host: str, port: int) -> str:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ...decision.types import RouteNorm
 from ...errors import UnsupportedModelError
+from ...policies import RoutingContext
 from .ggml import Node, address, base, is_host, name_of, numbers, op
 from .hook import Hook
 from .shim import MOST_EXPERTS, MOST_SLOTS, GgmlTensor
@@ -84,6 +85,21 @@ class Structure:
     def experts_path(self, block: int) -> str:
         """transformers' module path of a block's experts."""
         return ARCHITECTURES[self.architecture].experts.format(block)
+
+    def contexts(self) -> dict[int, RoutingContext]:
+        """By block: every router as it is, where what is dropped is compensated or only looked at."""
+        return {
+            block: RoutingContext(
+                path=self.path(block),
+                index=index,
+                num_experts=self.experts,
+                empty=self.experts,
+                top_k=self.slots,
+                route_norm="none",
+                score_func=self.score_func,
+            )
+            for index, block in enumerate(self.blocks)
+        }
 
 
 def check_architecture(name: str) -> None:
@@ -251,23 +267,23 @@ class _Block:
         for node in followers:
             t, name = node.contents, name_of(node)
             reshaped = op(node) == "RESHAPE" and address(t.src[0]) == address(self.weights)
-            if op(node) == "VIEW":
-                self._refuse(f"{name} is a part of another node (gate and up in one tensor)")
+            if op(node) == "VIEW" or name.startswith("ffn_moe_gate_up"):
+                self._refuse("gate and up of its experts are one tensor")
             if not reshaped and op(node) not in _BY_ROW:
                 self._refuse(f"{name} is a {op(node)} between its weights and their product")
             if list(t.ne)[1:] != [slots, 1, 1]:
                 self._refuse(f"{name} has the shape {list(t.ne)}, expected {slots} rows")
             if op(node) == "MUL_MAT_ID" and not _PRODUCTS.fullmatch(name):
-                self._refuse(f"{name or 'a node'} is one more product with its experts (a LoRA of experts)")
-        if len(products) > 3:
-            self._refuse(
-                "there are more products with its experts than up, gate and down (a LoRA of experts)"
-            )
+                self._refuse(
+                    "there are more products with its experts than up, gate and down (a LoRA of experts)"
+                )
 
     def router(self) -> list[Tensor]:
         """Weights, and a bias where there is one."""
         node, found = self.logits, []
         if op(node) == "ADD":
+            if op(node.contents.src[1]) != "NONE":
+                self._refuse("its logits are more than a product and a bias (a LoRA of the router)")
             found.append(node.contents.src[1])
             node = node.contents.src[0]
         found.insert(0, node.contents.src[0])

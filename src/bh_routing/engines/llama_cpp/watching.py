@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ...decision.compensation import Compensation
 from ...decision.types import RoutingDecision
-from ...policies import RoutingContext, RoutingPolicy
+from ...policies import RoutingPolicy
 from .ggml import numbers
 from .hook import Hook
 from .shim import GgmlTensor
@@ -30,13 +30,13 @@ class Watch:
     """A callback that sees every pair of the own choice, and drops experts where there is a policy."""
 
     structure: Structure
-    contexts: Mapping[int, RoutingContext]
     take: Taker | None = None
     policy: RoutingPolicy | None = None
     compensations: Mapping[str, Compensation] | None = None
 
     def __post_init__(self) -> None:
         s = self.structure
+        self.contexts = s.contexts()
         names = (s.logits, "ffn_moe_topk", s.weights, s.outputs, "ffn_moe_weighted")
         self.steps = {f"{n}-{b}".encode(): (i, b) for b in self.contexts for i, n in enumerate(names)}
         self.seen: dict[int, tuple[Tensor, Tensor, Tensor, Tensor]] = {}

