@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Annotated, Any, get_origin, get_type_hints
 
 Check = Callable[[Any], Any]
 
@@ -155,6 +155,19 @@ def _within(place: str, check: Check, value: Any) -> Any:
         sentence = str(error)
         joint = "" if sentence.startswith("[") else " " if sentence.startswith("must") else "."
         raise ValueError(f"{place}{joint}{sentence}") from None
+
+
+def checks_of(kind: type[Any]) -> dict[str, Any]:
+    """What the fields of a class are annotated with, by name: a check, or what else a file wants to know of them.
+
+    >>> class Point:
+    ...     x: Annotated[float, number(0.0)]
+    ...     name: str
+    >>> sorted(checks_of(Point))
+    ['x']
+    """
+    hints = get_type_hints(kind, include_extras=True)
+    return {name: hint.__metadata__[0] for name, hint in hints.items() if get_origin(hint) is Annotated}
 
 
 def unique(values: Iterable[Any], what: str) -> None:

@@ -12,7 +12,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from .checks import read_json
+from .checks import LONGEST, checks_of, read_json
 from .plain import write_atomically
 
 MOST_BYTES = 1 << 34  # of a file: many times what the largest known model needs
@@ -40,18 +40,31 @@ class Expected:
 
     Attributes
     ----------
-    dims : str
-        One letter per dimension. A letter has one size in the whole file: the one that is known, or the first met;
-        ``*`` has any.
     dtypes : tuple of torch.dtype
     least, most : float
         Range of every value; NaN is in none. Infinities count only where they are a bound that is given.
+    dims : str
+        One letter per dimension. A letter has one size in the whole file: the one that is known, or the first met;
+        ``*`` has any.
     """
 
-    dims: str
     dtypes: tuple[torch.dtype, ...] = FLOATS
     least: float = -1e30
     most: float = 1e30
+    dims: str = "*"
+
+
+FLOAT16, FLOAT32, FLOAT64 = Expected((torch.float16,)), Expected((torch.float32,)), Expected((torch.float64,))
+COUNTS = Expected((torch.int64,), 0.0, float(LONGEST))
+SIZES = Expected((torch.float64,), 0.0)
+SHARES = Expected((torch.float64,), most=1.0)  # explained; below 0 where a prediction is worse than none
+HASHES = Expected((torch.int64,), 0.0, 2.0**63)
+
+
+def expected_of(kind: type[Any]) -> dict[str, Expected]:
+    """What the tensors of a class must be, by field: as it is annotated, with the dimensions that end its name."""
+    found = {name: must for name, must in checks_of(kind).items() if isinstance(must, Expected)}
+    return {name: replace(must, dims=name.rpartition("_")[2]) for name, must in found.items()}
 
 
 def tensors_digest(header: str, tensors: Mapping[str, Tensor]) -> str:

@@ -10,13 +10,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
-from .._files.checks import listed, number, one_of, optional, record, text, whole
-from .._words import Bound
+from .._files.checks import checks_of, listed, number, one_of, optional, record, text, whole
+from .._files.tensors import FLOAT32, Expected
+from .._words import Bound, CompensationForm
 from ..errors import CertificateError
 from ..text.hashing import short_digest
 
@@ -24,6 +25,14 @@ Loss = Literal["kl", "agreement"]
 CLIP = 0.1  # nats: the most that a document counts
 
 QUANTILES = (0.05, 0.5, 0.95, 1.0)  # of the documents' distances
+
+_EXPERTS, _SIZE, _SHARE = number(0.0, 1 << 15), number(0.0, 1e30), number(0.0, 1.0)
+_IN_FLOAT32 = Expected((torch.float32,), 0.0, 1.0)
+
+
+def _pair(value: Any) -> Any:
+    form, scale = listed(lambda x: x, 2, 2)(value)
+    return [one_of(*get_args(CompensationForm))(form), _SHARE(scale)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,12 +55,15 @@ class CertifiedLevel:
         The share of documents that lost more than the clip, and count as if they had lost that.
     """
 
-    experts_per_token: float
-    experts: float
-    bytes_per_token: float | None
-    risk: float
-    bound: float
-    clipped: float
+    experts_per_token: Annotated[float, _EXPERTS]
+    experts: Annotated[float, _EXPERTS]
+    bytes_per_token: Annotated[float | None, optional(_SIZE)]
+    risk: Annotated[float, _SHARE]
+    bound: Annotated[float, _SHARE]
+    clipped: Annotated[float, _SHARE]
+
+
+_LEVELS = listed(record(checks_of(CertifiedLevel)), 0, 4096)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,24 +100,24 @@ class Certificate:
     date, library_version : str
     """
 
-    kl: tuple[CertifiedLevel, ...] = ()
-    agreement: tuple[CertifiedLevel, ...] = ()
-    target: float | None = None
-    confidence: float
-    bound: Bound
-    documents: int
-    tokens: int
-    text_digest: str
-    window: int
-    document_tokens: int | None = None
-    clip: float = CLIP
-    fingerprint: str
-    weights: str
-    engine: str = "transformers"
-    settings: dict[str, Any]
-    compensation: tuple[str, float]
-    date: str
-    library_version: str
+    kl: Annotated[tuple[CertifiedLevel, ...], _LEVELS] = ()
+    agreement: Annotated[tuple[CertifiedLevel, ...], _LEVELS] = ()
+    target: Annotated[float | None, optional(_SHARE)] = None
+    confidence: Annotated[float, number(most=1.0, above=0.0)]
+    bound: Annotated[Bound, one_of(*get_args(Bound))]
+    documents: Annotated[int, whole(1)]
+    tokens: Annotated[int, whole(1)]
+    text_digest: Annotated[str, text(32)]
+    window: Annotated[int, whole(1)]
+    document_tokens: Annotated[int | None, optional(whole(1))] = None
+    clip: Annotated[float, number(most=1e6, above=0.0)] = CLIP
+    fingerprint: Annotated[str, text(64)]
+    weights: Annotated[str, text(256)]
+    engine: Annotated[str, text(64)] = "transformers"
+    settings: Annotated[dict[str, Any], record({}, others=True)]
+    compensation: Annotated[tuple[str, float], _pair]
+    date: Annotated[str, text(64)]
+    library_version: Annotated[str, text(64)]
 
     def level(self, *, max_kl: float | None = None, agreement: float | None = None) -> CertifiedLevel:
         """The fewest experts whose bound is at most this loss.
@@ -162,46 +174,7 @@ def _down(value: float) -> str:
     return f"{value - 5e-5:.4f}"
 
 
-_SIZE, _SHARE = number(0.0, 1e30), number(0.0, 1.0)
-_LEVEL = record(
-    {
-        "experts_per_token": number(0.0, 1 << 15),
-        "experts": number(0.0, 1 << 15),
-        "bytes_per_token": optional(_SIZE),
-        "risk": _SHARE,
-        "bound": _SHARE,
-        "clipped": _SHARE,
-    }
-)
-
-
-def _pair(value: Any) -> Any:
-    form, scale = listed(lambda x: x, 2, 2)(value)
-    return [one_of("none", "mean", "linear")(form), number(0.0, 1.0)(scale)]
-
-
-HEADER = record(
-    {
-        "kl": listed(_LEVEL, 0, 4096),
-        "agreement": listed(_LEVEL, 0, 4096),
-        "target": optional(_SHARE),
-        "confidence": number(most=1.0, above=0.0),
-        "bound": one_of(*get_args(Bound)),
-        "documents": whole(1),
-        "tokens": whole(1),
-        "text_digest": text(32),
-        "window": whole(1),
-        "document_tokens": optional(whole(1)),
-        "clip": number(most=1e6, above=0.0),
-        "fingerprint": text(64),
-        "weights": text(256),
-        "engine": text(64),
-        "settings": record({}, others=True),
-        "compensation": _pair,
-        "date": text(64),
-        "library_version": text(64),
-    }
-)
+HEADER = record(checks_of(Certificate))
 
 
 def check(header: Mapping[str, Any], fingerprint: Tensor) -> Certificate:
@@ -229,10 +202,10 @@ class TextProfile:
         float32: `QUANTILES` over the documents of their own distances from these (`distances`).
     """
 
-    usage_LE: Tensor
-    score_L: Tensor
-    usage_range_Q: Tensor
-    score_range_Q: Tensor
+    usage_LE: Annotated[Tensor, _IN_FLOAT32]
+    score_L: Annotated[Tensor, FLOAT32]
+    usage_range_Q: Annotated[Tensor, _IN_FLOAT32]
+    score_range_Q: Annotated[Tensor, Expected((torch.float32,), 0.0)]
 
     @classmethod
     def of(cls, usage_ULE: Tensor, score_UL: Tensor) -> TextProfile:

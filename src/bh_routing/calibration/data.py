@@ -15,14 +15,18 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar, get_args
 
 import torch
 from torch import Tensor
 
+from .._files.checks import listed, number, one_of, optional, text, whole
+from .._files.tensors import FLOAT64, HASHES, Expected
+from ..decision.types import RouteNorm
 from ..errors import CalibrationMismatchError
 from ..stats.histogram import Histogram
 from ..stats.nulls import Null
+from ..stats.statistic import LOG_SCORES
 from .certificate import Certificate, TextProfile
 from .linear_maps import LinearMaps
 from .moments import Moments
@@ -38,17 +42,21 @@ MUST_AGREE = (
     "window",
     "reservoir_size",
 )  # of calibrations that are added up
+_NAME, _SHARE, _SIZE = text(4096), number(0.0, 1.0), whole(1, 1 << 15)
 
 
 @dataclass(frozen=True, kw_only=True)
 class CalibratedLayer:
-    """One routed layer as it was calibrated: module paths, slots, and how its router makes weights."""
+    """One routed layer as it was calibrated: module paths, slots, and how its router makes weights.
 
-    path: str
-    experts_path: str | None
-    top_k: int
-    score_func: str
-    route_norm: str
+    It and what follows are annotated with what a file may hold.
+    """
+
+    path: Annotated[str, _NAME]
+    experts_path: Annotated[str | None, optional(_NAME)]
+    top_k: Annotated[int, _SIZE]
+    score_func: Annotated[str, one_of(*LOG_SCORES)]
+    route_norm: Annotated[str, one_of(*get_args(RouteNorm))]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -68,10 +76,10 @@ class Reservoir:
         int64, a hash of the document that each token comes from; None in files of format 1.
     """
 
-    hash_N: Tensor
-    logits_NLE: Tensor
-    experts_NLK: Tensor
-    document_N: Tensor | None = None
+    hash_N: Annotated[Tensor, Expected((torch.int64,), -(2.0**63), 2.0**63)]
+    logits_NLE: Annotated[Tensor, Expected((torch.float16,), float("-inf"), 65504.0)]  # -inf: a masked expert
+    experts_NLK: Annotated[Tensor, Expected((torch.int16,), -1.0)]
+    document_N: Annotated[Tensor | None, HASHES] = None
 
     @property
     def num(self) -> int:
@@ -170,30 +178,30 @@ class CalibrationData:
         Nulls from outside in place of those of the histograms. They are no part of a file.
     """
 
-    model_id: str
+    model_id: Annotated[str, text()]
     layers: tuple[CalibratedLayer, ...]
-    num_experts: int
+    num_experts: Annotated[int, _SIZE]
     histograms: dict[str, dict[str, Histogram]]
     moments: Moments | None = None
     reservoir: Reservoir | None = None
-    reservoir_size: int = 0
-    fingerprint_LD: Tensor
-    temperature: float = 1.0
-    trim: int = 8
-    tokens: int = 0
-    documents: int = 0
-    text_digest: str = "0" * 32
-    document_digests_C: Tensor | None = None
-    seed: int = 0
-    window: int = 0
-    compensation_scale: float = 1.0
+    reservoir_size: Annotated[int, whole()] = 0
+    fingerprint_LD: Annotated[Tensor, FLOAT64]
+    temperature: Annotated[float, number(most=1e6, above=0.0)] = 1.0
+    trim: Annotated[int, whole(0, 1 << 15)] = 8
+    tokens: Annotated[int, whole()] = 0
+    documents: Annotated[int, whole()] = 0
+    text_digest: Annotated[str, text(32)] = "0" * 32
+    document_digests_C: Annotated[Tensor | None, HASHES] = None
+    seed: Annotated[int, whole(-(2**63), 2**63 - 1)] = 0
+    window: Annotated[int, whole()] = 0
+    compensation_scale: Annotated[float, _SHARE] = 1.0
     linear: LinearMaps | None = None
-    linear_scale: float = 1.0
+    linear_scale: Annotated[float, _SHARE] = 1.0
     token_sizes: TokenSizes | None = None
     certificate: Certificate | None = None
     text_profile: TextProfile | None = None
-    left_out: tuple[str, ...] = ()
-    library_version: str = ""
+    left_out: Annotated[tuple[str, ...], listed(_NAME, 0, 1 << 12)] = ()
+    library_version: Annotated[str, text()] = ""
     given: GivenNulls | None = None
 
     @property
@@ -270,6 +278,12 @@ def some_of(names: Iterable[str]) -> str:
     """The first three names, and dots if there are more."""
     listed = list(names)
     return ", ".join(listed[:3]) + (", ..." if len(listed) > 3 else "")
+
+
+def sound_choice(experts_NK: Tensor, top_k: int, num_experts: int) -> bool:
+    """Whether these are the choices of a router, ``top_k`` experts a token; -1 in the slots that are left."""
+    own_NK, rest = experts_NK[:, :top_k], experts_NK[:, top_k:]
+    return bool(((own_NK >= 0) & (own_NK < num_experts)).all()) and bool((rest == -1).all())
 
 
 def stack_layers(parts: list[Histogram]) -> Histogram:

@@ -3,10 +3,8 @@
 A calibration file is a file of tensors (`bh_routing._files.tensors`); its header holds model, layers, settings, text.
 Tensors: ``hist.<statistic>.<set>.<layer>`` integer counts [E, B] in the narrowest type that holds them; ``moments.*``;
 ``reservoir.*``; ``linear.*`` (A in bfloat16); ``token_sizes.*``; ``fingerprint``;
-``document_digests``; ``text_profile.*`` beside a certificate. What a file may hold is said here, once: `HEADER`, `LAYER`
-and `_expect`.
-
-Over 350 lines: the table of everything that a file may hold is one.
+``document_digests``; ``text_profile.*`` beside a certificate. What each of them must be is said beside the fields
+(`bh_routing.calibration.data`); what must agree with what, here.
 
 Shape legend: L routed layers, E experts, B bins, D projections, H hidden size, J = 2E, N tokens kept, K slots.
 """
@@ -16,21 +14,19 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Collection, Sequence
-from dataclasses import asdict, fields
-from typing import Any, get_args
+from dataclasses import asdict, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .._files.checks import LONGEST, listed, mapping, number, one_of, optional, record, text, unique, whole
-from .._files.tensors import INTEGERS, Expected, read_tensors, write_tensors
-from ..decision.types import RouteNorm
+from .._files.checks import checks_of, listed, mapping, optional, record, unique, whole
+from .._files.tensors import COUNTS, INTEGERS, Expected, expected_of, read_tensors, write_tensors
 from ..errors import CalibrationError, CalibrationFileError
 from ..stats.histogram import FIRST_BIN, LAST_BIN, Histogram
-from ..stats.statistic import LOG_SCORES
 from . import certificate
 from .certificate import QUANTILES, TextProfile
-from .data import CalibratedLayer, CalibrationData, Data, Reservoir, stack_layers
+from .data import CalibratedLayer, CalibrationData, Data, Reservoir, sound_choice, stack_layers
 from .linear_maps import LinearMaps
 from .moments import Moments
 from .token_sizes import TokenSizes
@@ -41,106 +37,48 @@ FORMAT, FORMAT_VERSION = (
 )  # 1: without linear.*, token_sizes.*, reservoir.document and document_digests
 READABLE = (1, FORMAT_VERSION)
 
-IN_FLOAT32 = ("mean_LEH", "gram_LJJ", "cross_LJH")  # of the moments, which are float64 in memory
 RENAMED = {"compensation_strength": "compensation_scale"}  # of older files
 PARTS: dict[str, type[Any]] = {
+    "": CalibrationData,
     "moments": Moments,
     "reservoir": Reservoir,
     "linear": LinearMaps,
     "token_sizes": TokenSizes,
     "text_profile": TextProfile,
 }
-MOST_COUNTS = (
-    1 << 27
-)  # of one set in memory, 1 GiB; a model of 58 layers and 256 experts needs a quarter at most
+# 1 GiB of one set in memory; a model of 58 layers and 256 experts needs a quarter at most
+MOST_COUNTS = 1 << 27
+KINDS, SETS = ("logit", "logprob"), ("unselected", "selected", "trimmed")
 
-_COUNT, _LARGE = (0.0, float(LONGEST)), (0.0, 1e30)
-TENSORS = {  # key -> what it must be; of moments and reservoir, each part as a whole may be absent
-    "fingerprint": Expected("LD", (torch.float64,)),
-    "document_digests": Expected("*", (torch.int64,), 0.0, 2.0**63),
-    "moments.tokens": Expected("LE", (torch.int64,), *_COUNT),
-    "moments.square": Expected("LE", (torch.float64,), *_LARGE),
-    "moments.mean_square": Expected("LE", (torch.float64,), *_LARGE),
-    "moments.mean": Expected("LEH", (torch.float32,)),
-    "moments.sensitivity_tokens": Expected("LE", (torch.int64,), *_COUNT),
-    "moments.sensitivity": Expected("LE", (torch.float64,), *_LARGE),
-    "moments.gram": Expected("LJJ", (torch.float32,)),
-    "moments.cross": Expected("LJH", (torch.float32,)),
-    "reservoir.hash": Expected("N", (torch.int64,), -(2.0**63), 2.0**63),
-    "reservoir.logits": Expected("NLE", (torch.float16,), float("-inf"), 65504.0),  # -inf: a masked expert
-    "reservoir.experts": Expected("NLK", (torch.int16,), -1.0),
-    "reservoir.document": Expected("N", (torch.int64,), 0.0, 2.0**63),
-    "linear.center": Expected("LE", (torch.float32,)),
-    "linear.low": Expected("LE", (torch.float32,)),
-    "linear.high": Expected("LE", (torch.float32,)),
-    "linear.whiten": Expected("LER", (torch.float32,)),
-    "linear.mean": Expected("LEH", (torch.float32,)),
-    "linear.slope": Expected("LERH", (torch.bfloat16,)),
-    "linear.rank": Expected("L", (torch.int64,), *_COUNT),
-    "linear.r2": Expected("L", (torch.float64,), -1e30, 1.0),
-    "linear.mean_r2": Expected("L", (torch.float64,), -1e30, 1.0),
-    "linear.expert_numbers": Expected("L", (torch.int64,), *_COUNT),
-    "linear.pairs": Expected("LE", (torch.int64,), *_COUNT),
-    "token_sizes.offset": Expected("LE", (torch.float32,)),
-    "token_sizes.slope": Expected("LEE", (torch.float32,)),
-    "token_sizes.center": Expected("LE", (torch.float32,)),
-    "token_sizes.r2": Expected("L", (torch.float64,), -1e30, 1.0),
-    "token_sizes.tokens": Expected("LE", (torch.int64,), *_COUNT),
-    "text_profile.usage": Expected("LE", (torch.float32,), 0.0, 1.0),
-    "text_profile.score": Expected("L", (torch.float32,)),
-    "text_profile.usage_range": Expected("Q", (torch.float32,), 0.0, 1.0),
-    "text_profile.score_range": Expected("Q", (torch.float32,), *_LARGE),
+
+def _keys(part: str) -> dict[str, str]:
+    """Field -> key in the file: ``mean_LEH`` of the moments is ``moments.mean``."""
+    return {name: f"{part}.{name.rpartition('_')[0]}".lstrip(".") for name in expected_of(PARTS[part])}
+
+
+# Key -> what it must be; each part as a whole may be absent. Router logits, D, are as many as experts, but for the fingerprint.
+TENSORS = {
+    key: replace(must, dims=must.dims.replace("D", "E") if part else must.dims)
+    for part, kind in PARTS.items()
+    for key, must in zip(_keys(part).values(), expected_of(kind).values(), strict=True)
 }
 TOGETHER = (  # keys that stand in a file together or not at all
     ("moments.tokens", "moments.square", "moments.mean_square"),
     ("moments.sensitivity_tokens", "moments.sensitivity"),
     ("moments.gram", "moments.cross"),
     ("reservoir.hash", "reservoir.logits", "reservoir.experts"),
-    *(
-        tuple(key for key in TENSORS if key.startswith(part))
-        for part in ("linear.", "token_sizes.", "text_profile.")
-    ),
+    *(tuple(_keys(part).values()) for part in ("linear", "token_sizes", "text_profile")),
 )
-KINDS, SETS = ("logit", "logprob"), ("unselected", "selected", "trimmed")
-
-_NAME = text(4096)
-LAYER = record(
-    {
-        "path": _NAME,
-        "experts_path": optional(_NAME),
-        "top_k": whole(1, 1 << 15),
-        "score_func": one_of(*LOG_SCORES),
-        "route_norm": one_of(*get_args(RouteNorm)),
-    }
-)
+_OWN = {name: check for name, check in checks_of(CalibrationData).items() if not isinstance(check, Expected)}
+_LATER = ("compensation_scale", "linear_scale", "left_out")  # not in older files
 HEADER = record(
     {
-        "model_id": text(),
-        "layers": listed(LAYER, 1, 1 << 12),
-        "num_experts": whole(1, 1 << 15),
+        "layers": listed(record(checks_of(CalibratedLayer)), 1, 1 << 12),
         "starts": mapping(whole(FIRST_BIN, LAST_BIN)),
-        "tokens": whole(),
-        "documents": whole(),
-        "text_digest": text(32),
-        "temperature": number(most=1e6, above=0.0),
-        "trim": whole(0, 1 << 15),
-        "seed": whole(-(2**63), 2**63 - 1),
-        "window": whole(),
-        "reservoir_size": whole(),
-        "library_version": text(),
+        **{name: check for name, check in _OWN.items() if name not in _LATER},
     },
-    {
-        "compensation_scale": number(0.0, 1.0),
-        "linear_scale": number(0.0, 1.0),
-        "left_out": listed(_NAME, 0, 1 << 12),
-        "certificate": optional(certificate.HEADER),
-    },
+    {"certificate": optional(certificate.HEADER)} | {name: _OWN[name] for name in _LATER},
 )
-
-
-def _keys(part: str) -> dict[str, str]:
-    """Field -> key in the file: ``mean_LEH`` of the moments is ``moments.mean``."""
-    return {field.name: f"{part}.{field.name.rpartition('_')[0]}" for field in fields(PARTS[part])}
 
 
 def save(data: CalibrationData, path: str | os.PathLike[str]) -> None:
@@ -158,9 +96,7 @@ def save(data: CalibrationData, path: str | os.PathLike[str]) -> None:
             f"nulls from outside ({data.given.source}) are not written to a calibration file, which holds counts, tokens "
             "and module paths; keep the pickles, or calibrate the model."
         )
-    tensors: dict[str, Tensor] = {"fingerprint": data.fingerprint_LD.double()}
-    if data.document_digests_C is not None:
-        tensors["document_digests"] = data.document_digests_C
+    tensors: dict[str, Tensor] = {}
     starts: dict[str, int] = {}
     for kind, sets in data.histograms.items():
         for name, held in sets.items():
@@ -170,12 +106,10 @@ def save(data: CalibrationData, path: str | os.PathLike[str]) -> None:
                 tensors[key], starts[key] = _narrow(used.counts_LEB[0]), used.start
     for part in PARTS:
         for name, key in _keys(part).items():
-            if (value := getattr(getattr(data, part), name, None)) is not None:
-                tensors[key] = value.float() if name in IN_FLOAT32 else value
-    scalars = {field.name: getattr(data, field.name) for field in fields(data)}
-    scalars = {name: value for name, value in scalars.items() if isinstance(value, (str, int, float))}
-    layers = [asdict(layer) for layer in data.layers]
-    header = scalars | {"layers": layers, "starts": starts, "left_out": data.left_out}
+            if (value := getattr(getattr(data, part) if part else data, name, None)) is not None:
+                tensors[key] = value.to(TENSORS[key].dtypes[0])
+    header = {name: getattr(data, name) for name in _OWN}
+    header |= {"layers": [asdict(layer) for layer in data.layers], "starts": starts}
     if data.certificate is not None:
         header["certificate"] = data.certificate.header()
     write_tensors(path, FORMAT, FORMAT_VERSION, header, tensors)
@@ -228,7 +162,7 @@ def _expect(header: Any, keys: Collection[str]) -> tuple[dict[str, Any], dict[st
         raise ValueError(
             f"starts must name the counts of every layer and no others, got or lacks {odd[:80]!r}"
         )
-    expected = {key: Expected("E*", INTEGERS, *_COUNT) for key in sorted(counts)}
+    expected = {key: replace(COUNTS, dtypes=INTEGERS, dims="E*") for key in sorted(counts)}
     present = [key for key in TENSORS if key in keys]
     for group in TOGETHER:
         if 0 < len(set(group) & set(present)) < len(group):
@@ -273,12 +207,15 @@ def _fields(header: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, Any
     }
     found: dict[str, Any] = {key: value for key, value in header.items() if key != "starts"}
     for part, kind_of_part in PARTS.items():
-        held = {name: tensors.get(key) for name, key in _keys(part).items()}
-        if any(value is not None for value in held.values()):
-            wide: dict[str, Any] = {
-                n: v.double() if v is not None and n in IN_FLOAT32 else v for n, v in held.items()
-            }
-            found[part] = kind_of_part(**wide)
+        held: dict[str, Any] = {name: tensors.get(key) for name, key in _keys(part).items()}
+        if not part:
+            found |= held
+        elif any(value is not None for value in held.values()):
+            if part == "moments":  # float32 in the file, where no sums are made of them
+                held = {
+                    n: v.double() if v is not None and v.is_floating_point() else v for n, v in held.items()
+                }
+            found[part] = kind_of_part(**held)
     _check_counts(histograms, layers, header["num_experts"])
     if "moments" in found:
         _check_moments(found["moments"])
@@ -288,15 +225,13 @@ def _fields(header: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, Any
         found["certificate"] = certificate.check(certified, tensors["fingerprint"])
     if "reservoir" in found:
         _check_reservoir(found["reservoir"], layers, header)
-    documents_C = tensors.get("document_digests")
+    documents_C = found["document_digests_C"]
     if documents_C is not None and bool((documents_C.diff() <= 0).any()):
         raise ValueError("document_digests must ascend, each of them once")
     return found | {
-        "document_digests_C": documents_C,
         "left_out": tuple(header.get("left_out", ())),
         "layers": tuple(layers),
         "histograms": histograms,
-        "fingerprint_LD": tensors["fingerprint"],
     }
 
 
@@ -359,12 +294,7 @@ def _check_reservoir(kept: Reservoir, layers: Sequence[CalibratedLayer], header:
             f"the reservoir must hold at most {header['reservoir_size']:,} tokens in order of their hashes"
         )
     for i, layer in enumerate(layers):
-        own_NK, rest = kept.experts_NLK[:, i, : layer.top_k], kept.experts_NLK[:, i, layer.top_k :]
-        if (
-            bool((own_NK < 0).any())
-            or bool((own_NK >= header["num_experts"]).any())
-            or bool((rest != -1).any())
-        ):
+        if not sound_choice(kept.experts_NLK[:, i], layer.top_k, header["num_experts"]):
             raise ValueError(
                 f"the kept experts of {layer.path} must be {layer.top_k} of {header['num_experts']}"
             )

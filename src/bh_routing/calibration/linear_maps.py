@@ -8,10 +8,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Annotated
 
 import torch
 from torch import Tensor, nn
 
+from .._files.tensors import COUNTS, FLOAT32, SHARES, Expected
 from ..decision.compensation import Compensation
 from .linear_fit import LinearFit, LinearSums, explained, fit_linear
 from .moments import ENOUGH
@@ -49,17 +51,17 @@ class LinearMaps:
         A is the same share of the experts' weights.
     """
 
-    center_LD: Tensor
-    low_LD: Tensor
-    high_LD: Tensor
-    whiten_LDR: Tensor
-    mean_LEH: Tensor
-    slope_LERH: Tensor
-    rank_L: Tensor
-    r2_L: Tensor
-    mean_r2_L: Tensor
-    pairs_LE: Tensor
-    expert_numbers_L: Tensor
+    center_LD: Annotated[Tensor, FLOAT32]
+    low_LD: Annotated[Tensor, FLOAT32]
+    high_LD: Annotated[Tensor, FLOAT32]
+    whiten_LDR: Annotated[Tensor, FLOAT32]
+    mean_LEH: Annotated[Tensor, FLOAT32]
+    slope_LERH: Annotated[Tensor, Expected((torch.bfloat16,))]
+    rank_L: Annotated[Tensor, COUNTS]
+    r2_L: Annotated[Tensor, SHARES]
+    mean_r2_L: Annotated[Tensor, SHARES]
+    pairs_LE: Annotated[Tensor, COUNTS]
+    expert_numbers_L: Annotated[Tensor, COUNTS]
 
     @classmethod
     def stack(cls, layers: Sequence[ChosenFit], expert_numbers: Sequence[int]) -> LinearMaps:

@@ -6,11 +6,12 @@ Shape legend: L routed layers, E experts, H hidden size, J = 2E regressors of th
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
 
+from .._files.tensors import COUNTS, FLOAT32, SIZES
 from ..decision.compensation import Compensation
 from ..errors import CalibrationError
 
@@ -20,7 +21,7 @@ RIDGE = 0.02  # of the compensation's fit, relative to the mean square of a drop
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Moments:
-    """What the experts' outputs are like, over the tokens routed to each of them.
+    """What the experts' outputs are like, over the tokens routed to each of them; annotated with what a file may hold.
 
     Attributes
     ----------
@@ -41,14 +42,14 @@ class Moments:
         memory, float32 in the file.
     """
 
-    tokens_LE: Tensor
-    square_LE: Tensor
-    mean_square_LE: Tensor
-    mean_LEH: Tensor | None
-    sensitivity_tokens_LE: Tensor | None = None
-    sensitivity_LE: Tensor | None = None
-    gram_LJJ: Tensor | None = None
-    cross_LJH: Tensor | None = None
+    tokens_LE: Annotated[Tensor, COUNTS]
+    square_LE: Annotated[Tensor, SIZES]
+    mean_square_LE: Annotated[Tensor, SIZES]
+    mean_LEH: Annotated[Tensor | None, FLOAT32]
+    sensitivity_tokens_LE: Annotated[Tensor | None, COUNTS] = None
+    sensitivity_LE: Annotated[Tensor | None, SIZES] = None
+    gram_LJJ: Annotated[Tensor | None, FLOAT32] = None
+    cross_LJH: Annotated[Tensor | None, FLOAT32] = None
 
     def size(self, kind: str) -> Tensor:
         """Typical size c_e per expert, float64 [L, E].

@@ -16,10 +16,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
+from .._files.tensors import COUNTS, FLOAT32, SHARES
 from ..stats.statistic import token_size
 from .moments import ENOUGH
 
@@ -48,11 +50,11 @@ class TokenSizes:
         int64: pairs of each expert that it was fitted to.
     """
 
-    offset_LE: Tensor
-    slope_LDE: Tensor
-    center_LD: Tensor
-    r2_L: Tensor
-    tokens_LE: Tensor
+    offset_LE: Annotated[Tensor, FLOAT32]
+    slope_LDE: Annotated[Tensor, FLOAT32]
+    center_LD: Annotated[Tensor, FLOAT32]
+    r2_L: Annotated[Tensor, SHARES]
+    tokens_LE: Annotated[Tensor, COUNTS]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

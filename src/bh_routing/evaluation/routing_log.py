@@ -11,13 +11,14 @@ import math
 import os
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import torch
 from torch import Tensor, nn
 
 from .._files.checks import Check, listed, number, one_of, record, text, unique, whole
-from .._files.tensors import FLOATS, INTEGERS, Expected, read_tensors, write_tensors
+from .._files.tensors import FLOATS, INTEGERS, Expected, expected_of, read_tensors, write_tensors
+from ..calibration.data import sound_choice
 from ..decision.types import RouteNorm
 from ..errors import CalibrationError, InvalidInputError, RoutingLogError
 from ..patching import make_plan, watch
@@ -41,12 +42,7 @@ _LAYER: dict[str, Check] = {
     "route_scale": number(-1e6, 1e6),
 }
 _HEADER = record({"model_id": text(), "layers": listed(record(_LAYER), 1, 1 << 12)})
-_TENSORS = {
-    "logits": Expected("NLE", FLOATS, float("-inf")),
-    "experts": Expected("NLK", INTEGERS, -1.0),
-    "weights": Expected("NLK", FLOATS),
-}
-_MORE = {"tokens": Expected("N", INTEGERS, 0.0, 2.0**63), "positions": Expected("N", INTEGERS, 0.0, 2.0**63)}
+_NUMBERS = Expected(INTEGERS, 0.0, 2.0**63)
 
 
 def _expect(header: Any, keys: Collection[str]) -> tuple[dict[str, Any], dict[str, Expected], dict[str, int]]:
@@ -63,7 +59,9 @@ def _expect(header: Any, keys: Collection[str]) -> tuple[dict[str, Any], dict[st
         letter: max(layer[name] for layer in layers)
         for letter, name in (("E", "num_experts"), ("K", "top_k"))
     }
-    return held, _TENSORS | {k: v for k, v in _MORE.items() if k in keys}, sizes | {"L": len(layers)}
+    expected = {_KEYS[name]: must for name, must in expected_of(RoutingLog).items()}
+    lacking = {"tokens", "positions"} - set(keys)  # which a file need not hold
+    return held, {k: v for k, v in expected.items() if k not in lacking}, sizes | {"L": len(layers)}
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -88,11 +86,11 @@ class RoutingLog:
     """
 
     contexts: tuple[RoutingContext, ...]
-    logits_NLE: Tensor
-    experts_NLK: Tensor
-    weights_NLK: Tensor
-    tokens_N: Tensor | None = None
-    positions_N: Tensor | None = None
+    logits_NLE: Annotated[Tensor, Expected(FLOATS, float("-inf"))]
+    experts_NLK: Annotated[Tensor, Expected(INTEGERS, -1.0)]
+    weights_NLK: Annotated[Tensor, Expected(FLOATS)]
+    tokens_N: Annotated[Tensor | None, _NUMBERS] = None
+    positions_N: Annotated[Tensor | None, _NUMBERS] = None
     model_id: str = ""
     document_N: Tensor | None = None
 
@@ -166,13 +164,9 @@ class RoutingLog:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the log as safetensors; it is whole or as it was."""
-        tensors = {"logits": self.logits_NLE, "experts": self.experts_NLK, "weights": self.weights_NLK}
-        more = {"tokens": self.tokens_N, "positions": self.positions_N}
-        header = {
-            "model_id": self.model_id,
-            "layers": [{name: getattr(c, name) for name in _LAYER} for c in self.contexts],
-        }
-        held = tensors | {name: tensor for name, tensor in more.items() if tensor is not None}
+        layers = [{name: getattr(c, name) for name in _LAYER} for c in self.contexts]
+        held = {key: getattr(self, name) for name, key in _KEYS.items() if getattr(self, name) is not None}
+        header = {"model_id": self.model_id, "layers": layers}
         write_tensors(path, FORMAT, FORMAT_VERSION, header, held)
 
     @classmethod
@@ -191,24 +185,13 @@ class RoutingLog:
         )
         contexts = tuple(RoutingContext(**layer) for layer in header["layers"])
         for c in contexts:
-            own_NK, rest = (
-                tensors["experts"][:, c.index, : c.top_k],
-                tensors["experts"][:, c.index, c.top_k :],
-            )
-            if bool((own_NK < 0).any()) or bool((own_NK >= c.num_experts).any()) or bool((rest != -1).any()):
+            if not sound_choice(tensors["experts"][:, c.index], c.top_k, c.num_experts):
                 raise RoutingLogError(
                     f"{path} holds no sound routing log: the experts of {c.path} must be {c.top_k} of {c.num_experts}; "
                     f"{advice}."
                 )
-        return cls(
-            contexts=contexts,
-            logits_NLE=tensors["logits"],
-            experts_NLK=tensors["experts"],
-            weights_NLK=tensors["weights"],
-            tokens_N=tensors.get("tokens"),
-            positions_N=tensors.get("positions"),
-            model_id=header["model_id"],
-        )
+        held: dict[str, Any] = {name: tensors.get(key) for name, key in _KEYS.items()}
+        return cls(contexts=contexts, model_id=header["model_id"], **held)
 
     def __repr__(self) -> str:
         num_experts = self.logits_NLE.shape[-1]
@@ -216,6 +199,9 @@ class RoutingLog:
             f"RoutingLog({self.model_id or 'a model'}: {self.num:,} tokens, {len(self.contexts)} layers x "
             f"{num_experts} experts)"
         )
+
+
+_KEYS = {name: name.rpartition("_")[0] for name in expected_of(RoutingLog)}  # field -> tensor of a file
 
 
 def log_routing(
