@@ -541,7 +541,7 @@ def test_dataset_without_the_package(run, tmp_path, monkeypatch):
     result = run("calibrate", "olmoe-nano", "--dataset", "some/texts", "-o", "c.safetensors")
     assert (result.code, result.err) == (
         2,
-        "bh-routing calibrate: --dataset needs the package datasets, which is not installed; "
+        "bh-routing calibrate: --dataset needs datasets, which is not installed; "
         "pip install 'bh-routing[datasets]', or give a file with --text.\n",
     )
 

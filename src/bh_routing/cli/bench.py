@@ -18,39 +18,22 @@ from .tables import print_table
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="olmoe-nano, a folder, or a hub id")
-    parser.add_argument(
-        "--experts",
-        type=common.positive,
-        action="append",
-        metavar="N",
-        help="experts per token on average; several times (default: 3/4, 1/2 and 1/4 of the model's own)",
+    number, whole = common.positive, common.whole(1)
+    common.add_numbers(
+        parser, "experts", number, "experts per token on average (default: 3/4, 1/2 and 1/4 of its own)"
     )
-    parser.add_argument(
-        "--tokens",
-        type=common.whole(1),
-        action="append",
-        metavar="T",
-        help="tokens per forward, 1 is decoding; several times (default: 64 and 512)",
+    common.add_numbers(parser, "tokens", whole, "tokens per forward, 1 is decoding (default: 64 and 512)")
+    common.add_numbers(
+        parser, "sequences", whole, "decode so many sequences together (default: 1, 4, 16 and 64)"
     )
-    parser.add_argument(
-        "--sequences",
-        type=common.whole(1),
-        action="append",
-        metavar="B",
-        help="decode so many sequences together; several times (default: 1, 4, 16 and 64)",
-    )
-    parser.add_argument(
-        "--loads",
-        type=common.positive,
-        action="append",
-        metavar="N",
-        help="of these: experts that a layer reads in a step; several times (default: 3/8 of its own; needs a calibration)",
+    common.add_numbers(
+        parser, "loads", number, "of these: experts read in a step (default: 3/8; needs a calibration)"
     )
     common.add_number(parser, "rounds", "rounds", default=7)
     parser.add_argument("--text", metavar="FILE", help="UTF-8 text to run on (default: the bundled one)")
     common.add_calibration_argument(parser)
     common.add_options(parser, {"compensation": TEXT_OPTIONS["compensation"]})
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    common.add_flag(parser, "json", "print one JSON object")
     common.add_model_arguments(parser)
 
 
@@ -108,11 +91,8 @@ def run(args: argparse.Namespace) -> None:
             for row in figures:
                 row |= {"kl": kl[row["variant"]]} if row["sequences"] == count else {}
     if args.json:
-        print(
-            json.dumps(
-                {"model": args.model, "calibrated": calibration is not None, "figures": figures}, indent=2
-            )
-        )
+        told = {"model": args.model, "calibrated": calibration is not None, "figures": figures}
+        print(json.dumps(told, indent=2))
         return
     common.print_text(common.describe_model(common.model_name(args.model), model))
     if calibration is None:

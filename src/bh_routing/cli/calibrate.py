@@ -10,10 +10,12 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Callable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from ..errors import CalibrationError, InvalidParameterError, MissingDependencyError
+from .._lazy import needed
+from ..errors import CalibrationError, InvalidParameterError
 from . import common
 from .certify import certify_file, documents_of
 from .gguf import add_llama_arguments, is_gguf, llama_arguments
@@ -29,61 +31,39 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     source.add_argument(
         "--dataset", metavar="HUB_ID", help="a data set of the hub, streamed (needs the extra `datasets`)"
     )
-    parser.add_argument(
-        "--split-on-blank-lines",
-        action="store_true",
-        help="a blank line of FILE ends a document (books joined by one); else one is about 65,000 characters",
+    common.add_flag(
+        parser,
+        "split-on-blank-lines",
+        "a blank line of FILE ends a document (books joined by one); else one is about 65,000 characters",
     )
     parser.add_argument("-o", "--output", required=True, metavar="OUT.safetensors", help="the file to write")
-    parser.add_argument(
-        "--max-tokens",
-        type=common.whole(1),
-        metavar="N",
-        help="stop after N tokens (data set: default 1,000,000)",
-    )
+    common.add_number(parser, "max-tokens", "stop after N tokens (data set: default 1,000,000)")
     common.add_number(
         parser,
         "document-tokens",
         "at most N tokens of each document, evenly over it: no long one outweighs the others",
     )
-    parser.add_argument(
-        "--sensitivity", action="store_true", help="also loss sensitivities: a second pass, with backward"
-    )
-    parser.add_argument(
-        "--sensitivity-tokens", type=common.whole(1), metavar="N", help="stop the second pass after N tokens"
-    )
-    parser.add_argument(
-        "--rank",
-        type=common.whole(1),
-        metavar="R",
-        help="rank of the linear compensation (with --sensitivity; default: by what it explains, up to 16, or 3 %% of "
+    common.add_flag(parser, "sensitivity", "also loss sensitivities: a second pass, with backward")
+    common.add_number(parser, "sensitivity-tokens", "stop the second pass after N tokens")
+    common.add_number(
+        parser,
+        "rank",
+        "rank of the linear compensation (with --sensitivity; default: by what it explains, up to 16, or 3 %% of "
         "the experts' memory)",
     )
-    parser.add_argument(
-        "--no-robust-fit",
-        dest="robust_fit",
-        action="store_false",
-        help="fit the linear compensation to text alone, not also to shuffled and random tokens",
+    common.add_flag(
+        parser,
+        "no-robust-fit",
+        "fit the linear compensation to text alone, not also to shuffled and random tokens",
     )
-    parser.add_argument(
-        "--no-linear",
-        dest="linear",
-        action="store_false",
-        help="no linear compensation and no sizes that follow the token",
+    common.add_flag(parser, "no-linear", "no linear compensation and no sizes that follow the token")
+    common.add_flag(
+        parser,
+        "resume",
+        "go on from the sums that an interrupted run with the same arguments left in OUT.parts",
     )
-    parser.add_argument(
-        "--resume",
-        action="store_true",
-        help="go on from the sums that an interrupted run with the same arguments left in OUT.parts",
-    )
-    parser.add_argument(
-        "--no-means", action="store_true", help="leave the experts' mean outputs out (no compensation)"
-    )
-    parser.add_argument(
-        "--no-outputs",
-        action="store_true",
-        help="leave the experts' outputs out: faster, logit and logprob only",
-    )
+    common.add_flag(parser, "no-means", "leave the experts' mean outputs out (no compensation)")
+    common.add_flag(parser, "no-outputs", "leave the experts' outputs out: faster, logit and logprob only")
     parser.add_argument(
         "--temperature", type=float, default=1.0, metavar="T", help="divides the router logits (default 1)"
     )
@@ -104,7 +84,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    _check_output(Path(args.output))
+    common.check_output(Path(args.output), "file", ".safetensors")
     for path in args.certify or ():
         _files([path], False)  # raises before the pass over the text
     texts = _files(args.text, args.split_on_blank_lines) if args.text else _dataset(args)
@@ -135,8 +115,6 @@ def run(args: argparse.Namespace) -> None:
             model,
             tokenizer,
             texts,
-            max_tokens=args.max_tokens or (DATASET_TOKENS if args.dataset else None),
-            document_tokens=args.document_tokens,
             window=window,
             batch_tokens=args.batch_tokens,
             temperature=args.temperature,
@@ -144,12 +122,9 @@ def run(args: argparse.Namespace) -> None:
             means=not args.no_means,
             sensitivity=args.sensitivity,
             sensitivity_tokens=args.sensitivity_tokens,
-            linear=args.linear,
-            rank=args.rank,
-            robust_fit=args.robust_fit,
             resume=parts,
-            seed=args.seed,
             model_id=args.model,
+            **_asked(args),
         )
         if rank == 0:
             calibration.save(args.output)
@@ -160,20 +135,32 @@ def run(args: argparse.Namespace) -> None:
             torch.distributed.destroy_process_group()
     if rank == 0:
         show_calibration(calibration)
-        print()
-        common.print_text(
-            f"saved to {args.output} ({os.path.getsize(args.output) / 1e6:.1f} MB); use it with "
-            f"`bh-routing generate {args.model} -p TEXT --calibration {args.output} --experts 4`."
-        )
+        _show_saved(args, f"generate {args.model} -p TEXT", ".")
         if args.certify:
             documents = documents_of(args.certify, args.split_on_blank_lines)
-            asked = {
-                "window": window,
-                "document_tokens": args.document_tokens,
-                "batch_tokens": args.batch_tokens,
-            }
+            asked = {"window": window} | {n: getattr(args, n) for n in ("document_tokens", "batch_tokens")}
             print()
             certify_file(model, tokenizer, documents, calibration, Path(args.output), **asked)
+
+
+def _asked(args: argparse.Namespace) -> dict[str, Any]:
+    """What is asked of a calibration in any engine."""
+    return {
+        "max_tokens": args.max_tokens or (DATASET_TOKENS if args.dataset else None),
+        "document_tokens": args.document_tokens,
+        "linear": not args.no_linear,
+        "rank": args.rank,
+        "robust_fit": not args.no_robust_fit,
+        "seed": args.seed,
+    }
+
+
+def _show_saved(args: argparse.Namespace, command: str, more: str) -> None:
+    print()
+    common.print_text(
+        f"saved to {args.output} ({os.path.getsize(args.output) / 1e6:.1f} MB); use it with `bh-routing {command} "
+        f"--calibration {args.output} --experts 4`{more}"
+    )
 
 
 def _calibrate_gguf(args: argparse.Namespace, texts: Callable[[], Iterator[str]]) -> None:
@@ -198,23 +185,14 @@ def _calibrate_gguf(args: argparse.Namespace, texts: Callable[[], Iterator[str]]
         package.Llama,
         model_path=args.model,
         texts=texts,
-        max_tokens=args.max_tokens or (DATASET_TOKENS if args.dataset else None),
-        document_tokens=args.document_tokens,
         window=args.window or 512,
-        linear=args.linear,
-        rank=args.rank,
-        robust_fit=args.robust_fit,
-        seed=args.seed,
+        **_asked(args),
         **llama_arguments(args),
     )
     calibration.save(args.output)
     show_calibration(calibration)
-    print()
-    common.print_text(
-        f"saved to {args.output} ({os.path.getsize(args.output) / 1e6:.1f} MB); use it with `bh-routing chat {args.model} "
-        f"--calibration {args.output} --experts 4`, or with the same model in transformers. It holds no loss sensitivities, which take "
-        "gradients."
-    )
+    more = ", or with the same model in transformers. It holds no loss sensitivities, which take gradients."
+    _show_saved(args, f"chat {args.model}", more)
 
 
 # column of the printed table: key of Calibration.summary()
@@ -260,36 +238,15 @@ def show_calibration(calibration: Any) -> None:
         )
 
 
-def _check_output(path: Path) -> None:
-    """Find out before the pass over the text, not after it, that the file cannot be written."""
-    if path.suffix != ".safetensors":
-        raise InvalidParameterError(
-            f"output must be a file name that ends in .safetensors, got {str(path)!r}."
-        )
-    common.check_output(path, "file")
-
-
 def _files(paths: list[str], split_on_blank_lines: bool) -> Callable[[], Iterator[str]]:
     from ..text import PIECE, TextFile
 
     files = [TextFile(path, None if split_on_blank_lines else PIECE) for path in paths]
-
-    def documents() -> Iterator[str]:
-        for file in files:
-            yield from file
-
-    return documents
+    return lambda: chain.from_iterable(files)
 
 
 def _dataset(args: argparse.Namespace) -> Callable[[], Iterator[str]]:
-    try:
-        import datasets
-    except ImportError as error:
-        raise MissingDependencyError(
-            "--dataset needs the package datasets, which is not installed; pip install 'bh-routing[datasets]', or "
-            "give a file with --text."
-        ) from error
-
+    datasets = needed("datasets", "--dataset", "datasets", ", or give a file with --text")
     try:
         rows = datasets.load_dataset(args.dataset, args.dataset_config, split=args.split, streaming=True)
         columns = rows.column_names
@@ -303,8 +260,4 @@ def _dataset(args: argparse.Namespace) -> Callable[[], Iterator[str]]:
             f"column must be one of the data set's columns ({', '.join(columns)}), got {args.column!r}."
         )
 
-    def documents() -> Iterator[str]:
-        for row in rows:
-            yield row[args.column]
-
-    return documents
+    return lambda: (row[args.column] for row in rows)

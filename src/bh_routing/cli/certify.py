@@ -16,7 +16,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import InvalidParameterError
 from ..settings import TEXT_OPTIONS, RoutingSettings
 from . import common
 from .tables import print_table
@@ -25,6 +24,7 @@ if TYPE_CHECKING:
     from ..calibration.calibration import Calibration
 
 LEVELS = ("alpha", "experts", "max_kl", "agreement", "phases", "loads", "price")
+OPTIONS = {name: option for name, option in TEXT_OPTIONS.items() if name not in (*LEVELS, "mode")}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -59,20 +59,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="EXPERTS",
         help="budgets to certify (default: 1/16 steps)",
     )
-    parser.add_argument(
-        "--split-on-blank-lines", action="store_true", help="a blank line of a text ends a document"
-    )
+    common.add_flag(parser, "split-on-blank-lines", "a blank line of a text ends a document")
     common.add_number(parser, "document-tokens", "at most N tokens of each document, evenly over it", least=2)
     common.add_window_argument(parser)
     common.add_number(parser, "batch-tokens", "tokens per forward", default=4096)
-    parser.add_argument(
-        "--resume",
-        action="store_true",
-        help="go on from the sums that an interrupted run left beside the calibration",
+    common.add_flag(
+        parser, "resume", "go on from the sums that an interrupted run left beside the calibration"
     )
-    group = parser.add_argument_group("routing")
-    options = {name: option for name, option in TEXT_OPTIONS.items() if name not in (*LEVELS, "mode")}
-    common.add_options(group, options)
+    common.add_options(parser.add_argument_group("routing"), OPTIONS)
     common.add_config_argument(parser)
     common.add_model_arguments(parser)
 
@@ -95,18 +89,12 @@ def run(args: argparse.Namespace) -> None:
     from ..text import TextFile
 
     output = Path(args.output or args.calibration)
-    common.check_output(output, "file")
-    if output.suffix != ".safetensors":
-        raise InvalidParameterError(
-            f"output must be a file name that ends in .safetensors, got {str(output)!r}."
-        )
+    common.check_output(output, "file", ".safetensors")
     for path in args.text or args.compare:
         TextFile(path)  # raises before the model is loaded
     calibration = Calibration.load(args.calibration)
     documents = documents_of(args.text or args.compare, args.split_on_blank_lines)
-    settings = RoutingSettings.from_dict(
-        common.values_of(args, {n: o for n, o in TEXT_OPTIONS.items() if n not in LEVELS})
-    )
+    settings = RoutingSettings.from_dict(common.values_of(args, OPTIONS))
     window = common.window_of(args.model, args.window)
 
     from ..models.loading import load_model

@@ -10,17 +10,17 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
+from ..settings import COUNTED
 from . import common
+from .generate import who_selects
 from .gguf import add_llama_arguments, is_gguf, load_routed
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL.gguf", help="a GGUF file")
     parser.add_argument("-p", "--prompt", metavar="TEXT", help="one message, instead of asking for them")
-    parser.add_argument(
-        "--max-new-tokens", type=common.whole(1), default=256, metavar="N", help="of an answer (default 256)"
-    )
-    parser.add_argument("--sample", action="store_true", help="sample (default: greedy)")
+    common.add_number(parser, "max-new-tokens", "of an answer", default=256)
+    common.add_flag(parser, "sample", "sample (default: greedy)")
     common.add_routing_arguments(parser)
     add_llama_arguments(parser)
 
@@ -34,19 +34,14 @@ def run(args: argparse.Namespace) -> None:
     llm = load_routed(args)
     template = "tokenizer.chat_template" in llm.metadata
     said: list[dict[str, str]] = []
-    given = {"max_tokens": args.max_new_tokens, "stream": True} | (
-        {} if args.sample else {"temperature": 0.0}
-    )
+    greedy = {} if args.sample else {"temperature": 0.0}
+    given = {"max_tokens": args.max_new_tokens, "stream": True} | greedy
     try:
         for line in _messages(args.prompt):
             parts = []
             said.append({"role": "user", "content": line})
-            stream = (
-                llm.create_chat_completion(said, **given)
-                if template
-                else llm.create_completion(line, **given)
-            )
-            for part in stream:
+            answer = llm.create_chat_completion if template else llm.create_completion
+            for part in answer(said if template else line, **given):
                 choice = part["choices"][0]
                 text = choice.get("text") or choice.get("delta", {}).get("content") or ""
                 parts.append(text)
@@ -74,17 +69,11 @@ def _messages(prompt: str | None) -> Iterator[str]:
 def show(routing: Any) -> None:
     """One line: what was decided, and what it was decided by."""
     stats = routing.get_routing_stats()
-    who = "BH would select" if stats["mode"] == "analyze" else "BH selected"
-    names = (
-        ("bh_would_select_mean", "bh_would_select_std")
-        if stats["mode"] == "analyze"
-        else ("mean_experts_per_token", "std_experts_per_token")
-    )
-    mean, deviation = (stats.get(name) for name in names)
+    mean, deviation = (stats.get(name) for name in COUNTED[stats["mode"]])
     level = "" if stats["alpha"] is None else f", alpha {stats['alpha']:.4g}"
     print()
     common.print_text(
-        f"{who} {mean:.2f} of {stats['max_k']} experts per token and layer (standard deviation {deviation:.2f}) over "
+        f"{who_selects(stats)} {mean:.2f} of {stats['max_k']} experts per token and layer (standard deviation {deviation:.2f}) over "
         f"{stats['total_tokens']} tokens; procedure {stats['procedure']}{level}, compensation "
         f"{'on' if routing.compensations else 'off'}."
     )

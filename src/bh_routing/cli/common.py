@@ -74,6 +74,16 @@ def add_number(
     parser.add_argument(f"--{name}", type=whole(least), default=default, metavar="N", help=told)
 
 
+def add_flag(parser: argparse._ActionsContainer, name: str, help: str) -> None:
+    """``--name``, true where it is given."""
+    parser.add_argument(f"--{name}", action="store_true", help=help)
+
+
+def add_numbers(parser: argparse._ActionsContainer, name: str, read: Callable[[str], Any], help: str) -> None:
+    """``--name N``, which may be given several times."""
+    parser.add_argument(f"--{name}", type=read, action="append", metavar="N", help=f"{help}; several times")
+
+
 def add_window_argument(parser: argparse.ArgumentParser) -> None:
     """--window, as `window_of` reads it."""
     add_number(
@@ -190,8 +200,10 @@ def load_calibration(choice: str | None, model: str, budgets: Sequence[float]) -
     return Calibration.load(path)
 
 
-def check_output(path: Path, what: str) -> None:
-    """Find out before the work, not after it, that a file or folder cannot be written."""
+def check_output(path: Path, what: str, suffix: str = "") -> None:
+    """Find out before the work, not after it, that a file (whose name ends so) or a folder cannot be written."""
+    if suffix and path.suffix != suffix:
+        raise InvalidParameterError(f"output must be a file name that ends in {suffix}, got {str(path)!r}.")
     if (what == "file" and path.is_dir()) or (what == "folder" and path.exists() and not path.is_dir()):
         other = "folder" if what == "file" else "file"
         raise InvalidParameterError(

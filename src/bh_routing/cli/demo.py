@@ -53,10 +53,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     common.add_options(parser, COMPENSATION)
     parser.add_argument("--text", metavar="FILE", help="measure on this text instead of the bundled one")
     common.add_number(parser, "max-new-tokens", "tokens per answer", default=24)
-    parser.add_argument(
-        "--quick", action="store_true", help="a fifth of the text, two levels, two prompts, a smaller layer"
-    )
-    parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
+    common.add_flag(parser, "quick", "a fifth of the text, two levels, two prompts, a smaller layer")
+    common.add_flag(parser, "json", "print one JSON object instead of tables")
     common.add_model_arguments(parser)
 
 

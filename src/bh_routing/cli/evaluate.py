@@ -20,9 +20,7 @@ from .tables import print_table
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", nargs="?", help="olmoe-nano, a folder, or a hub id")
-    parser.add_argument(
-        "--policies", action="store_true", help="list the policies and their parameters, and do nothing"
-    )
+    common.add_flag(parser, "policies", "list the policies and their parameters, and do nothing")
     common.add_config_argument(parser)
     parser.add_argument("--policy", action="append", metavar="POLICY", help="may be given several times")
     parser.add_argument(
@@ -44,14 +42,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "streams",
         "score so many windows from different places of a text in step, as if decoded together",
     )
-    parser.add_argument(
-        "--kl", action="store_true", help="also KL divergence from the full model (twice the time)"
-    )
-    parser.add_argument(
-        "--free-running",
-        type=common.whole(1),
-        metavar="N",
-        help="also let both models continue 32 prompts of each text by N tokens, greedily and sampled: KL along the full "
+    common.add_flag(parser, "kl", "also KL divergence from the full model (twice the time)")
+    common.add_number(
+        parser,
+        "free-running",
+        "also let both models continue 32 prompts of each text by N tokens, greedily and sampled: KL along the full "
         "model's own path, and how long the texts agree",
     )
     common.add_model_arguments(parser)

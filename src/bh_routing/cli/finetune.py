@@ -41,11 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--eval-text", nargs="+", metavar="FILE", help="judge by this text")
     common.add_number(parser, "calibration-tokens", "at most so many", default=65_536, least=2)
     common.add_number(parser, "eval-tokens", "at most so many", default=16_384, least=2)
-    parser.add_argument(
-        "--control",
-        action="store_true",
-        help="train with the model's own routing instead; the table is the same",
-    )
+    common.add_flag(parser, "control", "train with the model's own routing instead; the table is the same")
     group = parser.add_argument_group("training")
     common.add_options(group, TEXT_OPTIONS)
     common.add_config_argument(parser)

@@ -19,8 +19,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="olmoe-nano, a folder, or a hub id")
     parser.add_argument("-p", "--prompt", required=True, metavar="TEXT", help="the text to continue")
     common.add_number(parser, "max-new-tokens", "tokens to generate", default=40)
-    parser.add_argument("--sample", action="store_true", help="sample (default: greedy)")
-    parser.add_argument("--json", action="store_true", help="print one JSON object: text, stats, telemetry")
+    common.add_flag(parser, "sample", "sample (default: greedy)")
+    common.add_flag(parser, "json", "print one JSON object: text, stats, telemetry")
     common.add_routing_arguments(parser)
     common.add_model_arguments(parser)
 
@@ -83,11 +83,10 @@ def _show(result: dict[str, Any], heading: str) -> None:
     print()
     common.print_text(heading)
     common.print_text(settings_line(stats))
-    who = "BH would select" if stats["mode"] == "analyze" else "BH selected"
     own = {layer["top_k"] for layer in layers}
     rows = [(layer["path"], *_figures(layer)) for layer in layers]
     rows.append(("all", *_figures(total | {"top_k": own.pop() if len(own) == 1 else ""})))
-    columns = ("router", who, "std", "own top-k", "saved", "weight lost")
+    columns = ("router", who_selects(stats), "std", "own top-k", "saved", "weight lost")
     print_table(None, columns, rows, spare=("own top-k", "std", "weight lost"), total=True)
     print()
     common.print_text(
@@ -104,6 +103,11 @@ def _figures(part: dict[str, Any]) -> list[str]:
         f"{part['share_saved']:.0%}",
         f"{part['lost_weight_share']:.0%}",
     ]
+
+
+def who_selects(stats: dict[str, Any]) -> str:
+    """What to call the experts that were counted."""
+    return "BH would select" if stats["mode"] == "analyze" else "BH selected"
 
 
 def settings_line(stats: dict[str, Any]) -> str:

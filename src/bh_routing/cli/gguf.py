@@ -20,16 +20,8 @@ def add_llama_arguments(parser: argparse.ArgumentParser, *, context: bool = True
     """What llama.cpp is told."""
     group = parser.add_argument_group("llama.cpp (MODEL is a GGUF file)")
     if context:
-        group.add_argument(
-            "--context",
-            type=common.whole(2),
-            default=4096,
-            metavar="N",
-            help="tokens of context (default 4096)",
-        )
-    group.add_argument(
-        "--threads", type=common.whole(1), metavar="N", help="default: the processors there are"
-    )
+        common.add_number(group, "context", "tokens of context", default=4096, least=2)
+    common.add_number(group, "threads", "default: the processors there are")
 
 
 def llama_arguments(args: argparse.Namespace) -> dict[str, Any]:

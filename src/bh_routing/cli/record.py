@@ -7,7 +7,6 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from ..errors import InvalidParameterError
 from . import common
 
 
@@ -21,14 +20,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    if not args.output.endswith(".safetensors"):
-        raise InvalidParameterError(
-            f"output must be a file name that ends in .safetensors, got {args.output!r}."
-        )
     from ..models.loading import load_model
-
-    common.check_output(Path(args.output), "file")
     from ..text import TextFile
+
+    common.check_output(Path(args.output), "file", ".safetensors")
 
     text = TextFile(args.text).read()
 

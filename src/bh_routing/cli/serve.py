@@ -20,11 +20,7 @@ from .gguf import add_llama_arguments, is_gguf, load_routed
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="olmoe-nano, a folder, a hub id, or a GGUF file")
     common.add_routing_arguments(parser, leave_out=["skip"])
-    parser.add_argument(
-        "--padded",
-        action="store_true",
-        help="on CPU: compute unused slots, too (to compare; it saves little)",
-    )
+    common.add_flag(parser, "padded", "on CPU: compute unused slots, too (to compare; it saves little)")
     parser.add_argument(
         "--under-load",
         type=float,
@@ -90,20 +86,16 @@ def make_plan(args: argparse.Namespace) -> Any:
     """What the arguments ask for; raises for what is wrong before anything is started."""
     from ..engines.vllm.serving import ServerPlan
     from ..engines.vllm.settings import Settings
-    from ..models.loading import default_calibration, resolve
+    from ..models.loading import resolve
 
     _, model = resolve(args.model)
     common.load_calibration(args.calibration, args.model, [] if args.experts is None else [args.experts])
-    file = default_calibration(args.model) if args.calibration is None else args.calibration
-    calibration = None if args.calibration == "none" or file is None else str(file)
-    settings = Settings.from_dict(
-        {
-            "calibration": calibration,
-            "ragged": not args.padded,
-            "under_load": args.under_load,
-            **common.values_of(args, TEXT_OPTIONS),
-        }
-    )
+    asked = {
+        "calibration": common.calibration_file(args.calibration, args.model),
+        "ragged": not args.padded,
+        "under_load": args.under_load,
+    }
+    settings = Settings.from_dict(asked | common.values_of(args, TEXT_OPTIONS))
     return ServerPlan(
         model=model,
         name=args.name or common.model_name(args.model),

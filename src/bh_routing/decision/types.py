@@ -123,11 +123,6 @@ class RoutingDecision:
         """The router's own weights of what was dropped, 0 elsewhere."""
         return self.own_weights_TK.masked_fill(~self.dropped_TK, 0.0)
 
-    @property
-    def dropped_experts_TK(self) -> Tensor:
-        """The router's own experts that were dropped, the empty index elsewhere."""
-        return self.own_experts_TK.masked_fill(~self.dropped_TK, self.empty)
-
 
 def check_k(min_k: int, max_k: int | None, num_experts: int | None = None, *, least: int = 1) -> None:
     """Raise `InvalidParameterError` unless least <= min_k <= max_k <= num_experts, and max_k is at least 1."""

@@ -585,13 +585,15 @@ class RoutingSettings:
         return told | {name: value for name, value in levels.items() if value is not None}
 
 
+COUNTED: dict[Mode, tuple[str, str]] = {
+    "patch": ("mean_experts_per_token", "std_experts_per_token"),
+    "analyze": ("bh_would_select_mean", "bh_would_select_std"),
+}
+
+
 def counted(mode: Mode, total: Mapping[str, Any]) -> dict[str, Any]:
     """The figures of ``Telemetry.to_dict()["total"]`` under the original design's keys."""
-    names = {
-        "patch": ("mean_experts_per_token", "std_experts_per_token"),
-        "analyze": ("bh_would_select_mean", "bh_would_select_std"),
-    }[mode]
-    keys = (*names, "total_forward_passes", "total_tokens")
+    keys = (*COUNTED[mode], "total_forward_passes", "total_tokens")
     figures = (total[key] for key in ("mean_experts", "std_experts", "router_calls", "tokens"))
     return dict(zip(keys, figures, strict=True))
 

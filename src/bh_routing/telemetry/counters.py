@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,45 +30,8 @@ def recomputing() -> bool:
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
-class _Call(NamedTuple):
-    """What is counted of one call; fields as in `RoutingDecision`."""
-
-    experts_TK: Tensor
-    weights_TK: Tensor
-    own_experts_TK: Tensor
-    own_weights_TK: Tensor
-    dropped_TK: Tensor
-    counts_T: Tensor
-    raw_counts_T: Tensor
-    fallback_T: Tensor
-    mask_T: Tensor | None
-
-
-def _call(waiting: Waiting) -> _Call:
-    decision, weights_TK, fallback_T, mask_T, _ = waiting
-    return _Call(
-        experts_TK=decision.experts_TK,
-        weights_TK=weights_TK,
-        own_experts_TK=decision.own_experts_TK,
-        own_weights_TK=decision.own_weights_TK,
-        dropped_TK=decision.dropped_TK,
-        counts_T=decision.counts_T,
-        raw_counts_T=decision.raw_counts_T,
-        fallback_T=fallback_T,
-        mask_T=mask_T,
-    )
-
-
-def _together(calls: Sequence[_Call]) -> _Call:
-    """Several calls as one."""
-    columns = dict(zip(_Call._fields, zip(*calls, strict=True), strict=True))
-    masks = columns.pop("mask_T")
-    if any(mask is not None for mask in masks):
-        whole = [torch.ones_like(c.fallback_T) if c.mask_T is None else c.mask_T for c in calls]
-    else:
-        whole = []
-    joined = {name: torch.cat(parts) for name, parts in columns.items()}
-    return _Call(**joined, mask_T=torch.cat(whole) if whole else None)
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
 
 
 def in_graph(buffer: Tensor) -> bool:
@@ -137,13 +99,11 @@ class LayerCounters:
         tokens = len(fallback_T)
         came_now = Waiting(decision, weights_TK, fallback_T, mask_T, step)
         if in_graph(self.counts):
-            self.count(_call(came_now), 1)
-            self.steps.count([came_now])
+            self.count([came_now])
             return
         with self.lock:
             if tokens >= TOKENS:
-                self.count(_call(came_now), 1)
-                self.steps.count([came_now])
+                self.count([came_now])
                 return
             # A copy: the model may write to the weights it is given.
             self.waiting.append(came_now._replace(weights_TK=weights_TK.clone()))
@@ -158,33 +118,38 @@ class LayerCounters:
                 waiting = list(self.waiting)
                 self._forget_waiting()
                 with torch.no_grad():
-                    self.count(_together([_call(one) for one in waiting]), len(waiting))
-                    self.steps.count(waiting)
+                    self.count(waiting)
 
     def _forget_waiting(self) -> None:
         self.waiting.clear()
         self.waiting_tokens = 0
 
-    def count(self, call: _Call, calls: int) -> None:
-        """Add some tokens to the buffers."""
-        raw_T = call.raw_counts_T.masked_fill(call.fallback_T, self.width - 1)
-        cell_T = torch.add(raw_T, call.counts_T, alpha=self.width)
-        own_TK = torch.add(call.own_experts_TK, call.dropped_TK, alpha=self.stride)
-        bin_TN = torch.cat((call.experts_TK, own_TK, cell_T.unsqueeze(-1)), -1) + self.first_bin_N
-        if call.mask_T is not None:
-            bin_TN = torch.where(call.mask_T.unsqueeze(-1), bin_TN, self.padding_bin)
+    def count(self, calls: Sequence[Waiting]) -> None:
+        """Add some calls to the buffers."""
 
-        weights_TK = at_least_float32(call.weights_TK)
+        def column(name: str) -> Tensor:
+            return _joined([getattr(call.decision, name) for call in calls])
+
+        raw_T = column("raw_counts_T").masked_fill(_joined([c.fallback_T for c in calls]), self.width - 1)
+        cell_T = torch.add(raw_T, column("counts_T"), alpha=self.width)
+        own_TK = torch.add(column("own_experts_TK"), column("dropped_TK"), alpha=self.stride)
+        bin_TN = torch.cat((column("experts_TK"), own_TK, cell_T.unsqueeze(-1)), -1) + self.first_bin_N
+        if any(call.mask_T is not None for call in calls):
+            mask_T = _joined([torch.ones_like(c.fallback_T) if c.mask_T is None else c.mask_T for c in calls])
+            bin_TN = torch.where(mask_T.unsqueeze(-1), bin_TN, self.padding_bin)
+
+        weights_TK = at_least_float32(_joined([call.weights_TK for call in calls]))
         share_TK = weights_TK / weights_TK.sum(-1, keepdim=True)
         entropy_T1 = torch.special.entr(share_TK).sum(-1, keepdim=True)
-        value_TN = torch.cat((weights_TK, call.own_weights_TK, entropy_T1), -1)
+        value_TN = torch.cat((weights_TK, column("own_weights_TK"), entropy_T1), -1)
         # A row of zeros has share 0 / 0, a token with NaN logits NaN weights: either would stay in the sums.
         value_TN = value_TN.to(self.sums.dtype).nan_to_num_(0.0, 0.0, 0.0)
 
         bins = bin_TN.view(-1)
         self.counts.index_add_(0, bins, self.one.expand(bins.shape[0]))
         self.sums.index_add_(0, bins, value_TN.view(-1))
-        self.calls.add_(calls)
+        self.calls.add_(len(calls))
+        self.steps.count(calls)
 
     def reset(self) -> None:
         with self.lock:
