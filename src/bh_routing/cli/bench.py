@@ -47,11 +47,10 @@ def run(args: argparse.Namespace) -> None:
     from ..data import sample_text
     from ..evaluation import bench
     from ..integration import BHRoutingIntegration, RoutingIntegration
-    from ..models.loading import load_model
     from ..patching import make_plan
     from ..text import TextFile
 
-    model, tokenizer = load_model(args.model, device=args.device, dtype=args.dtype)
+    model, tokenizer = common.load(args)
     neither = args.tokens is None and args.sequences is None
     tokens = sorted(set((64, 512) if neither else args.tokens or ()))
     sequences = sorted(set((1, 4, 16, 64) if neither else args.sequences or ()))
@@ -94,7 +93,7 @@ def run(args: argparse.Namespace) -> None:
         told = {"model": args.model, "calibrated": calibration is not None, "figures": figures}
         print(json.dumps(told, indent=2))
         return
-    common.print_text(common.describe_model(common.model_name(args.model), model))
+    common.print_text(common.describe_model(args.model, model))
     if calibration is None:
         common.print_text(
             "Without a calibration: a threshold per layer sets the number of experts, for timing only."

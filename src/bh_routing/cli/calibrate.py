@@ -101,11 +101,10 @@ def run(args: argparse.Namespace) -> None:
     from ..calibration.checkpoint import remove
     from ..calibration.forwards import distributed, gather
     from ..calibration.passes import calibrate
-    from ..models.loading import load_model
 
     parts = Path(args.output).with_suffix(".parts")
     window = common.window_of(args.model, args.window)
-    model, tokenizer = load_model(args.model, device=args.device, dtype=args.dtype)
+    model, tokenizer = common.load(args)
     rank, world = distributed()
     if rank == 0 and not args.resume:
         remove(parts)

@@ -97,9 +97,7 @@ def run(args: argparse.Namespace) -> None:
     settings = RoutingSettings.from_dict(common.values_of(args, OPTIONS))
     window = common.window_of(args.model, args.window)
 
-    from ..models.loading import load_model
-
-    model, tokenizer = load_model(args.model, device=args.device, dtype=args.dtype)
+    model, tokenizer = common.load(args)
     if args.compare:
         from ..evaluation.unlike import unlike
 

@@ -311,8 +311,15 @@ def print_text(text: str) -> None:
     print(fill(text, width=make_console().width, break_long_words=False, break_on_hyphens=False))
 
 
+def load(args: argparse.Namespace, dtype: str | None = None) -> tuple[Any, Any]:
+    """(model, tokenizer) of MODEL as `add_model_arguments` lets a person say it."""
+    from ..models.loading import load_model
+
+    return load_model(args.model, device=args.device, dtype=dtype or args.dtype)
+
+
 def describe_model(name: str, model: Any) -> str:
-    """One line: name, class, size, dtype, device, threads."""
+    """One line: what MODEL is called, class, size, dtype, device, threads."""
     import torch
 
     size = sum(p.numel() for p in model.parameters()) / 1e6
@@ -321,7 +328,7 @@ def describe_model(name: str, model: Any) -> str:
     if where == "cpu":
         threads = torch.get_num_threads()
         where = f"cpu, {threads} thread{'s' if threads != 1 else ''}"
-    return f"{name}: {type(model).__name__}, {size:,.1f} M parameters, {dtype} on {where}"
+    return f"{model_name(name)}: {type(model).__name__}, {size:,.1f} M parameters, {dtype} on {where}"
 
 
 def model_name(name: str) -> str:

@@ -71,15 +71,15 @@ def run(args: argparse.Namespace) -> None:
         import torch
 
         from ..evaluation import compare
-        from ..models.loading import load_model, resolve
+        from ..models.loading import resolve
 
-        model, tokenizer = load_model(args.model, device=args.device, dtype=args.dtype)
+        model, tokenizer = common.load(args)
         torch.manual_seed(args.seed)
         routings = make_routings(model, calibration, args.alpha, args.experts, quick=args.quick, **settings)
         pieces = cut_pieces(tokenizer, documents, args.quick)
         progress.remove_task(loading)
         if not args.json:
-            common.print_text(common.describe_model(common.model_name(args.model), model))
+            common.print_text(common.describe_model(args.model, model))
 
         speed: Speed | None = None
         if (

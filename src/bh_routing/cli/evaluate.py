@@ -66,7 +66,6 @@ def run(args: argparse.Namespace) -> None:
         if not getattr(args, name):
             raise InvalidParameterError(f"evaluate needs {option}.")
     from ..evaluation.specs import parse_policy
-    from ..models.loading import load_model
 
     specs = [parse_policy(text) for text in args.policy]
     calibration = common.load_calibration(args.calibration, args.model, [])
@@ -82,7 +81,7 @@ def run(args: argparse.Namespace) -> None:
     window = common.window_of(args.model, args.window)
     if args.stride is not None and args.stride > window:
         raise InvalidParameterError(f"stride must be at most the window, {window}, got {args.stride}.")
-    model, tokenizer = load_model(args.model, device=args.device, dtype=args.dtype)
+    model, tokenizer = common.load(args)
     with common.make_progress() as progress:
         bar = progress.add_task("measuring", total=None)
 

@@ -74,13 +74,12 @@ def _finetune(
 ) -> None:
     from ..calibration.passes import calibrate
     from ..integration import BHRoutingIntegration
-    from ..models.loading import load_model
     from ..training.loop import finetune, text_windows
 
     texts = _texts(files, settings.seed)
     dtype = "float32" if args.dtype == "auto" else args.dtype
-    model, tokenizer = load_model(args.model, device=args.device, dtype=dtype)
-    print(common.describe_model(common.model_name(args.model), model))
+    model, tokenizer = common.load(args, dtype)
+    print(common.describe_model(args.model, model))
     size = max(1, settings.batch_tokens // settings.window)
     windows_NS = text_windows(tokenizer, texts["text"], settings.window, settings.steps * size)
     judged_NS = text_windows(

@@ -34,9 +34,8 @@ def run(args: argparse.Namespace) -> None:
     import torch
 
     from ..integration import BHRoutingIntegration
-    from ..models.loading import load_model
 
-    model, tokenizer = load_model(args.model, device=args.device, dtype=args.dtype)
+    model, tokenizer = common.load(args)
     inputs = tokenizer(args.prompt, return_tensors="pt").to(model.device)
     if inputs["input_ids"].shape[1] == 0:
         raise common.InvalidParameterError(f"prompt must have at least one token, got {args.prompt!r}.")
@@ -60,7 +59,7 @@ def run(args: argparse.Namespace) -> None:
     if args.json:
         print(json.dumps(result, indent=2))
     else:
-        _show(result, common.describe_model(common.model_name(args.model), model))
+        _show(result, common.describe_model(args.model, model))
 
 
 def generate(

@@ -15,25 +15,24 @@ DROPPED = {"registry": "skipped", "wrapper": "in front", "zero": "weight 0"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("what", metavar="MODEL|FILE.safetensors", help="a model, or a calibration file")
+    parser.add_argument("model", metavar="MODEL|FILE.safetensors", help="a model, or a calibration file")
     parser.add_argument("--plot", metavar="OUT", help="of a calibration: draw it to OUT (.png, .svg, .pdf)")
     common.add_model_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> None:
-    if args.what.endswith(".safetensors"):
+    if args.model.endswith(".safetensors"):
         _inspect_calibration(args)
         return
     if args.plot is not None:
         raise common.InvalidParameterError(
-            f"--plot draws a calibration: expected a FILE.safetensors, got {args.what!r}."
+            f"--plot draws a calibration: expected a FILE.safetensors, got {args.model!r}."
         )
-    from ..models.loading import load_model
     from ..patching import make_plan, skip_mode
 
-    model, _ = load_model(args.what, device=args.device, dtype=args.dtype)
+    model, _ = common.load(args)
     plan = make_plan(model)
-    common.print_text(common.describe_model(common.model_name(args.what), model))
+    common.print_text(common.describe_model(args.model, model))
     found = [skip_mode(layer, "auto") for layer in plan.layers]
     rows = [row | {"dropped": DROPPED[mode]} for row, (mode, _) in zip(plan.rows(), found, strict=True)]
     print_table(None, [*rows[0]], [[str(v) for v in row.values()] for row in rows], text=2, spare=("class",))
@@ -53,7 +52,7 @@ def run(args: argparse.Namespace) -> None:
 def _inspect_calibration(args: argparse.Namespace) -> None:
     from ..calibration.calibration import Calibration
 
-    calibration = Calibration.load(args.what)
+    calibration = Calibration.load(args.model)
     if args.plot is not None:
         from ..calibration.plots import plot_calibration
 

@@ -30,7 +30,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     from ..evaluation.specs import parse_policy
-    from ..models.loading import load_model
 
     policies = [parse_policy(text).text for text in args.policy or ["full"]]
     tasks = [task.strip() for task in args.tasks.split(",") if task.strip()]
@@ -42,7 +41,7 @@ def run(args: argparse.Namespace) -> None:
     if args.output:
         common.check_output(Path(args.output), "file")
     register()  # what is missing is said before the model is loaded
-    model, tokenizer = load_model(args.model, device=args.device, dtype=args.dtype)
+    model, tokenizer = common.load(args)
     rows = evaluate(
         model,
         tokenizer,

@@ -20,7 +20,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from ..models.loading import load_model
     from ..text import TextFile
 
     common.check_output(Path(args.output), "file", ".safetensors")
@@ -31,7 +30,7 @@ def run(args: argparse.Namespace) -> None:
     from ..evaluation.routing_log import log_routing
 
     length = common.window_of(args.model, args.window)
-    model, tokenizer = load_model(args.model, device=args.device, dtype=args.dtype)
+    model, tokenizer = common.load(args)
     windows = cut_windows(tokenizer, text, length, limit=max(1, 4 * args.max_tokens // length))
     with common.make_progress() as progress:
         bar = progress.add_task("logging", total=len(windows))
