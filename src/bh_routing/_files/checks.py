@@ -31,6 +31,15 @@ def read_json(content: str | bytes) -> Any:
         raise ValueError("it is nested too deep") from None
 
 
+def defined(value: Any) -> Any:
+    """The same with None for what JSON does not know (NaN, infinity)."""
+    if isinstance(value, dict):
+        return {key: defined(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [defined(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def shown(value: Any) -> str:
     """A value in a sentence, short."""
     if isinstance(value, (list, tuple, dict)):

@@ -9,7 +9,6 @@ E (D + 1) (D + 1 + H) numbers per layer; they are in these files only, never in 
 from __future__ import annotations
 
 import errno
-import hashlib
 import os
 import pickle
 import shutil
@@ -156,11 +155,6 @@ def _save(held: dict[str, Any], file: BinaryIO) -> None:
         torch.save(held, file)
     except RuntimeError as error:  # how torch tells of a disk that takes no more
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
-
-
-def settings_digest(value: bytes) -> str:
-    """A short name for something long that must be the same."""
-    return hashlib.blake2b(value, digest_size=8).hexdigest()
 
 
 def remove(folder: str | os.PathLike[str] | None) -> None:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ..patching import PatchPlan, RoutingPatch
-from ..stats.divergence import kl_divergence
+from ..stats.divergence import kl_of_logits
 from ..text import Batch
 from .calibration import Calibration
 from .dropping import dropping_policy
@@ -141,7 +141,7 @@ def divergence(own_BSV: Tensor, routed_BSV: Tensor, mask_BS: Tensor) -> float:
     """Sum over real tokens of KL(own || routed), nats; one window at a time, so that memory stays small."""
     total = 0.0
     for own_SV, routed_SV, mask_S in zip(own_BSV, routed_BSV, mask_BS.to(own_BSV.device), strict=True):
-        each_S = kl_divergence(own_SV.float().log_softmax(-1), routed_SV.float().log_softmax(-1))
+        each_S = kl_of_logits(own_SV, routed_SV)
         total += float(each_S[mask_S].double().sum())
     return total
 

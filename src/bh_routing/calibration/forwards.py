@@ -7,7 +7,6 @@ experts, H hidden size, V vocabulary.
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -15,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from ..patching import PatchPlan
 from ..patching.adapters import ExpertsForward
@@ -91,30 +91,10 @@ def frozen(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def progress_bar(what: str, show: bool | None) -> Iterator[Callable[[int], None]]:
-    """A progress bar over tokens, on standard error."""
-    if show is None:
-        show = sys.stderr.isatty()
-    if not show:
-        yield lambda tokens: None
-        return
-    from rich.console import Console
-    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-
-    columns = (
-        SpinnerColumn(),
-        TextColumn("{task.description} {task.completed:>12,.0f} tokens {task.fields[rate]}"),
-        TimeElapsedColumn(),
-    )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(what, total=None, rate="")
-
-        def advance(tokens: int) -> None:
-            bar.advance(task, tokens)
-            state = bar.tasks[0]
-            if state.elapsed:
-                bar.update(task, rate=f"({state.completed / state.elapsed:,.0f} per second)")
-
-        yield advance
+    """A progress bar over tokens, on standard error; None: where that is a terminal."""
+    hidden = None if show is None else not show
+    with tqdm(desc=what, unit=" tokens", unit_scale=True, leave=False, disable=hidden) as bar:
+        yield bar.update
 
 
 # Whether every process does all of the work, in step with the others: the forwards of a sharded model need all of them.

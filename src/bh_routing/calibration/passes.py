@@ -24,9 +24,10 @@ from ..decision.types import check_temperature
 from ..errors import CalibrationError, CalibrationWarning, InvalidParameterError, InvalidTypeError
 from ..patching import PatchPlan, is_patched, make_plan, reached_by_text
 from ..text import Batch, Document, TextStream
+from ..text.hashing import short_digest
 from . import compensation_scale, third_pass
 from .calibration import Calibration
-from .checkpoint import Checkpoint, remove, settings_digest
+from .checkpoint import Checkpoint, remove
 from .compensation_scale import SpreadWindows, measure_scale
 from .data import CalibratedLayer
 from .fingerprint import fingerprint, weights_key
@@ -188,7 +189,7 @@ def calibrate(
     show = progress if distributed()[0] == 0 else False
     settings = {
         "model": blank.model_id,
-        "routers": settings_digest(repr((blank.layers, resume and weights_key(plan.layers))).encode()),
+        "routers": short_digest(repr((blank.layers, resume and weights_key(plan.layers))).encode()),
         "version": __version__,
         "processes": distributed()[1],
         "max_tokens": max_tokens,

@@ -30,7 +30,7 @@ from ..patching.expert_math import left_out
 from ..patching.forward import CACHES
 from ..patching.instance import find_patch
 from ..policies import TablePolicy
-from ..stats.divergence import kl_divergence
+from ..stats.divergence import kl_of_logits
 from ..stats.statistic import base_statistic
 from .routing_log import log_routing
 
@@ -247,12 +247,12 @@ def divergences(
 ) -> dict[str, float]:
     """KL(own || routed) of every variant in nats per token, so many stretches of the text decoded in step."""
     ids_BS = places(input_ids, sequences, 0, min(length, input_ids.shape[1]))
-    own_BSV = model(input_ids=ids_BS, use_cache=False).logits.float().log_softmax(-1)
+    own_BSV = model(input_ids=ids_BS, use_cache=False).logits
     found = {"stock": 0.0}
     for name, integration in variants.items():
         with integration, as_steps():
-            routed_BSV = model(input_ids=ids_BS, use_cache=False).logits.float().log_softmax(-1)
-        found[name] = float(kl_divergence(own_BSV, routed_BSV).mean())
+            routed_BSV = model(input_ids=ids_BS, use_cache=False).logits
+        found[name] = float(kl_of_logits(own_BSV, routed_BSV).mean())
     return found
 
 

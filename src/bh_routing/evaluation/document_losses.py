@@ -23,7 +23,7 @@ from ..errors import CertificateError
 from ..integration import RoutingIntegration
 from ..patching import make_plan
 from ..policies import RoutingContext, TopKPolicy
-from ..stats.divergence import kl_divergence
+from ..stats.divergence import kl_of_logits
 from ..stats.statistic import LOG_SCORES
 from ..text import Batch, TextStream
 from ..text.hashing import document_key
@@ -151,7 +151,7 @@ class _Reader:
             ):
                 # Window by window, so that memory stays that of one; the last token has none to predict.
                 own_SV, routed_SV = own_SV[: length - 1].float(), routed_SV[: length - 1].float()
-                kl_S = kl_divergence(own_SV.log_softmax(-1), routed_SV.log_softmax(-1))
+                kl_S = kl_of_logits(own_SV, routed_SV)
                 sums.kl_MU[level, unit] += float(kl_S.double().sum())
                 sums.changed_MU[level, unit] += int((own_SV.argmax(-1) != routed_SV.argmax(-1)).sum())
             counted = routing.telemetry.to_dict()

@@ -18,6 +18,7 @@ from ..settings import TEXT_OPTIONS, RoutingSettings
 from ..stats.procedures import PROCEDURES
 from . import baselines
 from .baselines import allocate, solve
+from .baselines.base import check_budget
 from .baselines.tokenwise import whole_budget
 from .workbench import Workbench
 
@@ -130,12 +131,7 @@ def _entropy(bench: Workbench, p: dict[str, Any]) -> RoutingPolicy:
 def _layer_total(budget: float, bench: Workbench, what: str) -> float:
     """Experts per token added over layers, for a mean per layer."""
     tops = [context.top_k for context in bench.plan.contexts]
-    mean = sum(tops) / len(tops)
-    if not 1.0 <= budget <= mean:
-        raise BudgetError(
-            f"{what} can keep 1 to {mean:g} experts per token on average, got a budget of {budget:g}."
-        )
-    return budget * len(tops)
+    return check_budget(budget, sum(tops) / len(tops), what) * len(tops)
 
 
 def _lexi(bench: Workbench, p: dict[str, Any]) -> RoutingPolicy:

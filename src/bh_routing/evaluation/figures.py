@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import platform
 import time
 from collections.abc import Sequence
@@ -10,11 +9,11 @@ from typing import Any
 
 import torch
 
-from .._lazy import needed
 from .._version import __version__
 from ..decision.compensation import Cost
 from ..integration import RoutingIntegration
 from .paired import BLOCK, block_sums
+from .perplexity import perplexity_of
 from .scoring import TextScores
 
 _COUNTED = (
@@ -48,9 +47,9 @@ def result_of(
     counted = integration.telemetry.to_dict()
     total, layers, policy = counted["total"], counted["layers"], integration.policy
     return {
-        "perplexity": _exp(loss),
+        "perplexity": perplexity_of(loss),
         "loss": loss,
-        "word_perplexity": _exp(loss * scores.num_tokens / max(words, 1.0)),
+        "word_perplexity": perplexity_of(loss * scores.num_tokens / max(words, 1.0)),
         "token_accuracy": float(scores.hits_C.double().mean()),
         "kl": None if scores.kl_C is None else float(scores.kl_C.double().mean()),
         "scored_tokens": losses.numel(),
@@ -75,10 +74,6 @@ def result_of(
         "dtype": str(model.dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(),
     }
-
-
-def _exp(exponent: float) -> float:
-    return math.exp(exponent) if exponent < 700 else math.inf
 
 
 def costs(
@@ -126,15 +121,3 @@ def versions() -> dict[str, str]:
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
-
-
-def to_frame(results: Sequence[dict[str, Any]]) -> Any:
-    """Results as a pandas DataFrame, one row each: the values that are single numbers or words.
-
-    Raises
-    ------
-    MissingDependencyError
-        Without pandas.
-    """
-    rows = [{k: v for k, v in r.items() if not isinstance(v, (list, dict))} for r in results]
-    return needed("pandas", "a DataFrame", "frame").DataFrame(rows)

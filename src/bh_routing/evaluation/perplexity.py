@@ -24,6 +24,9 @@ def window_losses(model: Any, window_1S: Tensor) -> Tensor:
 
 def perplexity(losses: Iterable[Tensor]) -> float:
     """exp of the mean loss per token over all windows; infinite where it overflows."""
-    every = torch.cat([loss.double().cpu() for loss in losses])
-    mean = float(every.mean())
-    return math.exp(mean) if mean < 700 else math.inf
+    return perplexity_of(float(torch.cat([loss.double().cpu() for loss in losses]).mean()))
+
+
+def perplexity_of(loss: float) -> float:
+    """exp of a loss; infinite where it overflows."""
+    return math.exp(loss) if loss < 700 else math.inf

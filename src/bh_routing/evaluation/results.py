@@ -12,7 +12,19 @@ from pathlib import Path
 from typing import Any
 
 from .._files import append_line, write_atomically
-from .._files.checks import either, listed, mapping, number, one_of, optional, read_json, record, text, whole
+from .._files.checks import (
+    defined,
+    either,
+    listed,
+    mapping,
+    number,
+    one_of,
+    optional,
+    read_json,
+    record,
+    text,
+    whole,
+)
 from ..calibration.fingerprint import fingerprint, same_model
 from ..errors import ResultsError
 
@@ -107,15 +119,6 @@ def check_run(found: Any) -> dict[str, Any]:
     return run
 
 
-def _defined(value: Any) -> Any:
-    """The same with None for what JSON does not know (NaN, infinity)."""
-    if isinstance(value, dict):
-        return {key: _defined(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_defined(item) for item in value]
-    return None if isinstance(value, float) and value - value != 0.0 else value
-
-
 class ResultsFolder:
     """Reads and appends results.
 
@@ -186,7 +189,7 @@ class ResultsFolder:
 
     def append(self, result: dict[str, Any]) -> None:
         """Append one result, whole or not at all (also where the disk is full)."""
-        append_line(self.results_path, json.dumps(_defined(result), allow_nan=False))
+        append_line(self.results_path, json.dumps(defined(result), allow_nan=False))
 
     def results(self) -> list[dict[str, Any]]:
         """Every result; of several with one key the last. Damaged lines are skipped with a warning."""

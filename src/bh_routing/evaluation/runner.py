@@ -22,8 +22,9 @@ from ..calibration.calibration import Calibration
 from ..errors import InvalidInputError, InvalidParameterError
 from ..integration import RoutingIntegration
 from ..policies import RoutingContext
+from ..telemetry.figures import frame_of
 from ..text import Window, cut_windows, spans
-from .figures import result_of, to_frame
+from .figures import result_of
 from .results import FORMAT, ResultsFolder
 from .scoring import TextScores, score_text, whole_streams
 from .specs import Policy, PolicySpec, labelled, make_routing
@@ -161,7 +162,7 @@ class RoutingExperimentRunner:
         MissingDependencyError
             Without pandas.
         """
-        return to_frame(self.run())
+        return frame_of(self.run())
 
     def run(self) -> list[dict[str, Any]]:
         """The same, as a list of results."""

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..errors import InvalidInputError
 from ..patching.calls import as_steps
-from ..stats.divergence import kl_divergence
+from ..stats.divergence import kl_of_logits
 from ..text import Window
 
 
@@ -127,9 +127,7 @@ def score_text(
             losses.append(torch.nn.functional.cross_entropy(logits_SV, targets_S, reduction="none").cpu())
             hits.append(_guessed(logits_SV, targets_S).cpu())
             if reference_BSV is not None:
-                full_SV = reference_BSV[row, first - 1 : -1].float().log_softmax(-1)
-                own_SV = logits_SV.log_softmax(-1)
-                divergences.append(kl_divergence(full_SV, own_SV).cpu())
+                divergences.append(kl_of_logits(reference_BSV[row, first - 1 : -1], logits_SV).cpu())
         step(ids_BS.numel())
     # In the order of the text, whatever the order of the batches.
     order = sorted(range(len(losses)), key=[w.begin for group in groups for w in group].__getitem__)

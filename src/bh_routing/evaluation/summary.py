@@ -132,17 +132,8 @@ def _nearest(cuts: Sequence[dict[str, Any]], experts: float) -> dict[str, Any] |
     return None if best is None or distance(best) > NEAR_EXPERTS * experts else best
 
 
-# What a result was measured with beside its policy, and how it is called: results that differ in it are kept apart.
-MEASURED = {
-    "window": "window",
-    "stride": "stride",
-    "streams": "streams",
-    "tokens": "tokens",
-    "text": "text",
-    "calibration": "calibration",
-    "dtype": "dtype",
-    "seed": "seed",
-}
+# What a result was measured with beside its policy: results that differ in it are kept apart.
+MEASURED = ("window", "stride", "streams", "tokens", "text", "calibration", "dtype", "seed")
 
 
 def datasets_of(results: Sequence[dict[str, Any]]) -> list[str]:
@@ -163,10 +154,10 @@ def groups_of(results: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any
         by_text.setdefault(result["dataset"], {}).setdefault(settings, []).append(result)
     found = {}
     for name, groups in by_text.items():
-        columns = zip(MEASURED.values(), zip(*groups, strict=True), strict=True)
-        differ = [i for i, (_, values) in enumerate(columns) if len(set(values)) > 1]
-        words = list(MEASURED.values())
+        differ = [i for i, values in enumerate(zip(*groups, strict=True)) if len(set(values)) > 1]
         for settings, held in groups.items():
-            said = ", ".join(f"{words[i]} {'none' if settings[i] is None else settings[i]}" for i in differ)
+            said = ", ".join(
+                f"{MEASURED[i]} {'none' if settings[i] is None else settings[i]}" for i in differ
+            )
             found[f"{name} ({said})" if said else name] = held
     return found

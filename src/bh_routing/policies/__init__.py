@@ -9,7 +9,7 @@ slots to keep: ``policy.decide(logits_TE, own_weights_TK, own_experts_TK, contex
 from __future__ import annotations
 
 from ..decision.select import Kept
-from .base import RoutingContext, RoutingPolicy, TopKPolicy, check_decision
+from .base import RoutingContext, RoutingPolicy, TopKPolicy, check_decision, check_within
 from .levels import LevelsPolicy
 from .phases import PhasePolicy
 from .price import FixedPrice, PricePolicy, Prices
@@ -29,4 +29,5 @@ __all__ = [
     "TablePolicy",
     "TopKPolicy",
     "check_decision",
+    "check_within",
 ]

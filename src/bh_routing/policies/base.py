@@ -319,6 +319,14 @@ class CountPolicy(RoutingPolicy):
         )
 
 
+def check_within(k: float, context: RoutingContext, name: str = "k") -> None:
+    """Raise `InvalidParameterError` for more experts than a router selects itself."""
+    if k > context.top_k:
+        raise InvalidParameterError(
+            f"{name}={k:g} is more than the {context.top_k} experts that router {context.path} selects."
+        )
+
+
 class TopKPolicy(RoutingPolicy):
     """The k experts with the largest own weight, k at most the router's own (Shazeer et al. 2017).
 
@@ -335,10 +343,7 @@ class TopKPolicy(RoutingPolicy):
 
     def bind(self, contexts: Iterable[RoutingContext]) -> None:
         for context in contexts:
-            if self.k is not None and self.k > context.top_k:
-                raise InvalidParameterError(
-                    f"k={self.k} is more than the {context.top_k} experts that router {context.path} selects."
-                )
+            check_within(self.k or 0, context)
 
     def decide(
         self, logits_TE: Tensor, own_weights_TK: Tensor, own_experts_TK: Tensor, context: RoutingContext

@@ -23,3 +23,8 @@ def kl_divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
     tensor([0.1438])
     """
     return (log_p.exp() * (log_p - log_q)).sum(-1)
+
+
+def kl_of_logits(own_V: Tensor, other_V: Tensor) -> Tensor:
+    """`kl_divergence` of two models' logits of any dtype, [..., V] each, in float32."""
+    return kl_divergence(own_V.float().log_softmax(-1), other_V.float().log_softmax(-1))

@@ -152,12 +152,3 @@ def _balance(prefix: str, load_E: Sequence[int]) -> dict[str, float]:
 
 def _ratio(numerator: float, denominator: float) -> float:
     return numerator / denominator if denominator else math.nan
-
-
-def defined(value: Any) -> Any:
-    """The same with None for NaN, which JSON does not know."""
-    if isinstance(value, dict):
-        return {key: defined(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [defined(item) for item in value]
-    return None if isinstance(value, float) and math.isnan(value) else value

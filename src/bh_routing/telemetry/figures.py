@@ -19,17 +19,18 @@ so that one index and two scatters give everything; all figures are derived when
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 
+from .._files.checks import defined
 from .._lazy import needed
 from ..decision.types import RoutingDecision
 from ..errors import InvalidInputError
 from ..policies import RoutingContext
 from .counters import LayerCounters, recomputing
-from .derived import LayerSums, defined, figures, layer_figures, total_figures
+from .derived import LayerSums, figures, layer_figures, total_figures
 
 
 class Telemetry:
@@ -196,10 +197,9 @@ class Telemetry:
     def to_dict(self) -> dict[str, Any]:
         """All figures as plain Python values; the keys are in the class docstring."""
         sums = self._read()
-        figures: dict[str, Any] = defined(
-            {"layers": [layer_figures(s) for s in sums], "total": total_figures(sums)}
-        )
-        return figures
+        told = {"layers": [layer_figures(s) for s in sums], "total": total_figures(sums)}
+        found: dict[str, Any] = defined(told)
+        return found
 
     def to_frame(self) -> Any:
         """A pandas DataFrame with one row per layer: the figures of `to_dict` that are single values.
@@ -209,11 +209,7 @@ class Telemetry:
         MissingDependencyError
             Without pandas.
         """
-        pandas = needed("pandas", "to_frame", "frame", ", or use to_dict")
-        rows = [layer_figures(s) for s in self._read()]
-        return pandas.DataFrame(
-            [{key: value for key, value in row.items() if not isinstance(value, list)} for row in rows]
-        )
+        return frame_of([layer_figures(s) for s in self._read()], "to_frame", ", or use to_dict")
 
     def __repr__(self) -> str:
         sums = self._read()
@@ -238,4 +234,7 @@ class Telemetry:
         return total_figures(self._read())
 
 
-__all__ = ["Telemetry"]
+def frame_of(rows: Sequence[Mapping[str, Any]], what: str = "a DataFrame", otherwise: str = "") -> Any:
+    """A pandas DataFrame with a row for each: the values that are single numbers or words."""
+    single = [{k: v for k, v in row.items() if not isinstance(v, (list, dict))} for row in rows]
+    return needed("pandas", what, "frame", otherwise).DataFrame(single)

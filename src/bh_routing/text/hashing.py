@@ -45,6 +45,7 @@ def mix64(x: Unsigned) -> Unsigned:
         return (x ^ (x >> np.uint64(31))).astype(np.uint64)
 
 
-def short_digest(tensor: Any) -> str:
-    """Sixteen hexadecimal digits of a CPU tensor's values."""
-    return hashlib.blake2b(tensor.contiguous().numpy().tobytes(), digest_size=8).hexdigest()
+def short_digest(content: Any) -> str:
+    """Sixteen hexadecimal digits of bytes, or of a CPU tensor's values."""
+    content = content if isinstance(content, bytes) else content.contiguous().numpy().tobytes()
+    return hashlib.blake2b(content, digest_size=8).hexdigest()

@@ -22,7 +22,7 @@ from ..calibration.calibration import Calibration
 from ..errors import InvalidInputError
 from ..integration import BHRoutingIntegration, RoutingIntegration
 from ..policies import TablePolicy, TopKPolicy
-from ..stats.divergence import kl_divergence
+from ..stats.divergence import kl_of_logits
 from ..text import iter_windows
 from .loss import AdaptiveRoutingLoss
 from .refitting import RecentChoices, recalibrate, refit
@@ -193,7 +193,7 @@ def _step(
     if teacher is not None:
         with torch.no_grad():
             wanted_BSV = teacher(input_ids=ids_BS, use_cache=False).logits
-        apart = kl_divergence(wanted_BSV.float().log_softmax(-1), logits_BSV.float().log_softmax(-1)).mean()
+        apart = kl_of_logits(wanted_BSV, logits_BSV).mean()
         figures["divergence"] = apart.detach()
         total = (1.0 - settings.distil) * task + settings.distil * apart
     ((1.0 - share) * total + auxiliary).backward()

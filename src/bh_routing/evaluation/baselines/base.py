@@ -17,7 +17,7 @@ from ...calibration.budget import solve_parameter
 from ...decision.select import Kept
 from ...decision.types import RoutingDecision
 from ...errors import BudgetError, InvalidParameterError
-from ...policies import RoutingContext, RoutingPolicy
+from ...policies import RoutingContext, RoutingPolicy, check_within
 from ...stats.pvalues import at_least_float32
 from ...stats.statistic import LOG_SCORES
 
@@ -99,11 +99,7 @@ class MeanK(Baseline):
 
     def bind(self, contexts: Iterable[RoutingContext]) -> None:
         for context in contexts:
-            if self.share(context) > context.top_k:
-                raise InvalidParameterError(
-                    f"k={self.share(context):g} is more than the {context.top_k} experts that router {context.path} "
-                    "selects."
-                )
+            check_within(self.share(context), context)
 
 
 def own_scores(logits_TE: Tensor, own_experts_TK: Tensor, context: RoutingContext) -> Tensor:

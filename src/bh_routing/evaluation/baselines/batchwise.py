@@ -21,7 +21,7 @@ from ...decision.price import Step
 from ...decision.select import Kept, not_finite
 from ...decision.types import RoutingDecision
 from ...errors import BudgetError, InvalidParameterError
-from ...policies import RoutingContext, RoutingPolicy
+from ...policies import RoutingContext, RoutingPolicy, check_within
 from ...stats.pvalues import at_least_float32
 from ...stats.statistic import LOG_SCORES
 from ..routing_log import RoutingLog
@@ -121,10 +121,7 @@ class OpportunisticPolicy(BatchRule):
         contexts = list(contexts)
         super().bind(contexts)
         for context in contexts:
-            if self.k0 > context.top_k:
-                raise InvalidParameterError(
-                    f"k0={self.k0} is more than the {context.top_k} experts that router {context.path} selects."
-                )
+            check_within(self.k0, context, "k0")
 
     def load(self, scores_BSE: Tensor) -> Tensor:
         return _best(scores_BSE, self.k0)

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..._words import WeightRule
 from ...decision.types import check_k
 from ...errors import BudgetError, InvalidInputError, InvalidParameterError
-from ...policies import RoutingContext
+from ...policies import RoutingContext, check_within
 from .base import Baseline, Ordered, first
 
 
@@ -105,10 +105,7 @@ class PerLayerPolicy(Baseline):
             k = self.ks.get(context.path) if isinstance(self.ks, dict) else self.ks[context.index]
             if k is None:
                 raise InvalidParameterError(f"perlayer has no k for router {context.path}.")
-            if k > context.top_k:
-                raise InvalidParameterError(
-                    f"k={k} is more than the {context.top_k} experts that router {context.path} selects."
-                )
+            check_within(k, context)
             self._held[context.path] = k
 
     def keep(self, own: Ordered, logits_TE: Tensor, context: RoutingContext) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor
 from ..._words import WeightRule
 from ...decision.types import RoutingDecision, check_k
 from ...errors import InvalidParameterError
-from ...policies import RoutingContext, TopKPolicy
+from ...policies import RoutingContext, check_within
 from ...stats.pvalues import at_least_float32
 from ..routing_log import RoutingLog
 from .base import Baseline, MeanK, Ordered, check_budget, first, solve
@@ -281,7 +281,8 @@ class UniformPolicy(Baseline):
 
     def __init__(self, k: int | None = None, *, weights: WeightRule = "sum") -> None:
         super().__init__(weights=weights)
-        self._top = TopKPolicy(k, weights=weights)
+        if k is not None:
+            check_k(1, k)
         self.k = k
 
     @classmethod
@@ -290,7 +291,8 @@ class UniformPolicy(Baseline):
         return cls(whole_budget(budget, min(c.top_k for c in log.contexts), cls.name), **fixed)
 
     def bind(self, contexts: Iterable[RoutingContext]) -> None:
-        self._top.bind(contexts)
+        for context in contexts:
+            check_within(self.k or 0, context)
 
     def keep(self, own: Ordered, logits_TE: Tensor, context: RoutingContext) -> Tensor:
         num = own.scores_TK.shape[-1]
