@@ -6,7 +6,7 @@ but its errors.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from difflib import get_close_matches
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -69,6 +69,18 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     ]  # a name that was cut short comes first
     near = longer or get_close_matches(name, listed, n=1, cutoff=0.5)
     return f"did you mean {near[0]!r}?" if near else f"known are {', '.join(listed) or 'none'}."
+
+
+def aligned(rows: Iterable[Sequence[object]]) -> str:
+    """Lines of text in columns, as reprs print them.
+
+    >>> print(aligned([("router", "experts"), ("gate", 64)]))
+    router  experts
+    gate    64
+    """
+    cells = [[str(cell) for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in cells)
 
 
 class Option(NamedTuple):

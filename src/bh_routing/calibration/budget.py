@@ -15,7 +15,7 @@ import torch
 from ..decision.select import count_p_values
 from ..decision.table import DecisionTable
 from ..decision.types import Limits
-from ..errors import BudgetError, CalibrationError, InvalidParameterError, InvalidTypeError
+from ..errors import BudgetError, InvalidParameterError, InvalidTypeError
 from ..stats.procedures import Procedure
 from .data import CalibrationData, some_of
 from .fit import p_values, table_at
@@ -111,16 +111,11 @@ class Counter:
     def __init__(
         self, data: CalibrationData, index: int, procedure: Procedure, settings: NullSettings, limits: Limits
     ) -> None:
-        reservoir, layer = data.reservoir, data.layers[index]
-        if reservoir is None or reservoir.num == 0:
-            raise CalibrationError(
-                "a budget is solved on the calibration's tokens, and this calibration holds none; give alpha "
-                "instead, or calibrate again with a reservoir."
-            )
+        top_k, instead = data.layers[index].top_k, "give alpha instead, or calibrate again with a reservoir"
+        logits_TE, own_TK = data.kept_tokens("a budget is solved on", instead).layer(index, top_k)
         self.procedure, self.limits, self.num_experts = procedure, limits, data.num_experts
-        p_TE = p_values(data, reservoir.logits_NLE[:, index], index, settings)
-        own_TK = reservoir.experts_NLK[:, index, : layer.top_k].long()
-        widens = limits.max_k is not None and limits.max_k > layer.top_k
+        p_TE = p_values(data, logits_TE, index, settings)
+        widens = limits.max_k is not None and limits.max_k > top_k
         p_TC = p_TE if widens else p_TE.gather(-1, own_TK)
         self.sorted_TC = p_TC.sort(-1).values
         self.top = limits.top(self.sorted_TC.shape[-1])

@@ -23,7 +23,7 @@ from torch import Tensor
 from .._files.checks import listed, number, one_of, optional, text, whole
 from .._files.tensors import FLOAT64, HASHES, Expected
 from ..decision.types import RouteNorm
-from ..errors import CalibrationMismatchError
+from ..errors import CalibrationError, CalibrationMismatchError
 from ..stats.histogram import Histogram
 from ..stats.nulls import Null
 from ..stats.statistic import LOG_SCORES
@@ -85,6 +85,10 @@ class Reservoir:
     def num(self) -> int:
         """Tokens, N."""
         return self.hash_N.numel()
+
+    def layer(self, index: int, top_k: int) -> tuple[Tensor, Tensor]:
+        """Router logits float16 [N, E] and the model's own choice int64 [N, K] of one layer."""
+        return self.logits_NLE[:, index], self.experts_NLK[:, index, :top_k].long()
 
     def smallest(self, num: int) -> Reservoir:
         """The tokens with the ``num`` smallest hashes, in their order."""
@@ -215,6 +219,21 @@ class CalibrationData:
         if self.given is not None and self.given.in_order:
             return ()
         return tuple(layer.path for layer in self.layers)
+
+    def kept_tokens(self, what: str, otherwise: str) -> Reservoir:
+        """The reservoir, or `CalibrationError` where there is nothing in it: what is made of it, and what to do instead."""
+        if self.reservoir is None or self.reservoir.num == 0:
+            raise CalibrationError(
+                f"{what} the calibration's tokens, and this calibration holds none; {otherwise}."
+            )
+        return self.reservoir
+
+    @property
+    def means_LEH(self) -> Tensor:
+        """The experts' mean outputs, which it must hold."""
+        assert self.moments is not None
+        assert self.moments.mean_LEH is not None
+        return self.moments.mean_LEH
 
     @cached_property
     def memo(self) -> dict[Any, Any]:

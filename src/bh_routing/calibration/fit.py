@@ -24,23 +24,23 @@ from .data import CalibrationData, some_of, stack_layers
 from .null_settings import NullSettings
 
 
-class Fitted(NamedTuple):
-    """Nulls per layer (one object, L times, for scope ``model``), what the base statistic is shifted by, [L, E], and with
-    ``size="token"`` its slopes [L, D, E] about logits [L, D]."""
+class Sizes(NamedTuple):
+    """What the base statistic is shifted by, [L, E], and with sizes that follow the token their slopes [L, D, E] and center [L, D]."""
 
-    nulls: tuple[Null, ...]
     offset_LE: Tensor
     slopes_LDE: Tensor | None = None
     center_LD: Tensor | None = None
 
-    def sized(self, index: int, device: torch.device) -> dict[str, Tensor]:
-        """What `full_statistic` is told beyond the offset; nothing where sizes are constants."""
-        if self.slopes_LDE is None or self.center_LD is None:
-            return {}
-        return {
-            "slope_DE": self.slopes_LDE[index].to(device),
-            "center_D": self.center_LD[index].to(device),
-        }
+    def layer(self, index: int, device: torch.device) -> list[Tensor]:
+        """One layer's, as `full_statistic` takes them."""
+        return [x[index].to(device) for x in self if x is not None]
+
+
+class Fitted(NamedTuple):
+    """Nulls per layer (one object, L times, for scope ``model``), and the sizes in the statistic."""
+
+    nulls: tuple[Null, ...]
+    sizes: Sizes
 
 
 def offsets(data: CalibrationData, settings: NullSettings) -> Tensor:
@@ -102,15 +102,12 @@ def _reservoir_counts(data: CalibrationData, settings: NullSettings, which: str)
     chosen, extrapolate to. With N tokens and E experts of which K are chosen a layer's null has N (E - K) samples (whose
     tokens, not whose pairs, are exchangeable), so that its p-values go down to 1 / (N (E - K) + 1).
     """
-    if data.reservoir is None or data.reservoir.num == 0 or data.token_sizes is None:
-        raise CalibrationError(
-            "size='token' takes its null from the calibration's tokens, and this calibration holds none; calibrate "
-            "with a reservoir, or use size='sensitivity'."
-        )
-    layers = []
+    instead = "calibrate with a reservoir, or use size='sensitivity'"
+    reservoir = data.kept_tokens("size='token' takes its null from", instead)
+    layers, sizes = [], sized(data, settings)
     for index, layer in enumerate(data.layers):
-        logits_NE = data.reservoir.logits_NLE[:, index]
-        statistic_NE = _statistic(data, logits_NE, index, settings, _sized(data, settings, ()))
+        logits_NE, own_NK = reservoir.layer(index, layer.top_k)
+        statistic_NE = _statistic(data, logits_NE, index, settings, sizes)
         inside_NE = torch.ones_like(statistic_NE, dtype=torch.bool)
         if which == "trimmed":
             x_NE = logits_NE.float()
@@ -118,7 +115,6 @@ def _reservoir_counts(data: CalibrationData, settings: NullSettings, which: str)
             inside_NE = (x_NE >= low_N1) & (x_NE <= high_N1)
         elif which != "all":
             inside_NE = torch.full_like(inside_NE, which == "unselected")
-            own_NK = data.reservoir.experts_NLK[:, index, : layer.top_k].long()
             inside_NE.scatter_(1, own_NK, which == "selected")
         bins_NE = bin_index(statistic_NE)
         start = int(bins_NE.min())
@@ -130,27 +126,20 @@ def _reservoir_counts(data: CalibrationData, settings: NullSettings, which: str)
     return stack_layers(layers)
 
 
-def _sized(data: CalibrationData, settings: NullSettings, nulls: tuple[Null, ...]) -> Fitted:
-    offset_LE = offsets(data, settings)
-    if settings.size != "token":
-        return Fitted(nulls, offset_LE)
-    assert data.token_sizes is not None
-    return Fitted(nulls, offset_LE, data.token_sizes.slope_LDE, data.token_sizes.center_LD)
+def sized(data: CalibrationData, settings: NullSettings) -> Sizes:
+    """The sizes in the statistic; none that follow the token where they are constants."""
+    token = data.token_sizes if settings.size == "token" else None
+    more = () if token is None else (token.slope_LDE, token.center_LD)
+    return Sizes(offsets(data, settings), *more)
 
 
 def _statistic(
-    data: CalibrationData, logits_TE: Tensor, index: int, settings: NullSettings, fitted: Fitted
+    data: CalibrationData, logits_TE: Tensor, index: int, settings: NullSettings, sizes: Sizes
 ) -> Tensor:
     """The statistic of every expert of one layer, float32 [T, E]."""
-    offset_E, score_func = fitted.offset_LE[index].to(logits_TE.device), data.layers[index].score_func
-    return full_statistic(
-        logits_TE,
-        offset_E,
-        settings.statistic,
-        score_func,
-        data.temperature,
-        **fitted.sized(index, logits_TE.device),
-    )
+    offset_E, *follows = sizes.layer(index, logits_TE.device)
+    score_func = data.layers[index].score_func
+    return full_statistic(logits_TE, offset_E, settings.statistic, score_func, data.temperature, *follows)
 
 
 def fit(data: CalibrationData, settings: NullSettings) -> Fitted:
@@ -174,7 +163,7 @@ def fit(data: CalibrationData, settings: NullSettings) -> Fitted:
                     nulls = (_null(data, counts, offset_LE, None, settings),) * data.num_layers
                 else:
                     nulls = tuple(_null(data, counts, offset_LE, i, settings) for i in range(data.num_layers))
-            data.memo[settings] = _sized(data, settings, nulls)
+            data.memo[settings] = Fitted(nulls, sized(data, settings))
     found: Fitted = data.memo[settings]
     return found
 
@@ -202,7 +191,7 @@ def _null(
 def p_values(data: CalibrationData, logits_TE: Tensor, index: int, settings: NullSettings) -> Tensor:
     """Calibrated p-values of every expert of the layer with this index, float64 [T, E]."""
     fitted = fit(data, settings)
-    return fitted.nulls[index].p_values(_statistic(data, logits_TE, index, settings, fitted))
+    return fitted.nulls[index].p_values(_statistic(data, logits_TE, index, settings, fitted.sizes))
 
 
 def layer_index(data: CalibrationData, layer: str | int) -> int:
@@ -261,12 +250,7 @@ def table_at(
         thresholds_LE=torch.stack([rows[id(n), a] for n, a in zip(fitted.nulls, alphas, strict=True)]),
         rule=procedure.rule or "step_up",
         statistic=settings.statistic,
-        offset_LE=fitted.offset_LE,
-        **(
-            {}
-            if fitted.slopes_LDE is None
-            else {"slopes_LDE": fitted.slopes_LDE, "center_LD": fitted.center_LD}
-        ),
+        **fitted.sizes._asdict(),
         paths=data.paths,
         temperature=data.temperature,
         alpha=alphas[0] if len(set(alphas)) == 1 else None,
@@ -290,11 +274,11 @@ def _check_reach(
         return  # how many there are behind a null from outside may not be known
     rank = tops[row] if dead else 1
     critical = float(procedure.critical_values(alpha, data.num_experts)[rank - 1])
-    token = settings.size == "token" and data.reservoir is not None
-    seen = data.reservoir.num if token and data.reservoir is not None else data.tokens
+    token = data.reservoir if settings.size == "token" else None
+    seen = data.tokens if token is None else token.num
     needed = math.ceil(1.0 / critical / samples * max(1, seen))
-    what = f"with a reservoir of about {needed}" if token else f"on about {needed}"
-    has = "holds" if token else "saw"
+    what = f"with a reservoir of about {needed}" if token is not None else f"on about {needed}"
+    has = "saw" if token is None else "holds"
     text = (
         f"{procedure.name} at alpha={alpha:g} asks for p-values down to {critical:.2g} in layer "
         f"{data.layers[row].path}, but {samples} null samples reach only {1 / (samples + 1):.2g}: calibrate "

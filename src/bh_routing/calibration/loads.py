@@ -22,11 +22,11 @@ from ..decision.price import first_of
 from ..decision.select import rank_by_table
 from ..decision.table import DecisionTable
 from ..decision.types import Limits
-from ..errors import CalibrationError, InvalidParameterError
+from ..errors import InvalidParameterError
 from ..policies import FixedPrice, PricePolicy, TablePolicy
 from ..stats.statistic import full_statistic
 from .data import CalibrationData, Reservoir
-from .fit import NullSettings, offsets
+from .fit import NullSettings, sized
 
 logger = logging.getLogger(__name__)
 
@@ -150,20 +150,14 @@ def load_budget(
     CalibrationError
         If the calibration holds no tokens to solve it on.
     """
-    reservoir = data.reservoir
-    if reservoir is None or reservoir.num == 0:
-        raise CalibrationError(
-            "distinct_experts is solved on the calibration's tokens, and this calibration holds none; give price_load "
-            "instead, or calibrate again with a reservoir."
-        )
+    instead = "give price_load instead, or calibrate again with a reservoir"
+    reservoir = data.kept_tokens("distinct_experts is solved on", instead)
     worths, experts = [], []
     for index, layer in enumerate(data.layers):
-        own_NK = reservoir.experts_NLK[:, index, : layer.top_k].long()
-        logits_NE = reservoir.logits_NLE[:, index]
-        offset_E, *follows = table.tensors(index)[1:]
-        sized = dict(zip(("slope_DE", "center_D"), follows, strict=False))
+        logits_NE, own_NK = reservoir.layer(index, layer.top_k)
+        _, offset_E, *follows = table.tensors(index)
         statistic_NE = full_statistic(
-            logits_NE, offset_E, table.statistic, layer.score_func, table.temperature, **sized
+            logits_NE, offset_E, table.statistic, layer.score_func, table.temperature, *follows
         )
         statistic_NK = statistic_NE.gather(-1, own_NK)
         ranking = rank_by_table(statistic_NK, table.thresholds_LE[index], rule=table.rule, limits=limits)
@@ -184,14 +178,11 @@ def load_budget(
 
 def whole_table(data: CalibrationData, settings: NullSettings) -> DecisionTable:
     """A table that keeps all of the model's own choice, with the statistic of a calibration."""
-    offset_LE = offsets(data, settings)
-    sizes = data.token_sizes if settings.size == "token" else None
+    sizes = sized(data, settings)
     return DecisionTable(
-        thresholds_LE=torch.full_like(offset_LE, -math.inf),
+        thresholds_LE=torch.full_like(sizes.offset_LE, -math.inf),
         statistic=settings.statistic,
-        offset_LE=offset_LE,
-        slopes_LDE=None if sizes is None else sizes.slope_LDE,
-        center_LD=None if sizes is None else sizes.center_LD,
+        **sizes._asdict(),
         paths=data.paths,
         temperature=data.temperature,
         label=f"the model's own choice: {settings.describe()}",

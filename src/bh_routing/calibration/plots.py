@@ -142,13 +142,12 @@ def _held_out_p_values(calibration: CalibrationData, chosen: NullSettings) -> li
     assert reservoir is not None
     result: list[dict[str, Array]] = []
     for index, layer in enumerate(calibration.layers):
-        logits_NE = reservoir.logits_NLE[:, index].float()
-        own_NK = reservoir.experts_NLK[:, index, : layer.top_k].long()
+        logits_NE, own_NK = reservoir.layer(index, layer.top_k)
         passed_NE = torch.ones_like(logits_NE, dtype=torch.bool).scatter(-1, own_NK, False)
         found: dict[str, Array] = {}
         for label, scope in scopes.items():
             try:
-                p_NE = fit.p_values(rest, logits_NE, index, replace(chosen, scope=scope))
+                p_NE = fit.p_values(rest, logits_NE.float(), index, replace(chosen, scope=scope))
             except CalibrationError:  # all tokens were kept: nothing is left to judge them by
                 continue
             found[label] = p_NE[passed_NE].numpy()

@@ -64,14 +64,12 @@ class SecondPass:
         robust: bool = True,
         held_out: Collection[int] = (),
     ) -> None:
-        moments = calibration.moments
-        assert moments is not None
-        assert moments.mean_LEH is not None
-        self.model, self.moments, self.robust, self.held_out = model, moments, robust, held_out
+        assert calibration.moments is not None
+        self.model, self.moments, self.robust, self.held_out = model, calibration.moments, robust, held_out
         self.seed = calibration.seed
         self.layers = {
             layer.path: LayerSensitivity(mean_EH.float().to(layer.context.device))
-            for layer, mean_EH in zip(plan.layers, moments.mean_LEH, strict=True)
+            for layer, mean_EH in zip(plan.layers, calibration.means_LEH, strict=True)
         }
         self.linear = linear_sums(plan, calibration) if linear else {}
         self.plain_ids = plain_ids(model) if linear and robust else torch.zeros(0)
@@ -139,9 +137,7 @@ def mean_addition(mean_EH: Tensor) -> Addition:
 
 def linear_sums(plan: PatchPlan, data: CalibrationData) -> dict[str, LinearSums]:
     """Empty sums of every layer, on its device, counted from the text's mean logits."""
-    assert data.moments is not None
-    assert data.moments.mean_LEH is not None
-    hidden = data.moments.mean_LEH.shape[-1]
+    hidden = data.means_LEH.shape[-1]
     return {
         layer.path: LinearSums(data.num_experts, origin_D.to(layer.context.device), hidden)
         for layer, origin_D in zip(plan.layers, mean_logits(data), strict=True)

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from .._words import aligned
 from ..stats.nulls import GridNull
 from .data import CalibrationData, GivenNulls
 
@@ -52,8 +53,7 @@ def describe(data: CalibrationData) -> str:
         return (
             f"Calibration by {data.given.source} in {data.model_id}: {data.num_layers} layers x {data.num_experts} "
             f"experts, statistic {data.given.statistic}, null {data.given.null}, medians {', '.join(medians[:8])}"
-            + ", ..."
-            * (len(medians) > 8)
+            f"{', ...' * (len(medians) > 8)}"
         )
     moments, reservoir = data.moments, data.reservoir
     holds = [f"reservoir of {reservoir.num} tokens" if reservoir else "no reservoir"]
@@ -79,17 +79,12 @@ def describe(data: CalibrationData) -> str:
         )
     if data.given is not None:
         holds.append(data.given.source)
-    lines = [
-        f"Calibration of {data.model_id}: {data.tokens:,} tokens of {data.documents:,} "
-        f"documents, {data.num_layers} layers x {data.num_experts} experts; {', '.join(holds)}"
-    ]
     rows = summary_rows(data)
-    names = list(rows[0])
-    cells = [names] + [[_cell(row[name]) for name in names] for row in rows]
-    widths = [max(len(line[i]) for line in cells) for i in range(len(names))]
-    for line in cells:
-        lines.append("  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip())
-    return "\n".join(lines)
+    table = aligned([list(rows[0]), *([_cell(value) for value in row.values()] for row in rows)])
+    return (
+        f"Calibration of {data.model_id}: {data.tokens:,} tokens of {data.documents:,} "
+        f"documents, {data.num_layers} layers x {data.num_experts} experts; {', '.join(holds)}\n{table}"
+    )
 
 
 def _given_rows(data: CalibrationData, given: GivenNulls) -> list[dict[str, Any]]:

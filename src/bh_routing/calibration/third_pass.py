@@ -50,18 +50,16 @@ def fit_maps(
     rank : int, optional
         Of every layer. Default: chosen, up to 16 or where it takes 3 % of the experts' memory.
     """
-    moments = calibration.moments
-    assert moments is not None
-    assert moments.mean_LEH is not None
+    assert calibration.moments is not None
     held = linear_sums(plan, calibration)
-    vectors = zip(plan.layers, moments.mean_LEH, strict=True)
+    vectors = zip(plan.layers, calibration.means_LEH, strict=True)
     additions = {layer.path: mean_addition(m.float().to(layer.context.device)) for layer, m in vectors}
     dropping = Dropping(model, plan, dropping_policy(calibration), additions)
     for batch in batches:
         dropping.forward(batch, lambda path, pairs: held[path].take(pairs))
         advance(batch.num_tokens)
     chosen, numbers = [], [expert_numbers(layer.experts, calibration.num_experts) for layer in plan.layers]
-    for layer, mean_EH, own in zip(plan.layers, moments.shrunk_means(), numbers, strict=True):
+    for layer, mean_EH, own in zip(plan.layers, calibration.moments.shrunk_means(), numbers, strict=True):
         ours, theirs = (
             one.added([parts[layer.path] for parts in gather({layer.path: one.parts()}, others_only=True)])
             for one in (sums[layer.path], held[layer.path])

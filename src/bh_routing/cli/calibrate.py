@@ -115,15 +115,12 @@ def run(args: argparse.Namespace) -> None:
             tokenizer,
             texts,
             window=window,
-            batch_tokens=args.batch_tokens,
-            temperature=args.temperature,
             outputs=not args.no_outputs,
             means=not args.no_means,
-            sensitivity=args.sensitivity,
-            sensitivity_tokens=args.sensitivity_tokens,
             resume=parts,
             model_id=args.model,
             **_asked(args),
+            **common.chosen(args, "batch_tokens", "temperature", "sensitivity", "sensitivity_tokens"),
         )
         if rank == 0:
             calibration.save(args.output)
@@ -137,21 +134,16 @@ def run(args: argparse.Namespace) -> None:
         _show_saved(args, f"generate {args.model} -p TEXT", ".")
         if args.certify:
             documents = documents_of(args.certify, args.split_on_blank_lines)
-            asked = {"window": window} | {n: getattr(args, n) for n in ("document_tokens", "batch_tokens")}
+            asked = {"window": window} | common.chosen(args, "document_tokens", "batch_tokens")
             print()
             certify_file(model, tokenizer, documents, calibration, Path(args.output), **asked)
 
 
 def _asked(args: argparse.Namespace) -> dict[str, Any]:
     """What is asked of a calibration in any engine."""
-    return {
-        "max_tokens": args.max_tokens or (DATASET_TOKENS if args.dataset else None),
-        "document_tokens": args.document_tokens,
-        "linear": not args.no_linear,
-        "rank": args.rank,
-        "robust_fit": not args.no_robust_fit,
-        "seed": args.seed,
-    }
+    most = args.max_tokens or (DATASET_TOKENS if args.dataset else None)
+    flags = {"linear": not args.no_linear, "robust_fit": not args.no_robust_fit}
+    return {"max_tokens": most} | flags | common.chosen(args, "document_tokens", "rank", "seed")
 
 
 def _show_saved(args: argparse.Namespace, command: str, more: str) -> None:

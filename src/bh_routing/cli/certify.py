@@ -114,16 +114,11 @@ def run(args: argparse.Namespace) -> None:
         documents,
         calibration,
         output,
-        max_kl=args.max_kl,
-        agreement=args.agreement,
-        confidence=args.confidence,
-        bound=args.bound,
-        levels=args.levels,
         settings=settings,
         window=window,
-        document_tokens=args.document_tokens,
-        batch_tokens=args.batch_tokens,
         resume=parts,
+        **common.chosen(args, "max_kl", "agreement", "confidence", "bound", "levels"),
+        **common.chosen(args, "document_tokens", "batch_tokens"),
     )
 
 

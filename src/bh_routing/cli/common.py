@@ -134,6 +134,11 @@ def window_of(name: str, asked: int | None) -> int:
     return asked or default_window(argparse.Namespace(config=config))  # type: ignore[arg-type]
 
 
+def chosen(args: argparse.Namespace, *names: str) -> dict[str, Any]:
+    """Some of the arguments by name, for a function that calls them the same."""
+    return {name: getattr(args, name) for name in names}
+
+
 def add_options(group: argparse._ActionsContainer, options: Mapping[str, Option]) -> None:
     """One option for each field of settings that text can say; not given, it is None."""
     for name, option in options.items():

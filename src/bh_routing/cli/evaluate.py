@@ -97,14 +97,9 @@ def run(args: argparse.Namespace) -> None:
             calibration=calibration,
             solve_text=solve_text,
             window=window,
-            stride=args.stride,
-            batch_tokens=args.batch_tokens,
-            max_tokens=args.max_tokens,
-            streams=args.streams,
-            kl=args.kl,
-            seed=args.seed,
             model_id=common.model_name(args.model),
             step=step,
+            **common.chosen(args, "stride", "batch_tokens", "max_tokens", "streams", "kl", "seed"),
         )
         results = runner.run()
     show(results)

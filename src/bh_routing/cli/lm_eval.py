@@ -48,11 +48,7 @@ def run(args: argparse.Namespace) -> None:
         policies,
         tasks,
         calibration=common.calibration_file(args.calibration, args.model),
-        include_path=args.include_path,
-        limit=args.limit,
-        num_fewshot=args.num_fewshot,
-        batch_size=args.batch_size,
-        seed=args.seed,
+        **common.chosen(args, "include_path", "limit", "num_fewshot", "batch_size", "seed"),
     )
     for task, metrics in rows[0]["results"].items():
         cells = [

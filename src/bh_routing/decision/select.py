@@ -198,13 +198,7 @@ def decide_by_table(
         ``min_k`` for each in ``how.limits``.
     """
     statistic_TE = full_statistic(
-        logits_TE,
-        offset_E,
-        how.statistic,
-        how.score_func,
-        how.temperature,
-        slope_DE=slope_DE,
-        center_D=center_D,
+        logits_TE, offset_E, how.statistic, how.score_func, how.temperature, slope_DE, center_D
     )
     own_TK = statistic_TE.gather(-1, own_experts_TK)
     kept = rank_by_table(own_TK, thresholds_E, rule=how.rule, limits=how.limits).kept()

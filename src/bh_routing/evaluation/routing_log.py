@@ -20,7 +20,7 @@ from .._files.checks import Check, listed, number, one_of, record, text, unique,
 from .._files.tensors import FLOATS, INTEGERS, Expected, expected_of, read_tensors, write_tensors
 from ..calibration.data import sound_choice
 from ..decision.types import RouteNorm
-from ..errors import CalibrationError, InvalidInputError, RoutingLogError
+from ..errors import InvalidInputError, RoutingLogError
 from ..patching import make_plan, watch
 from ..patching.instance import execution_device
 from ..policies import RoutingContext
@@ -127,12 +127,7 @@ class RoutingLog:
         CalibrationError
             If it kept none.
         """
-        reservoir = calibration.reservoir
-        if reservoir is None or reservoir.num == 0:
-            raise CalibrationError(
-                "a budget is solved on the calibration's tokens, and this calibration holds none; calibrate "
-                "again with a reservoir."
-            )
+        reservoir = calibration.kept_tokens("a budget is solved on", "calibrate again with a reservoir")
         contexts = tuple(
             RoutingContext(
                 path=layer.path,
@@ -147,9 +142,8 @@ class RoutingLog:
         )
         weights = torch.zeros(reservoir.experts_NLK.shape)
         for context in contexts:
-            own_NK = reservoir.experts_NLK[:, context.index, : context.top_k].long()
-            log_NE = LOG_SCORES[context.score_func](reservoir.logits_NLE[:, context.index].float())
-            own = log_NE.gather(-1, own_NK).exp()
+            logits_NE, own_NK = reservoir.layer(context.index, context.top_k)
+            own = LOG_SCORES[context.score_func](logits_NE.float()).gather(-1, own_NK).exp()
             if context.route_norm == "renormalised":
                 own = own / own.sum(-1, keepdim=True)
             weights[:, context.index, : context.top_k] = own

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UnsupportedModelError
-from .instance import InstancePatch, execution_device, find_patch
+from .instance import InstancePatch, execution_device, find_patch, installed
 from .weighting import Reading, read_weighting
 
 PROBE_TOKENS = 128
@@ -238,13 +238,9 @@ def call_through(
         The router's (args, outputs), or None; and whether the block ran to its end without calling it.
     """
     capture = _Capture(module, attribute)
-    bypassed = False
-    capture.install()
     try:
-        parent.forward(x_TH.unsqueeze(0))
-        bypassed = capture.call is None
+        with installed([capture]):
+            parent.forward(x_TH.unsqueeze(0))
     except Exception:  # _Answered, or a block that needs more than hidden states
-        pass
-    finally:
-        capture.remove()
-    return capture.call, bypassed
+        return capture.call, False
+    return capture.call, capture.call is None

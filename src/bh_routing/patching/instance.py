@@ -9,8 +9,8 @@ tombstone that passes everything through.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -122,6 +122,16 @@ class InstancePatch:
     def __repr__(self) -> str:
         state = "active" if self.active else "removed"
         return f"{type(self).__name__}({type(self.module).__name__}, {state})"
+
+
+@contextmanager
+def installed(pieces: Iterable[Any]) -> Iterator[None]:
+    """Within it these patches are in place; all that were put there are removed at its end, in reverse."""
+    with ExitStack() as stack:
+        for piece in pieces:
+            piece.install()
+            stack.callback(piece.remove)
+        yield
 
 
 def find_patch(module: nn.Module, attribute: str | None = None) -> InstancePatch | None:

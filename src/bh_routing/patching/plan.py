@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .._words import WeightRule
+from .._words import WeightRule, aligned
 from ..decision.compensation import compensated_norm
 from ..errors import PatchError, UnsupportedModelError
 from ..policies import RoutingContext
@@ -180,8 +180,5 @@ class PatchPlan:
 
     def __repr__(self) -> str:
         rows = self.rows()
-        names = list(rows[0])
-        cells = [names] + [[str(row[name]) for name in names] for row in rows]
-        widths = [max(len(line[i]) for line in cells) for i in range(len(names))]
-        lines = ["  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in cells]
-        return f"PatchPlan({self.model_class}, {len(rows)} routers)\n" + "\n".join(lines)
+        table = aligned([list(rows[0]), *(list(row.values()) for row in rows)])
+        return f"PatchPlan({self.model_class}, {len(rows)} routers)\n{table}"

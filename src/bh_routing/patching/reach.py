@@ -15,7 +15,7 @@ from torch import Tensor
 from .contract import _Answered, _random_state_kept
 from .expert_math import left_out
 from .implementation import PROBE, ImplementationPatch, probing
-from .instance import InstancePatch, execution_device
+from .instance import InstancePatch, execution_device, installed
 from .plan import LayerPlan
 
 
@@ -101,19 +101,13 @@ def marks_arrive(layer: LayerPlan, *, dispatched: bool) -> bool | None:
             x = torch.randn(shape, generator=torch.Generator().manual_seed(0), device="cpu").to(device, dtype)
             mark = _Mark(layer)
             arrival: Any = _DispatchedArrival(layer) if dispatched else _Arrival(layer)
-            ended, pieces = False, []
+            ended = False
             try:
-                for piece in (mark, arrival):
-                    piece.install()
-                    pieces.append(piece)
-                with torch.no_grad(), _random_state_kept(device):
+                with installed((mark, arrival)), torch.no_grad(), _random_state_kept(device):
                     block.forward(x)
                 ended = True
             except Exception:  # it has arrived, or the block needs more than hidden states
                 pass
-            finally:
-                for piece in reversed(pieces):
-                    piece.remove()
             if arrival.marks is not None:
                 return bool(arrival.marks)
             if ended and mark.called:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from .adapters import ExpertsForward, flat_experts
 from .calls import Forwards
 from .forward import ForwardPatch
-from .instance import InstancePatch, execution_device
+from .instance import InstancePatch, execution_device, installed
 from .plan import LayerPlan, PatchPlan
 
 
@@ -65,24 +65,14 @@ def watch(
     around_experts : callable, optional
         ``g(layer, inner, hidden_TH, experts_TK, weights_TK) -> out_TH`` in place of each experts forward.
     """
-    pieces: list[Any] = []
     forwards = Forwards()
-    try:
-        for owner in plan.owners:
-            observer = ForwardPatch(owner, forwards, causal=True)
-            observer.install()
-            pieces.append(observer)
-        for layer in plan.layers:
-            patches: list[InstancePatch] = [_Watch(layer, forwards, on_choice)]
-            if around_experts is not None and layer.experts is not None:
-                patches.append(_Around(layer, around_experts))
-            for patch in patches:
-                patch.install()
-                pieces.append(patch)
+    pieces: list[Any] = [ForwardPatch(owner, forwards, causal=True) for owner in plan.owners]
+    for layer in plan.layers:
+        pieces.append(_Watch(layer, forwards, on_choice))
+        if around_experts is not None and layer.experts is not None:
+            pieces.append(_Around(layer, around_experts))
+    with installed(pieces):
         yield
-    finally:
-        for piece in reversed(pieces):
-            piece.remove()
 
 
 def special_ids(model: nn.Module) -> set[int]:

@@ -120,9 +120,8 @@ class TablePolicy(CountPolicy):
     def statistic(self, logits_TE: Tensor, context: RoutingContext) -> Tensor:
         """What is compared with the thresholds, [T, E], float32 at least; differentiable."""
         table, (_, offset_E, *follows) = self.table, self._rows[context.path]
-        slopes = dict(zip(("slope_DE", "center_D"), follows, strict=False))
         return full_statistic(
-            logits_TE, offset_E, table.statistic, context.score_func, table.temperature, **slopes
+            logits_TE, offset_E, table.statistic, context.score_func, table.temperature, *follows
         )
 
     def set_table(self, table: DecisionTable) -> None:

@@ -45,7 +45,6 @@ def full_statistic(
     statistic: str,
     score_func: str,
     temperature: float = 1.0,
-    *,
     slope_DE: Tensor | None = None,
     center_D: Tensor | None = None,
 ) -> Tensor:
