@@ -20,6 +20,7 @@ from ..errors import CalibrationError
 from ..stats.histogram import FIRST_BIN, LAST_BIN, Histogram, bin_index
 from ..stats.statistic import base_statistic
 from ..text.hashing import Ids
+from .checkpoint import TensorSums
 from .data import CalibrationData, Reservoir, join_layers
 from .moments import Moments
 
@@ -161,8 +162,10 @@ def trimmed_range(logits_TE: Tensor, trim: int) -> tuple[Tensor, Tensor]:
     )
 
 
-class LayerMoments:
+class LayerMoments(TensorSums):
     """Sums of the experts' outputs of one layer, in float64; H is 0 until the first output is seen."""
+
+    names = ("tokens_E", "square_E", "sum_EH")
 
     def __init__(self, num_experts: int) -> None:
         self.tokens_E = torch.zeros(num_experts, dtype=torch.int64)
@@ -182,14 +185,6 @@ class LayerMoments:
         batch_EH = torch.zeros_like(self.sum_EH, dtype=torch.float32).index_add_(0, experts_P, values_PH)
         self.sum_EH += batch_EH
 
-    def state(self) -> list[Tensor]:
-        """What was summed."""
-        return [self.tokens_E.cpu(), self.square_E.cpu(), self.sum_EH.cpu()]
-
-    def load_state(self, state: Sequence[Tensor], device: torch.device) -> None:
-        """Go on from `state`."""
-        self.tokens_E, self.square_E, self.sum_EH = (part.to(device) for part in state)
-
 
 def join_moments(layers: Sequence[LayerMoments]) -> Moments:
     """Moments over all layers, on the CPU; a layer of which nothing was seen has means of 0."""
@@ -206,13 +201,15 @@ def join_moments(layers: Sequence[LayerMoments]) -> Moments:
     )
 
 
-class LayerSensitivity:
+class LayerSensitivity(TensorSums):
     """Sums of one layer's second pass, under the routing that is calibrated for.
 
     ``square_E``: of (g . (f(x) - mean))^2 over the pairs of the router's own choice. ``gram_JJ`` and
     ``cross_JH``: of z z' and z d', with z the regressors of `bh_routing.decision.compensation.lost_and_kept` and d what
     the dropped experts would have added.
     """
+
+    names = ("tokens_E", "square_E", "gram_JJ", "cross_JH")
 
     def __init__(self, mean_EH: Tensor) -> None:
         num, hidden = mean_EH.shape
@@ -240,17 +237,6 @@ class LayerSensitivity:
         lost_TH = torch.einsum("tkh,tk->th", outputs_TKH, weights_TK.masked_fill(~dropped_TK, 0.0))
         self.gram_JJ += features_TJ.T @ features_TJ
         self.cross_JH += features_TJ.T @ lost_TH
-
-    def sums(self) -> tuple[Tensor, ...]:
-        """What adds up over processes, on the CPU: tokens, squares, gram, cross."""
-        return self.tokens_E.cpu(), self.square_E.cpu(), self.gram_JJ.cpu(), self.cross_JH.cpu()
-
-    def load(self, sums: Sequence[Tensor]) -> None:
-        """Go on from `sums`."""
-        device = self.mean_EH.device
-        self.tokens_E, self.square_E, self.gram_JJ, self.cross_JH = (
-            part.to(device, copy=True) for part in sums
-        )
 
 
 class ReservoirSampler:

@@ -13,11 +13,12 @@ import os
 import pickle
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import Any, BinaryIO, ClassVar, Protocol
 
 import torch
+from torch import Tensor
 
 from .._files import write_atomically
 from ..errors import CalibrationError
@@ -34,6 +35,21 @@ class Resumable(Protocol):
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Go on from there."""
+
+
+class TensorSums:
+    """Sums that are tensors, which are written, sent and read together: `names` in this order."""
+
+    names: ClassVar[tuple[str, ...]]
+
+    def parts(self) -> tuple[Tensor, ...]:
+        """All of them, on the CPU."""
+        return tuple(getattr(self, name).cpu() for name in self.names)
+
+    def load(self, parts: Sequence[Tensor], device: torch.device | None = None) -> None:
+        """Go on from `parts`, on this device, or where the sums are."""
+        for name, part in zip(self.names, parts, strict=True):
+            setattr(self, name, part.to(getattr(self, name).device if device is None else device, copy=True))
 
 
 class Checkpoint:

@@ -119,7 +119,7 @@ class FirstPass:
         """What this process has seen, as tensors and numbers."""
         return {
             "counts": {path: counts.state() for path, counts in self.counts.items()},
-            "moments": {path: moments.state() for path, moments in self.moments.items()},
+            "moments": {path: moments.parts() for path, moments in self.moments.items()},
             "reservoir": self.sampler.state(),
             "tokens": self.tokens,
         }
@@ -129,7 +129,7 @@ class FirstPass:
         for layer in self.plan.layers:
             self.counts[layer.path].load_state(state["counts"][layer.path], layer.context.device)
             if self.moments:
-                self.moments[layer.path].load_state(state["moments"][layer.path], layer.context.device)
+                self.moments[layer.path].load(state["moments"][layer.path], layer.context.device)
         self.sampler.load_state(state["reservoir"])
         self.tokens = state["tokens"]
 

@@ -22,6 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .checkpoint import TensorSums
+
 RIDGE = 5e-3
 INTERCEPT_SHARE = 1e-3  # of the ridge that falls on the mean
 FLOOR = 1e-8  # eigenvalues of the logits' covariance below this share of the largest count as this much
@@ -56,7 +58,7 @@ class LinearFit:
         return self.whiten_DR.shape[1]
 
 
-class LinearSums:
+class LinearSums(TensorSums):
     """Sums over the dropped pairs of one layer, float64, on its device.
 
     Parameters
@@ -69,6 +71,8 @@ class LinearSums:
     hidden : int
         H.
     """
+
+    names = ("pairs_E", "gram_EJJ", "cross_EJH", "square", "low_D", "high_D")
 
     def __init__(self, num_experts: int, origin_D: Tensor, hidden: int) -> None:
         wide = origin_D.numel() + 1
@@ -128,17 +132,6 @@ class LinearSums:
     def take(self, pairs: Any) -> None:
         """`update` with what a forward with dropped experts hands over (`bh_routing.calibration.dropping.Pairs`)."""
         self.update(pairs.logits_TD, pairs.outputs_TKH, pairs.experts_TK, pairs.weights_TK, pairs.dropped_TK)
-
-    def load(self, parts: Sequence[Tensor]) -> None:
-        """Go on from `parts`."""
-        device = self.origin_D.device
-        held = (part.to(device, copy=True) for part in parts)
-        self.pairs_E, self.gram_EJJ, self.cross_EJH, self.square, self.low_D, self.high_D = held
-
-    def parts(self) -> tuple[Tensor, ...]:
-        """What is kept and sent: on the CPU, in the order that `added` takes."""
-        held = (self.pairs_E, self.gram_EJJ, self.cross_EJH, self.square, self.low_D, self.high_D)
-        return tuple(part.cpu() for part in held)
 
     def added(self, others: Sequence[tuple[Tensor, ...]]) -> LinearSums:
         """These sums and the `parts` of others (with the same origin), on the CPU."""

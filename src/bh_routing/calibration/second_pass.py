@@ -99,7 +99,7 @@ class SecondPass:
     def state(self) -> dict[str, Any]:
         """What this process has seen, as tensors and numbers."""
         return {
-            "layers": {path: sums.sums() for path, sums in self.layers.items()},
+            "layers": {path: sums.parts() for path, sums in self.layers.items()},
             "linear": {path: sums.parts() for path, sums in self.linear.items()},
         }
 
@@ -112,7 +112,7 @@ class SecondPass:
 
     def result(self) -> Moments:
         """The calibration's moments with the sums of all processes."""
-        ours = [torch.stack(part) for part in zip(*(s.sums() for s in self.layers.values()), strict=True)]
+        ours = [torch.stack(part) for part in zip(*(s.parts() for s in self.layers.values()), strict=True)]
         for theirs in gather(ours, others_only=True):
             ours = [a + b for a, b in zip(ours, theirs, strict=True)]
         tokens_LE, square_LE, gram_LJJ, cross_LJH = ours
