@@ -9,7 +9,8 @@ slots to keep: ``policy.decide(logits_TE, own_weights_TK, own_experts_TK, contex
 from __future__ import annotations
 
 from ..decision.select import Kept
-from .base import RoutingContext, RoutingPolicy, TopKPolicy, check_decision, check_within
+from .base import RoutingContext, RoutingPolicy, TopKPolicy
+from .checks import check_decision, check_within
 from .levels import LevelsPolicy
 from .phases import PhasePolicy
 from .price import FixedPrice, PricePolicy, Prices
