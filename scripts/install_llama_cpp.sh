@@ -17,20 +17,26 @@ WHEELS=${WHEELS:-$VENV/wheels}
 say() { printf '%4d s  %s\n' "$SECONDS" "$*"; }
 pip() { "$VENV/bin/python" -m pip "$1" --quiet --disable-pip-version-check ${PIP_ARGS:-} "${@:2}"; }
 
+built() { ls "$WHEELS"/llama_cpp_python-"$LLAMA"-*.whl 2> /dev/null; }
+
+if [ -z "$(built)" ] && ! command -v "${CXX:-c++}" > /dev/null; then
+    echo "llama.cpp is built from source: expected a C++ compiler called ${CXX:-c++} (or CXX=...), found none; apt-get install g++." >&2
+    exit 1
+fi
 [ -x "$VENV/bin/python" ] || "$PYTHON" -m venv "$VENV"
 
 say "torch $TORCH"
 pip install "torch==$TORCH"
 
 mkdir -p "$WHEELS"
-if ! ls "$WHEELS"/llama_cpp_python-"$LLAMA"-*.whl > /dev/null 2>&1; then
+if [ -z "$(built)" ]; then
     say "building llama-cpp-python $LLAMA (without the parts for images)"
     CMAKE_ARGS="-DGGML_NATIVE=on -DLLAVA_BUILD=off -DMTMD_BUILD=off ${CMAKE_ARGS:-}" \
         pip wheel --no-deps --wheel-dir "$WHEELS" "llama-cpp-python==$LLAMA"
 fi
 
 say "llama-cpp-python, bh-routing and what its llama.cpp tests need"
-pip install "torch==$TORCH" "$(ls "$WHEELS"/llama_cpp_python-"$LLAMA"-*.whl)[server]" "gguf==$GGUF"
+pip install "torch==$TORCH" "$(built)[server]" "gguf==$GGUF"
 pip install "torch==$TORCH" --editable . pytest pytest-timeout httpx
 "$VENV/bin/python" -c "import llama_cpp, bh_routing; print('llama-cpp-python', llama_cpp.__version__, 'with bh-routing', bh_routing.__version__)"
 say "done: $(du -sh "$VENV" | cut -f1) in $VENV"

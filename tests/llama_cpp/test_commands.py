@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 
 import pytest
@@ -34,6 +35,22 @@ def test_chat(gguf_file, capsys):
     assert code == 0
     assert "of 8 experts per token and layer (standard deviation" in out
     assert "compensation on." in out
+
+
+def test_chat_without_a_word_says_nothing(gguf_file, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n"))
+    assert main(["chat", gguf_file("q8_0"), "--calibration", CALIBRATION, "--mode", "analyze", *SMALL]) == 0
+    assert capsys.readouterr().out == ""
+
+
+def test_chat_says_what_would_have_been_selected(gguf_file, capsys, monkeypatch):
+    """One line is one message, an empty one ends it; nothing is dropped, so nothing is compensated."""
+    monkeypatch.setattr("sys.stdin", io.StringIO("The old man\nShe\n\n"))
+    short = ["--max-new-tokens", "4", *SMALL]
+    assert main(["chat", gguf_file("q8_0"), "--calibration", CALIBRATION, "--mode", "analyze", *short]) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "BH would select" in out
+    assert "compensation off." in out
 
 
 @pytest.mark.parametrize(

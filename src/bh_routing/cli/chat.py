@@ -48,7 +48,8 @@ def run(args: argparse.Namespace) -> None:
                 print(text, end="", flush=True)
             print()
             said.append({"role": "assistant", "content": "".join(parts)})
-        show(llm.routing)
+        if said:
+            show(llm.routing)
     finally:
         llm.close()
 
@@ -75,5 +76,5 @@ def show(routing: Any) -> None:
     common.print_text(
         f"{who_selects(stats)} {mean:.2f} of {stats['max_k']} experts per token and layer (standard deviation {deviation:.2f}) over "
         f"{stats['total_tokens']} tokens; procedure {stats['procedure']}{level}, compensation "
-        f"{'on' if routing.compensations else 'off'}."
+        f"{'on' if routing.compensations and stats['mode'] == 'patch' else 'off'}."
     )

@@ -29,7 +29,7 @@ enum { NONE, LOGITS, TOPK, WEIGHTS, WEIGHTED };            /* nodes */
 enum { LOGIT, SOFTMAX, SIGMOID };                          /* statistics */
 enum { OWN, PRESERVE, SUM };                               /* weight rules */
 enum { NO_ERROR, NOT_SEEN, SHAPE, TOO_MANY, MEMORY };      /* errors; a sentence each in shim.py */
-enum { MOST_EDITED = 48, MOST_EXPERTS = 512, MOST_SLOTS = 64, BLOCK = 64 };  /* more are refused in checks.py */
+enum { MOST_EDITED = 48, MOST_EXPERTS = 512, MOST_SLOTS = 64, BLOCK = 32 };  /* more are refused in checks.py */
 
 typedef struct {                                           /* of one layer; mirrored in shim.py */
   const float *threshold_E, *offset_E;                     /* threshold_E 0: this layer is left alone */
@@ -193,27 +193,41 @@ static void add_mean(const State *s, const Layer *l, int64_t token, float *out_H
 
 static inline float wide(uint16_t bits) { uint32_t u = (uint32_t)bits << 16; float f; memcpy(&f, &u, 4); return f; }
 
-/* n rows of out += factors [n, Q] times one expert's map [Q, H]; one row at a time streams the map, four reuse it. */
-static void add_map(const uint16_t *map_QH, int Q, int H, int n, const float *const factor[], float *const out[]) {
-  if (n < 4) {
-    for (int i = 0; i < n; i++)
-      for (int q = 0; q < Q; q++) {
-        const uint16_t *m = map_QH + (size_t)q * H;
-        float f = factor[i][q], *o = out[i];
-        for (int h = 0; h < H; h++) o[h] += f * wide(m[h]);
-      }
-    return;
+/* One row: the map is streamed, four of its rows at a time; memory is what it waits for. */
+static void add_row(const uint16_t *map_QH, int Q, int H, const float *f_Q, float *restrict out_H) {
+  int q = 0;
+  for (; q + 4 <= Q; q += 4) {
+    const uint16_t *a = map_QH + (size_t)q * H, *b = a + H, *c = b + H, *d = c + H;
+    float fa = f_Q[q], fb = f_Q[q + 1], fc = f_Q[q + 2], fd = f_Q[q + 3];
+    for (int h = 0; h < H; h++) out_H[h] += fa * wide(a[h]) + fb * wide(b[h]) + fc * wide(c[h]) + fd * wide(d[h]);
   }
-  for (int h = 0; h < H; h += BLOCK) {
-    int width = H - h < BLOCK ? H - h : BLOCK;
-    float sum[4][BLOCK] = {{0}}, m[BLOCK] = {0};
+  for (; q < Q; q++) for (int h = 0; h < H; h++) out_H[h] += f_Q[q] * wide(map_QH[(size_t)q * H + h]);
+}
+
+/* Several: BLOCK columns of all of them stay in registers, which takes an n that the compiler knows. */
+static inline __attribute__((always_inline)) void add_rows(const uint16_t *map_QH, int Q, int H, const int n, const float *const factor[], float *const out[]) {
+  int h = 0;
+  for (; h + BLOCK <= H; h += BLOCK) {
+    float sum[4][BLOCK];
+    for (int i = 0; i < n; i++) for (int j = 0; j < BLOCK; j++) sum[i][j] = out[i][h + j];
     for (int q = 0; q < Q; q++) {
       const uint16_t *from = map_QH + (size_t)q * H + h;
-      if (width == BLOCK) for (int j = 0; j < BLOCK; j++) m[j] = wide(from[j]);
-      else for (int j = 0; j < width; j++) m[j] = wide(from[j]);
-      for (int i = 0; i < 4; i++) for (int j = 0; j < BLOCK; j++) sum[i][j] += factor[i][q] * m[j];
+      float m[BLOCK];
+      for (int j = 0; j < BLOCK; j++) m[j] = wide(from[j]);
+      for (int i = 0; i < n; i++) for (int j = 0; j < BLOCK; j++) sum[i][j] += factor[i][q] * m[j];
     }
-    for (int i = 0; i < 4; i++) for (int j = 0; j < width; j++) out[i][h + j] += sum[i][j];
+    for (int i = 0; i < n; i++) for (int j = 0; j < BLOCK; j++) out[i][h + j] = sum[i][j];
+  }
+  for (; h < H; h++) for (int i = 0; i < n; i++) for (int q = 0; q < Q; q++) out[i][h] += factor[i][q] * wide(map_QH[(size_t)q * H + h]);
+}
+
+/* n rows of out += factors [n, Q] times one expert's map [Q, H]. */
+static void add_map(const uint16_t *map_QH, int Q, int H, int n, const float *const factor[], float *const out[]) {
+  switch (n) {
+    case 1: add_row(map_QH, Q, H, factor[0], out[0]); break;
+    case 2: add_rows(map_QH, Q, H, 2, factor, out); break;
+    case 3: add_rows(map_QH, Q, H, 3, factor, out); break;
+    default: add_rows(map_QH, Q, H, 4, factor, out);
   }
 }
 
