@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from pages import write_block
+from pages import arguments, markdown_table, table_row, write_block
 from torch import Tensor
 
 from bh_routing.calibration.calibration import Calibration
@@ -39,6 +39,7 @@ from bh_routing.patching import make_plan, watch
 from bh_routing.policies import RoutingPolicy, TopKPolicy
 from bh_routing.stats.histogram import Histogram
 from bh_routing.text import TextFile
+from bh_routing.training.loop import text_windows
 
 BLOCK, RESAMPLES = 512, 2000
 P_BINS = 1 << 16
@@ -53,6 +54,16 @@ def say(text: str) -> None:
     """Print, and keep for the page."""
     print(text, flush=True)
     SAID.append(text)
+
+
+def say_row(*cells: str) -> None:
+    """A row of a table that is printed as it is measured."""
+    say(table_row(cells))
+
+
+def say_head(*titles: str) -> None:
+    """Begin such a table."""
+    say(f"\n{markdown_table(titles, [])}")
 
 
 # -- measuring ---------------------------------------------------------------------------------------------
@@ -73,12 +84,6 @@ class Text:
         starts = [i * (num // per_block) // blocks * per_block for i in range(blocks)]
         rows = [start + i for start in starts for i in range(per_block)]
         return replace(self, windows_BS=self.windows_BS[rows])
-
-
-def read_windows(tokenizer: Any, path: str, window: int) -> Tensor:
-    text = "".join(TextFile(path))
-    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    return torch.tensor(ids[: len(ids) // window * window]).view(-1, window)
 
 
 @torch.inference_mode()
@@ -228,19 +233,14 @@ def choose(model: Any, calibration: Calibration, text: Text) -> list[dict[str, A
                 "layers": held[0].layers,
             }
         rows.append(row)
-        say(_configuration_line(row))
+        say_row(label, *(_configuration_cell(row[f"{budget:g}"]) for budget in BUDGETS))
     return rows
 
 
-def _configuration_line(row: dict[str, Any]) -> str:
-    cells = []
-    for budget in BUDGETS:
-        cell = row[f"{budget:g}"]
-        if "failed" in cell:
-            cells.append("no level meets it")
-        else:
-            cells.append(f"{cell['change']:+.2%} ({cell['share']:.0%}) at {cell['mean']:.2f}")
-    return f"| {row['configuration']} | " + " | ".join(cells) + " |"
+def _configuration_cell(cell: dict[str, Any]) -> str:
+    if "failed" in cell:
+        return "no level meets it"
+    return f"{cell['change']:+.2%} ({cell['share']:.0%}) at {cell['mean']:.2f}"
 
 
 def methods(
@@ -291,8 +291,8 @@ def report(model: Any, calibration: Calibration, choosing: Text, reporting: list
         base = run(model, text, None)
         perplexity = math.exp(float(base.losses_BS.mean()))
         tokens = text.windows_BS.numel()
-        say(f"\n#### {text.name}: {tokens:,} tokens, all 8 experts: perplexity {perplexity:.2f}\n")
-        say("| method | budget | mean | perplexity change | share of top-k's |\n|---|---|---|---|---|")
+        say(f"\n#### {text.name}: {tokens:,} tokens, all 8 experts: perplexity {perplexity:.2f}")
+        say_head("method", "budget", "mean", "perplexity change", "share of top-k's")
         rows = []
         for budget in BUDGETS:
             topk = run(model, text, TopKPolicy(int(budget)))
@@ -308,9 +308,12 @@ def report(model: Any, calibration: Calibration, choosing: Text, reporting: list
                     | figures
                 )
                 change_, share = figures["change"], figures["share"]
-                say(
-                    f"| {label} | {budget:g} | {measured.mean_experts:.2f} | {change_[0]:+.2%} "
-                    f"({change_[1]:+.2%} to {change_[2]:+.2%}) | {share[0]:.0%} ({share[1]:.0%} to {share[2]:.0%}) |"
+                say_row(
+                    label,
+                    f"{budget:g}",
+                    f"{measured.mean_experts:.2f}",
+                    f"{change_[0]:+.2%} ({change_[1]:+.2%} to {change_[2]:+.2%})",
+                    f"{share[0]:.0%} ({share[1]:.0%} to {share[2]:.0%})",
                 )
         result[text.name] = {"tokens": tokens, "perplexity": perplexity, "rows": rows}
     return result
@@ -319,13 +322,13 @@ def report(model: Any, calibration: Calibration, choosing: Text, reporting: list
 def budgets_held_out(model: Any, calibration: Calibration, texts: list[Text]) -> list[dict[str, Any]]:
     """What a budget, solved on the calibration text alone, comes to on other text."""
     names = (f"{t.name}, {t.windows_BS.numel():,} tokens" for t in texts)
-    say("\n| budget | " + " | ".join(names) + " |\n|---" + "|---" * len(texts) + "|")
+    say_head("budget", *names)
     rows = []
     for budget in BUDGETS:
         policy = calibration.policy(experts_per_token=budget)
         found = [run(model, text, policy, calibration.compensation()).mean_experts for text in texts]
         rows.append({"budget": budget} | {t.name: f for t, f in zip(texts, found, strict=True)})
-        say(f"| {budget:g} | " + " | ".join(f"{f:.3f} ({f / budget - 1:+.1%})" for f in found) + " |")
+        say_row(f"{budget:g}", *(f"{f:.3f} ({f / budget - 1:+.1%})" for f in found))
     return rows
 
 
@@ -336,9 +339,8 @@ def scales(model: Any, calibration: Calibration, texts: list[Text]) -> list[dict
         f"{calibration.linear_scale if calibration.linear is not None else calibration.compensation_scale:.2f}. "
         "In each cell the divergence"
     )
-    say("KL(own || routed) in millinats per token, and the change of perplexity.\n")
-    say("| text | budget | top-k | " + " | ".join(f"{s:g}" for s in SCALES) + " |")
-    say("|---" * (len(SCALES) + 3) + "|")
+    say("KL(own || routed) in millinats per token, and the change of perplexity.")
+    say_head("text", "budget", "top-k", *(f"{s:g}" for s in SCALES))
     own_compensations = calibration.compensation()
     by_scale = {f"{s:g}": calibration.compensation(None, s) for s in SCALES}
     rows = []
@@ -359,8 +361,8 @@ def scales(model: Any, calibration: Calibration, texts: list[Text]) -> list[dict
                     change(run(model, text, one, compensations), base),
                 )
             rows.append(row)
-            shown = " | ".join(f"{row[label][0]:.1f}, {row[label][1]:+.2%}" for label in cells)
-            say(f"| {text.name} | {budget:g} | {shown} |")
+            shown = (f"{row[label][0]:.1f}, {row[label][1]:+.2%}" for label in cells)
+            say_row(text.name, f"{budget:g}", *shown)
     return rows
 
 
@@ -387,12 +389,10 @@ def documents(
     Statistic logprob, null per layer, no outputs: how far the null is from held-out text of other authors.
     """
     say(
-        "\nStatistic logprob, null per layer: Kolmogorov-Smirnov distance of the choosing half's null p-values.\n"
+        "\nStatistic logprob, null per layer: Kolmogorov-Smirnov distance of the choosing half's null p-values."
     )
     seen = routed(model, choosing)
-    layers = " | ".join(f"layer {i}" for i in range(len(seen)))
-    say(f"| tokens of each book | in all | {layers} | budget 4 there |")
-    say("|---" * (len(seen) + 3) + "|")
+    say_head("tokens of each book", "in all", *(f"layer {i}" for i in range(len(seen))), "budget 4 there")
     settings = {"statistic": "logprob", "scope": "layer"}
 
     def collect(texts: Any, most: int | None) -> Calibration:
@@ -406,8 +406,8 @@ def documents(
         values = [distance(null_counts(calibration, p, *choice, **settings)) for p, choice in seen.items()]
         mean = run(model, choosing, calibration.policy(experts_per_token=4.0)).mean_experts
         by_cap.append({"most": most, "tokens": calibration.tokens, "layers": values, "mean": mean})
-        shown = " | ".join(f"{v:.4f}" for v in values)
-        say(f"| {f'{most:,}' if most else 'all'} | {calibration.tokens:,} | {shown} | {mean:.3f} |")
+        shown = (f"{v:.4f}" for v in values)
+        say_row(f"{most:,}" if most else "all", f"{calibration.tokens:,}", *shown, f"{mean:.3f}")
 
     books = [collect([text], args.document_tokens) for text in TextFile(args.calibrate_on, None)]
     say(f"\nEach of the {len(books)} books against the others, the same distance, least to most: ")
@@ -434,9 +434,7 @@ def book_distances(book: Calibration, others: Calibration) -> list[float]:
 def uniformity(model: Any, calibration: Calibration, texts: list[Text]) -> list[dict[str, Any]]:
     """Kolmogorov-Smirnov distance of held-out null p-values to uniform: experts that the router passed over."""
     rows = []
-    names = [layer.path for layer in calibration.layers]
-    say("\n| null | text | " + " | ".join(f"layer {i}" for i in range(len(names))) + " | pooled |")
-    say("|---" * (len(names) + 3) + "|")
+    say_head("null", "text", *(f"layer {i}" for i in range(calibration.num_layers)), "pooled")
     constant = calibration.settings(compensated="mean").size
     token: tuple[tuple[str, dict[str, Any]], ...] = ()
     if calibration.token_sizes is not None:
@@ -461,7 +459,7 @@ def uniformity(model: Any, calibration: Calibration, texts: list[Text]) -> list[
             values = [distance(counts_B) for counts_B in nulls]
             pooled = distance(sum(nulls))
             rows.append({"null": label, "text": text.name, "layers": values, "pooled": pooled})
-            say(f"| {label} | {text.name} | " + " | ".join(f"{v:.4f}" for v in values) + f" | {pooled:.4f} |")
+            say_row(label, text.name, *(f"{v:.4f}" for v in (*values, pooled)))
     return rows
 
 
@@ -540,10 +538,9 @@ def speed(model: Any, label: str, windows_BS: Tensor, rounds: int = 7) -> dict[s
             for name in ("without head", "with head")
         },
     }
-    say(
-        f"| {label} | {tokens:,} | {tokens / best['without head']:,.0f} | {tokens / best['calibration']:,.0f} | "
-        f"{row['median ratio without head']:.1%} | {row['median ratio with head']:.1%} |"
-    )
+    rates = (f"{tokens / best[name]:,.0f}" for name in ("without head", "calibration"))
+    ratios = (f"{row[f'median ratio {name}']:.1%}" for name in ("without head", "with head"))
+    say_row(label, f"{tokens:,}", *rates, *ratios)
     return row
 
 
@@ -566,9 +563,7 @@ def olmoe_layer() -> Any:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = arguments(__doc__, threads=False)
     parser.add_argument("--model", default="olmoe-nano")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--calibrate-on", metavar="FILE", required=True, help="text to calibrate on")
@@ -583,7 +578,6 @@ def main() -> None:
     parser.add_argument("--choose-tokens", type=int, default=32_768)
     parser.add_argument("--report-tokens", type=int, default=131_072)
     parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS)
-    parser.add_argument("--write", metavar="PAGE", help="put the tables into this page's block `calibration`")
     parser.add_argument("--output", default=str(Path(__file__).parent / "results" / "calibration.json"))
     args = parser.parse_args()
     warnings.simplefilter("ignore", CalibrationWarning)
@@ -617,13 +611,13 @@ def main() -> None:
     calibration.check(make_plan(model))
     print(calibration, flush=True)
 
-    windows = read_windows(tokenizer, args.choose_and_report, args.window)
+    windows = text_windows(tokenizer, [TextFile(args.choose_and_report).read()], args.window)
     half = len(windows) // 2
     first = Text("first half", windows[:half])
     whole = [Text("second half", windows[half:])]
     if args.also:
         name = Path(args.also).name.split(".")[0]
-        whole.append(Text(name, read_windows(tokenizer, args.also, args.window)))
+        whole.append(Text(name, text_windows(tokenizer, [TextFile(args.also).read()], args.window)))
     choosing = first.spread(args.choose_tokens)
     reporting = [text.spread(args.report_tokens) for text in whole]
 
@@ -632,10 +626,8 @@ def main() -> None:
         result["documents"] = documents(model, tokenizer, args, first.spread(args.report_tokens))
     if "choose" in args.parts:
         say("\n### Configurations, on the choosing half\n")
-        say("Perplexity change (share of top-k's) at the mean that came out.\n")
-        say(
-            "| configuration | " + " | ".join(f"{b:g}" for b in BUDGETS) + " |\n|---|" + "---|" * len(BUDGETS)
-        )
+        say("Perplexity change (share of top-k's) at the mean that came out.")
+        say_head("configuration", *(f"{b:g}" for b in BUDGETS))
         result["configurations"] = choose(model, calibration, choosing)
     if "report" in args.parts:
         say("\n### Comparison at the same mean number of experts")
@@ -652,13 +644,14 @@ def main() -> None:
         result["uniformity"] = uniformity(model, calibration, whole)
     if "speed" in args.parts:
         say("\n### Speed of calibration without outputs\n")
-        say(
-            "Processor seconds, in turn; tokens per second of the best round, ratios as medians over rounds.\n"
+        say("Processor seconds, in turn; tokens per second of the best round, ratios as medians over rounds.")
+        forwards = (
+            "forwards without head, tokens/s",
+            "calibration",
+            "against it",
+            "against forwards with head",
         )
-        say(
-            "| model | tokens | forwards without head, tokens/s | calibration | against it | against forwards with head |"
-        )
-        say("|---|---|---|---|---|---|")
+        say_head("model", "tokens", *forwards)
         rows = [speed(model, args.model, first.spread(32_768).windows_BS, rounds=15)]
         ids = torch.randint(3, 1000, (2, 512), generator=torch.Generator().manual_seed(0))
         rows.append(speed(olmoe_layer(), "one layer of OLMoE-1B-7B's shape", ids, rounds=9))
@@ -669,7 +662,7 @@ def main() -> None:
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     if args.write:
-        write_block(Path(args.write), "calibration", "\n".join(SAID))
+        write_block(args.write, "calibration", "\n".join(SAID))
 
 
 if __name__ == "__main__":

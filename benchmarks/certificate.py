@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from pages import arguments, markdown_table
 
 from bh_routing._words import Bound
 from bh_routing.calibration.calibration import Calibration
@@ -152,10 +153,7 @@ def off_domain(pool: dict[str, Any], target: float) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("model")
+    parser = arguments(__doc__, threads=False, write=False, model="")
     parser.add_argument("--calibration")
     parser.add_argument("--text", nargs="+", default=[])
     parser.add_argument("--levels", nargs="+", type=float, default=[6.5, 6, 5.5, 5, 4.5, 4, 3.5, 3, 2.5, 2])
@@ -185,35 +183,29 @@ def main() -> None:
     args.output.write_text(json.dumps(found, indent=1) + "\n")
     allowed = DELTA + 3 * math.sqrt(DELTA * (1 - DELTA) / DRAWS)
     print(f"\n{losses_MN.shape[1]} documents; allowed: {allowed:.1%} of {DRAWS} draws\n")
-    print("| budget | experts | mean KL | clipped |\n| ---: | ---: | ---: | ---: |")
-    for level, kept, mean, clipped in zip(
-        found["levels"], found["experts"], found["mean"], found["clipped"], strict=True
-    ):
-        print(f"| {level:g} | {kept:.2f} | {mean:.4f} | {clipped:.1%} |")
-    print(
-        "\n| documents | max_kl | bound | exceeded | certified experts | oracle | given away | nothing certified |"
-    )
-    print("| ---: | ---: | --- | ---: | ---: | ---: | ---: | ---: |")
+    columns = zip(*(found[name] for name in ("levels", "experts", "mean", "clipped")), strict=True)
+    rows = [[f"{b:g}", f"{kept:.2f}", f"{mean:.4f}", f"{clipped:.1%}"] for b, kept, mean, clipped in columns]
+    print(markdown_table(["budget", "experts", "mean KL", "clipped"], rows))
+    rows = []
     for row in found["certified"]:
-        print(
-            f"| {row['documents']} | {row['max_kl']:g} | {row['bound']} | {row['exceeded']:.1%} | {row['experts']:.2f} | "
-            f"{row['oracle']:.2f} | {row['experts'] - row['oracle']:.2f} | {row['nothing']:.0%} |"
-        )
-    print(
-        "\n| documents | bound | curve missed | mean excess of the bounds, millinats |\n| ---: | --- | ---: | ---: |"
-    )
-    for row in found["curve"]:
-        print(
-            f"| {row['documents']} | {row['bound']} | {row['missed']:.1%} | {1000 * np.mean(row['above']):.2f} |"
-        )
+        figures = (row["experts"], row["oracle"], row["experts"] - row["oracle"])
+        named = [str(row["documents"]), f"{row['max_kl']:g}", row["bound"], f"{row['exceeded']:.1%}"]
+        rows.append([*named, *(f"{figure:.2f}" for figure in figures), f"{row['nothing']:.0%}"])
+    header = ["documents", "max_kl", "bound", "exceeded", "certified experts", "oracle", "given away"]
+    print(f"\n{markdown_table([*header, 'nothing certified'], rows)}")
+    rows = [
+        [str(row["documents"]), row["bound"], f"{row['missed']:.1%}", f"{1000 * np.mean(row['above']):.2f}"]
+        for row in found["curve"]
+    ]
+    header = ["documents", "bound", "curve missed", "mean excess of the bounds, millinats"]
+    print(f"\n{markdown_table(header, rows)}")
     names = list(found["off_domain"][0]["loses"])
-    print(
-        f"\n| certified on | documents | experts | {' | '.join(names)} |\n| --- | ---: | ---: |"
-        + " ---: |" * len(names)
-    )
-    for row in found["off_domain"]:
-        cells = " | ".join(f"{row['loses'][name]:.4f}" for name in names)
-        print(f"| {row['certified on']} | {row['documents']} | {row['experts']:g} | {cells} |")
+    rows = [
+        [row["certified on"], str(row["documents"]), f"{row['experts']:g}"]
+        + [f"{row['loses'][name]:.4f}" for name in names]
+        for row in found["off_domain"]
+    ]
+    print(f"\n{markdown_table(['certified on', 'documents', 'experts', *names], rows)}")
 
 
 if __name__ == "__main__":

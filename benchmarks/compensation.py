@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from pages import WINDOW, arguments, markdown_table, publish
+from pages import WINDOW, arguments, halves, markdown_table, publish
 from torch import Tensor
 
 from bh_routing import BHRoutingIntegration, Calibration, RoutingIntegration, TopKPolicy
@@ -79,13 +79,11 @@ class Bench:
     def windows(self, text: str) -> Tensor:
         """Blocks of adjacent windows, evenly over a text."""
         if text in ("solving", "choosing", "books"):
-            whole = "".join(TextFile(self.data / "books-valid.txt.xz"))
-            half = whole.index("\n", len(whole) // 2) + 1
-            source: Any = whole[half:] if text == "books" else whole[:half]
+            source: Any = halves(self.data / "books-valid.txt.xz")[text == "books"]
         elif text in MIXED:
             source = TextFile(self.data / "mixed" / f"{text}.jsonl.xz")
         else:
-            source = "".join(TextFile(self.data / f"{text}.txt.xz"))
+            source = TextFile(self.data / f"{text}.txt.xz").read()
         every = [w for w in cut_windows(self.tokenizer, source, WINDOW) if w.shape[1] == WINDOW]
         per_block = BLOCK // WINDOW
         starts = evenly(range(0, len(every) - per_block + 1, per_block), TOKENS[text] // BLOCK)

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from machine import Times, in_turn, ratio
-from pages import arguments, markdown_table, publish
+from pages import arguments, halves, markdown_table, publish
 
 from bh_routing import Calibration
 from bh_routing.cli.common import make_progress
@@ -50,8 +50,8 @@ WINDOW = 256  # tokens; what olmoe-nano was trained on
 
 def read(data: Path, name: str) -> str:
     """A text; of books-valid the second half (the first is for choosing)."""
-    text = "".join(TextFile(data / f"{name}.txt.xz"))
-    return text[text.index("\n", len(text) // 2) + 1 :] if name == "books-valid" else text
+    path = data / f"{name}.txt.xz"
+    return halves(path)[1] if name == "books-valid" else TextFile(path).read()
 
 
 def run(data: Path, output: Path, name: str, calibration: Path | None, max_tokens: int) -> None:
@@ -70,7 +70,7 @@ def run(data: Path, output: Path, name: str, calibration: Path | None, max_token
             {name: read(data, name)},
             output / name,
             calibration=Calibration.load(path),
-            solve_text="".join(TextFile(data / "books-calibration.txt.xz"))[:2_000_000],
+            solve_text=TextFile(data / "books-calibration.txt.xz").read()[:2_000_000],
             window=WINDOW,
             max_tokens=max_tokens,
             model_id="olmoe-nano",

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 from machine import describe_machine
-from pages import arguments, markdown_table, publish
+from pages import arguments, halves, markdown_table, publish
 
 from bh_routing import BHRoutingIntegration, Calibration, calibrate
 from bh_routing.evaluation import perplexity_change
@@ -44,9 +44,7 @@ ROUTINGS: dict[str, dict[str, Any] | None] = {
 
 def valid_ids(tokenizer: Any, data: Path, half: int, tokens: int) -> torch.Tensor:
     """Token ids of a half of the validation text: runs of a whole number of windows, spread evenly over it."""
-    text = "".join(TextFile(data / "books-valid.txt.xz"))
-    middle = text.index("\n", len(text) // 2) + 1
-    text = text[:middle] if half == 1 else text[middle:]
+    text = halves(data / "books-valid.txt.xz")[half - 1]
     starts = np.linspace(0, len(text) - 40_000, max(1, tokens // 4096)).astype(int)
     runs = [torch.tensor(tokenizer(text[a : a + 40_000], verbose=False).input_ids[:4096]) for a in starts]
     return torch.cat(runs)

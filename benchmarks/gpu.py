@@ -12,7 +12,6 @@ Over 350 lines: the checks in the order of a layer, each with its timing.
 
 from __future__ import annotations
 
-import argparse
 import datetime
 import os
 import statistics
@@ -29,7 +28,7 @@ if not torch.cuda.is_available():
 
 from gpu_layers import check_compensation, check_price, decided, linear_compensation, with_loads
 from machine import describe_machine
-from pages import markdown_table
+from pages import arguments, markdown_table
 from torch import Tensor
 from transformers import OlmoeConfig, OlmoeForCausalLM
 
@@ -383,9 +382,7 @@ def check_model(d: Device) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = arguments(__doc__, threads=False, write=False)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--no-times", action="store_true", help="only the checks")
     args = parser.parse_args()

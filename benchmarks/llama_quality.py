@@ -8,19 +8,19 @@ p is solved on VALID at each budget. `expert_used_count` is llama.cpp's own top-
 
 from __future__ import annotations
 
-import argparse
-import lzma
 from pathlib import Path
 from typing import Any
 
 import torch
 from llama_cpp import Llama
+from pages import arguments, markdown_table, table_row
 
 from bh_routing.engines.llama_cpp import route
 from bh_routing.engines.llama_cpp.loading import load
 from bh_routing.engines.llama_cpp.watching import Reader, Watch
 from bh_routing.evaluation.baselines.tokenwise import MinPPolicy
 from bh_routing.models import bundled_calibration
+from bh_routing.text import TextFile
 
 WINDOWS, LENGTH = 16, 256
 PLAIN = {
@@ -35,8 +35,7 @@ PLAIN = {
 
 
 def windows(llm: Any, path: Path) -> list[torch.Tensor]:
-    held = path.read_bytes() if path.suffix != ".xz" else lzma.decompress(path.read_bytes())
-    ids = llm.tokenize(held[:600_000], add_bos=False)
+    ids = llm.tokenize(TextFile(path).read().encode()[:600_000], add_bos=False)
     step = len(ids) // WINDOWS
     return [torch.tensor(ids[i * step : i * step + LENGTH]) for i in range(WINDOWS)]
 
@@ -69,9 +68,7 @@ class Counted(MinPPolicy):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = arguments(__doc__, threads=False, write=False)
     parser.add_argument("model", help="olmoe-nano as a GGUF file")
     parser.add_argument("texts", nargs="+", type=Path, help="the first is also what min-p's p is solved on")
     args = parser.parse_args()
@@ -85,7 +82,7 @@ def main() -> None:
 
     texts = {path: windows(llm, path) for path in args.texts}
     own = {path: [read(ids).log_softmax(-1) for ids in held] for path, held in texts.items()}
-    print("| text | routing | experts | KL, millinats |\n|---|---|---:|---:|")
+    print(markdown_table(["text", "routing", "experts", "KL, millinats"], []))
     for budget in (4, 2):
         low, high = 0.01, 0.95
         for _ in range(9):
@@ -93,14 +90,13 @@ def main() -> None:
             low, high = (p, high) if by_min_p(p, texts[args.texts[0]][:6])[0] > budget else (low, p)
         for path, held in texts.items():
             mean, found = by_min_p(p, held)
-            print(
-                f"| {path.name} | min-p {p:.3f} | {mean:.2f} | {millinats(own[path], found):.1f} |",
-                flush=True,
-            )
+            cells = [path.name, f"min-p {p:.3f}", f"{mean:.2f}", f"{millinats(own[path], found):.1f}"]
+            print(table_row(cells), flush=True)
             given = PLAIN | {"verbose": False, "logits_all": True}
             top = Llama(model_path=args.model, kv_overrides={"olmoe.expert_used_count": budget}, **given)
             cost = millinats(own[path], predictions(top, held))
-            print(f"| {path.name} | expert_used_count={budget} | {budget}.00 | {cost:.1f} |", flush=True)
+            cells = [path.name, f"expert_used_count={budget}", f"{budget}.00", f"{cost:.1f}"]
+            print(table_row(cells), flush=True)
             for form in ("none", "mean", "linear"):
                 ours = route(
                     Llama,
@@ -112,7 +108,8 @@ def main() -> None:
                 )
                 cost = millinats(own[path], predictions(ours, held))
                 mean = ours.routing.get_routing_stats()["mean_experts_per_token"]
-                print(f"| {path.name} | BH, compensation {form} | {mean:.2f} | {cost:.1f} |", flush=True)
+                cells = [path.name, f"BH, compensation {form}", f"{mean:.2f}", f"{cost:.1f}"]
+                print(table_row(cells), flush=True)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ with two it is the clock's, which takes an idle machine.
 
 from __future__ import annotations
 
-import argparse
 import ctypes
 import time
 from typing import Any
@@ -19,6 +18,7 @@ from typing import Any
 import gguf
 import numpy as np
 import torch
+from pages import arguments, markdown_table, table_row
 
 LAYERS, HIDDEN, EXPERTS, SLOTS, INNER, VOCABULARY = 16, 2048, 64, 8, 1024, 50304
 
@@ -242,22 +242,18 @@ def measure(path: str, threads: int, rounds: int, tokens: int, prefill: int, ran
                     kept[str(name)] += run.router.pairs()
         base = np.array(times["its own 8"])
         print(f"\n{part}, {threads} thread{'s' * (threads > 1)}, {len(base)} rounds\n")
-        print("| | ms | of its own 8 | quartiles | experts |\n|---|---:|---:|---|---:|")
+        print(markdown_table(["", "ms", "of its own 8", "quartiles", "experts"], []))
         for name, values in times.items():
             found = np.array(values)
             low_q, high_q = np.quantile(found / base, [0.25, 0.75])
             rows = len(base) * count * length * LAYERS - (len(base) * (length - 1) if length > 1 else 0)
             mean = f"{kept[name] / rows:.2f}" if name in kept else ""
-            print(
-                f"| {name} | {1e3 * np.median(found):.1f} | {np.median(found / base):.3f} | {low_q:.3f} to {high_q:.3f} | {mean} |",
-                flush=True,
-            )
+            times = [f"{1e3 * np.median(found):.1f}", f"{np.median(found / base):.3f}"]
+            print(table_row([name, *times, f"{low_q:.3f} to {high_q:.3f}", mean]), flush=True)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = arguments(__doc__, threads=False, write=False)
     commands = parser.add_subparsers(dest="command", required=True)
     one = commands.add_parser("make")
     one.add_argument("kind", choices=("q8_0", "q4_k"))

@@ -57,12 +57,20 @@ def refresh_outputs(page: Path) -> None:
     page.write_text(PYTHON.sub(filled, content), encoding="utf-8")
 
 
-def arguments(doc: str | None, *, threads: bool = True) -> argparse.ArgumentParser:
-    """A parser with what all benchmarks take: --write, and --threads of those that time something."""
+def arguments(
+    doc: str | None, *, threads: bool = True, write: bool = True, model: str | None = None
+) -> argparse.ArgumentParser:
+    """A parser with what the benchmarks take: --write, --threads of those that time something, and the model.
+
+    ``model`` is the default of MODEL, which a benchmark that names none measures; "" for one that must be given.
+    """
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     if threads:
         parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--write", type=Path, metavar="PAGE", help="put the tables into this page")
+    if model is not None:
+        parser.add_argument("model", metavar="MODEL", nargs="?" if model else None, default=model or None)
+    if write:
+        parser.add_argument("--write", type=Path, metavar="PAGE", help="put the tables into this page")
     return parser
 
 
@@ -77,8 +85,14 @@ def text_windows(tokenizer: Any, path: Path | None, limit: int | None = None) ->
     """Windows of the bundled text, or of the second half of a file's (the first half is for choosing)."""
     if path is None:
         return cut_windows(tokenizer, sample_text(), WINDOW, limit)
-    text = "".join(TextFile(path))
-    return cut_windows(tokenizer, text[text.index("\n", len(text) // 2) + 1 :], WINDOW, limit)
+    return cut_windows(tokenizer, halves(path)[1], WINDOW, limit)
+
+
+def halves(path: Path) -> tuple[str, str]:
+    """A text up to the end of the line in its middle, for choosing, and the rest, for reporting."""
+    text = TextFile(path).read()
+    middle = text.index("\n", len(text) // 2) + 1
+    return text[:middle], text[middle:]
 
 
 def text_name(path: Path | None) -> str:
@@ -89,7 +103,12 @@ def text_name(path: Path | None) -> str:
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table: the first column to the left, the others to the right."""
     rule = ["---", *["---:"] * (len(header) - 1)]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in (header, rule, *rows))
+    return "\n".join(table_row(cells) for cells in (header, rule, *rows))
+
+
+def table_row(cells: Sequence[str]) -> str:
+    """A line of such a table, of one that is printed as it is measured: after `markdown_table` of no rows."""
+    return "| " + " | ".join(cells) + " |"
 
 
 def write_block(page: Path, name: str, text: str) -> None:

@@ -9,11 +9,11 @@ its predictions along the full model's answers are compared with the full model'
 
 from __future__ import annotations
 
-import argparse
 import json
 from pathlib import Path
 
 import torch
+from pages import arguments, markdown_table
 
 from bh_routing.calibration.calibration import Calibration
 from bh_routing.evaluation.free_running import free_running
@@ -30,10 +30,7 @@ ROUTINGS = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("model")
+    parser = arguments(__doc__, threads=False, write=False, model="")
     parser.add_argument("--text", nargs="+", required=True)
     parser.add_argument("--prompts", type=int, default=32)
     parser.add_argument("--tokens", type=int, default=64, help="of a prompt, and of an answer")
@@ -56,17 +53,21 @@ def main() -> None:
     args.output.write_text(
         json.dumps({"prompts": len(rows), "tokens": args.tokens, "routings": found}, indent=1) + "\n"
     )
-    print(
-        "| routing | experts | KL, greedy answers | KL, sampled answers | KL, the text itself | ratio, greedy |"
-    )
-    print("| --- | ---: | ---: | ---: | ---: | ---: |")
+    lines = []
     for name, told in found.items():
         greedy, sampled = told["greedy"], told["sampled"]
         cells = [f"{row['kl']:.4f} ± {2 * row['kl_error']:.4f}" for row in (greedy, sampled)]
-        print(
-            f"| {name} | {told['experts']['all']:.2f} | {' | '.join(cells)} | {greedy['teacher_forced']:.4f} | "
-            f"{greedy['ratio']:.2f} |"
-        )
+        told_of_greedy = [f"{greedy['teacher_forced']:.4f}", f"{greedy['ratio']:.2f}"]
+        lines.append([name, f"{told['experts']['all']:.2f}", *cells, *told_of_greedy])
+    header = [
+        "routing",
+        "experts",
+        "KL, greedy answers",
+        "KL, sampled answers",
+        "KL, the text itself",
+        "ratio, greedy",
+    ]
+    print(markdown_table(header, lines))
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
-from pages import text_name, text_windows
+from pages import arguments, text_name, text_windows
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -173,9 +173,7 @@ def draw(found: dict[str, Any], source: str, output: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = arguments(__doc__, threads=False, write=False)
     parser.add_argument("--calibration", help="default: the one that comes with olmoe-nano")
     parser.add_argument("--text", type=Path, help="measure on its second half (default: the bundled text)")
     parser.add_argument("--solve-text", type=Path, help="calibration text (default: the bundled text)")

@@ -46,7 +46,7 @@ class Point(NamedTuple):
 
 def steps_of(tokenizer: object, path: Path, streams: int, tokens: int) -> list[Tensor]:
     """Batches [streams, 256] of windows from places that are spread over the text."""
-    text = "".join(TextFile(path)) if path.suffixes[:1] != [".jsonl"] else "\n\n".join(TextFile(path))
+    text = TextFile(path).read()
     ids_N = tokenizer(text, add_special_tokens=False, return_tensors="pt", verbose=False).input_ids[0]  # type: ignore[operator]
     batches = tokens // (WINDOW * streams)
     starts = torch.linspace(0, len(ids_N) - WINDOW, batches * streams).long()

@@ -13,7 +13,6 @@ the part took, so that an interrupted run goes on, and the next one can say how 
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import os
@@ -29,7 +28,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pages import PYTHON, refresh_outputs, write_block
+from pages import PYTHON, arguments, refresh_outputs, write_block
 
 ROOT = Path(__file__).parent.parent
 STATE = ROOT / "build" / "docs.json"
@@ -242,9 +241,7 @@ def plan(todo: list[Part], fresh: list[Part], state: dict[str, dict[str, Any]]) 
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = arguments(__doc__, threads=False, write=False)
     parser.add_argument("parts", nargs="*", metavar="PART", help="only these (default: all)")
     parser.add_argument("--data", type=Path, default=Path("data"), metavar="DIR", help="default: data")
     parser.add_argument("--plan", action="store_true", help="say what is fresh and what is to do; do nothing")

@@ -14,7 +14,6 @@ a random one with experts of 1.6 million weights (``--make FOLDER``), which `bh-
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import contextlib
 import json
@@ -33,7 +32,7 @@ import aiohttp
 import psutil
 import torch
 from machine import describe_machine
-from pages import markdown_table, publish
+from pages import arguments, markdown_table, publish
 from transformers import AutoTokenizer, OlmoeConfig, OlmoeForCausalLM
 from vllm import __version__ as vllm_version
 
@@ -345,9 +344,7 @@ def median(rounds: list[dict[str, float]], key: str) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = arguments(__doc__, threads=False)
     parser.add_argument("what", choices=["soak", "load"])
     parser.add_argument("--minutes", type=float, default=10.0, help="of the soak (default 10)")
     parser.add_argument("--seconds", type=float, default=20.0, help="of a round of the load (default 20)")
@@ -357,7 +354,6 @@ def main() -> None:
     parser.add_argument(
         "--make", type=Path, metavar="FOLDER", help="only make the random model of the load there"
     )
-    parser.add_argument("--write", type=Path, metavar="PAGE", help="put the table into this page")
     args = parser.parse_args()
     if args.make is not None:
         large_model(args.make)

@@ -12,6 +12,7 @@ import torch
 from .._version import __version__
 from ..decision.compensation import Cost
 from ..integration import RoutingIntegration
+from ..telemetry.figures import to_frame as to_frame
 from .paired import BLOCK, block_sums
 from .perplexity import perplexity_of
 from .scoring import TextScores

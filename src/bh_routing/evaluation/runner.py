@@ -22,7 +22,7 @@ from ..calibration.calibration import Calibration
 from ..errors import InvalidInputError, InvalidParameterError
 from ..integration import RoutingIntegration
 from ..policies import RoutingContext
-from ..telemetry.figures import frame_of
+from ..telemetry.figures import to_frame
 from ..text import Window, cut_windows, spans
 from .figures import result_of
 from .results import FORMAT, ResultsFolder
@@ -162,7 +162,7 @@ class RoutingExperimentRunner:
         MissingDependencyError
             Without pandas.
         """
-        return frame_of(self.run())
+        return to_frame(self.run())
 
     def run(self) -> list[dict[str, Any]]:
         """The same, as a list of results."""

@@ -209,7 +209,7 @@ class Telemetry:
         MissingDependencyError
             Without pandas.
         """
-        return frame_of([layer_figures(s) for s in self._read()], "to_frame", ", or use to_dict")
+        return to_frame([layer_figures(s) for s in self._read()], "to_frame", ", or use to_dict")
 
     def __repr__(self) -> str:
         sums = self._read()
@@ -234,7 +234,7 @@ class Telemetry:
         return total_figures(self._read())
 
 
-def frame_of(rows: Sequence[Mapping[str, Any]], what: str = "a DataFrame", otherwise: str = "") -> Any:
+def to_frame(rows: Sequence[Mapping[str, Any]], what: str = "a DataFrame", otherwise: str = "") -> Any:
     """A pandas DataFrame with a row for each: the values that are single numbers or words."""
     single = [{k: v for k, v in row.items() if not isinstance(v, (list, dict))} for row in rows]
     return needed("pandas", what, "frame", otherwise).DataFrame(single)
