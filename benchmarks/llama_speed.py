@@ -2,17 +2,22 @@
 
     python benchmarks/llama_speed.py make q8_0 /tmp/big-q8_0.gguf       # 7.4 GB; q4_k: 3.9 GB
     python benchmarks/llama_speed.py run /tmp/big-q8_0.gguf --threads 2
+    python benchmarks/llama_speed.py cold /tmp/big-q8_0.gguf --leave 4  # with 4 GB left for 7.4
 
 All runs share one loaded model (top-4 is a second one) and take turns in random order; every ratio is of two runs of one
 round. Counts follow the router: the threshold on the score is set so that 4 of 8 experts are kept on average. Compensations are random,
 of the size that a calibration would choose (rank 64). With one thread time is the process's own (other processes do not count);
-with two it is the clock's, which takes an idle machine.
+with two it is the clock's, which takes an idle machine. `cold` locks memory until so much is left for the file, which llama.cpp maps and does
+not repack then: what is read again is what did not fit.
 """
 
 from __future__ import annotations
 
 import ctypes
+import mmap
+import os
 import time
+from pathlib import Path
 from typing import Any
 
 import gguf
@@ -98,9 +103,9 @@ def make(kind: str, path: str) -> None:
 class Model:
     """A loaded model."""
 
-    def __init__(self, low: Any, path: str, experts: int | None = None) -> None:
+    def __init__(self, low: Any, path: str, experts: int | None = None, *, repack: bool = True) -> None:
         params = low.llama_model_default_params()
-        params.n_gpu_layers = 0
+        params.n_gpu_layers, params.use_extra_bufts = 0, repack
         if experts is not None:
             given = (low.llama_model_kv_override * 2)()
             given[0].tag, given[0].key = low.LLAMA_KV_OVERRIDE_TYPE_INT, b"olmoe.expert_used_count"
@@ -198,6 +203,64 @@ def make_router(lib: Any, level: float, form: str, rank: int) -> Any:
     )
 
 
+def told_by(path: str) -> dict[str, int]:
+    """The numbers of a file of names and numbers in /proc."""
+    pairs = (line.split(":") for line in Path(path).read_text().splitlines())
+    return {name: int(rest.split()[0]) for name, rest in pairs}
+
+
+def lock_all_but(left: float) -> Any:
+    """Memory that nobody can use until this process ends: all that is available but so many GB."""
+    size = told_by("/proc/meminfo")["MemAvailable"] * 1024 - int(left * 1e9)
+    Path("/proc/self/oom_score_adj").write_text(
+        "1000"
+    )  # where it is too much, this process ends and no other
+    held = mmap.mmap(-1, size)
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.mlock(ctypes.c_void_p(ctypes.addressof(ctypes.c_char.from_buffer(held))), ctypes.c_size_t(size)):
+        raise OSError(ctypes.get_errno(), f"cannot lock {size / 1e9:.1f} GB")
+    return held
+
+
+def cold(path: str, left: float, threads: int, rounds: int, tokens: int) -> None:
+    import llama_cpp
+    import llama_cpp.llama_cpp as low
+
+    from bh_routing.engines.llama_cpp import shim
+
+    quiet = low.llama_log_callback(lambda level, text, _: None)
+    low.llama_log_set(quiet, ctypes.c_void_p(0))
+    low.llama_backend_init()
+    lib, model = shim.library(llama_cpp.__version__), Model(low, path, repack=False)
+    levels = {8: -float("inf"), **{keep: threshold(low, lib, model, keep) for keep in (4, 2)}}
+    runs = {
+        keep: Run(low, model, threads, make_router(lib, level, "none", 0)) for keep, level in levels.items()
+    }
+    held = lock_all_but(left)
+    rng = np.random.default_rng(0)
+    found: dict[int, list[tuple[float, float]]] = {keep: [] for keep in runs}
+    for _ in range(rounds):
+        for keep in rng.permutation(list(runs)):
+            for part in (tokens // 2, tokens):  # the cache is what this number of experts leaves there
+                start, before = time.perf_counter(), told_by("/proc/self/io")["read_bytes"]
+                for token in rng.integers(0, VOCABULARY, part).tolist():
+                    runs[keep].decode([token])
+            found[keep].append(
+                (
+                    (time.perf_counter() - start) / tokens,
+                    (told_by("/proc/self/io")["read_bytes"] - before) / tokens,
+                )
+            )
+    size = os.path.getsize(path) / 1e9
+    print(
+        f"\n{size:.1f} GB, {left:g} GB left ({len(held) / 1e9:.1f} GB locked), {threads} threads, {rounds} rounds of {tokens} tokens\n"
+    )
+    print("| experts | tokens per second | MB read per token |\n|---:|---:|---:|")
+    for keep, values in found.items():
+        seconds, read = np.median(np.array(values), 0)
+        print(f"| {keep} | {1 / seconds:.2f} | {read / 1e6:.0f} |", flush=True)
+
+
 def measure(path: str, threads: int, rounds: int, tokens: int, prefill: int, rank: int, stock4: bool) -> None:
     import llama_cpp
     import llama_cpp.llama_cpp as low
@@ -266,9 +329,17 @@ def main() -> None:
     two.add_argument("--prefill", type=int, default=256)
     two.add_argument("--rank", type=int, default=64)
     two.add_argument("--no-top-4", dest="stock4", action="store_false", help="without a second loaded model")
+    three = commands.add_parser("cold")
+    three.add_argument("path")
+    three.add_argument("--leave", type=float, default=4.0, help="GB (default 4)")
+    three.add_argument("--threads", type=int, default=2)
+    three.add_argument("--rounds", type=int, default=3)
+    three.add_argument("--tokens", type=int, default=16)
     args = parser.parse_args()
     if args.command == "make":
         make(args.kind, args.path)
+    elif args.command == "cold":
+        cold(args.path, args.leave, args.threads, args.rounds, args.tokens)
     else:
         measure(args.path, args.threads, args.rounds, args.tokens, args.prefill, args.rank, args.stock4)
 
