@@ -17,7 +17,6 @@ from __future__ import annotations
 import statistics
 import time
 from contextlib import nullcontext
-from copy import deepcopy
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -26,7 +25,7 @@ from machine import describe_machine, ratio
 from moe_block import EXPERT_WEIGHTS, HIDDEN, STOCK, TOP_K, linear_compensation, machine_limits, make_block
 from pages import arguments, markdown_table, publish
 from torch import Tensor
-from transformers import OlmoeConfig, OlmoeForCausalLM
+from whole_model import free_gigabytes, make_model
 
 from bh_routing import BHRoutingIntegration, Calibration, RoutingIntegration, TopKPolicy
 from bh_routing.data import sample_text
@@ -192,64 +191,80 @@ def measure(
     ]
 
 
-def measure_model(calibration: Calibration, streams: int, loads: float, seconds: float) -> list[str]:
-    """Greedy decoding of a model of that shape with the embedded model's four layers, so many sequences at a time."""
+NEW, PROMPT = 8, 32  # tokens decoded in a round, after so many
+
+
+def measure_model(
+    calibration: Calibration, streams: int, loads: float, layers: int, rounds: int
+) -> list[str]:
+    """Greedy decoding of a model of OLMoE-1B-7B's shape, so many sequences at a time; every layer replays one of the embedded model's."""
     steps, policy = record(calibration, streams, loads)
-    config = OlmoeConfig(num_hidden_layers=4, vocab_size=50304, hidden_size=HIDDEN, intermediate_size=1024)
-    config._experts_implementation = "grouped_mm"
-    with torch.device("meta"):
-        model = OlmoeForCausalLM(config).to(torch.bfloat16)
-    model = model.to_empty(device="cpu").eval()
-    model.model.rotary_emb = type(model.model.rotary_emb)(config)
-    for parameter in model.parameters():
-        parameter.data.normal_(0.0, 0.02)
-    by_row = [[one for one in steps if one.layer == row] for row in range(4)]
-    routers = [Replayed(layer.mlp.gate) for layer in model.model.layers]
-    for layer, router in zip(model.model.layers, routers, strict=True):
-        layer.mlp.gate.forward = router
-    linear = {path: linear_compensation() for path in policy.table.paths}
+    model = make_model(layers)
+    gates = [layer.mlp.gate for layer in model.model.layers]
+    rows = [row % policy.table.num_layers for row in range(layers)]
+    recorded = [[one for one in steps if one.layer == row] for row in rows]
+    routers = [Replayed(gate) for gate in gates]
+    (price,) = set(policy.prices.at(streams))  # one for the whole model
+    paths = tuple(f"model.layers.{row}.mlp.gate" for row in range(layers))
+    held = {
+        name: getattr(policy.table, name)[rows]
+        for name in ("thresholds_LE", "offset_LE", "slopes_LDE", "center_LD")
+        if getattr(policy.table, name) is not None
+    }
+    priced = PricePolicy(
+        replace(policy.table, paths=paths, **held), prices=FixedPrice(price, layers), first=policy.first
+    )
+    linear = {path: linear_compensation() for path in paths}
     variants = {
         "top-4": RoutingIntegration(model, TopKPolicy(4)),
-        "price": RoutingIntegration(
-            model,
-            PricePolicy(policy.table, prices=policy.prices, first=policy.first),
-            compensations=linear,
-        ),
+        "price": RoutingIntegration(model, priced, compensations=linear),
     }
+    cache = model(torch.randint(5, 4000, (streams, PROMPT)), use_cache=True).past_key_values
+    for gate, router in zip(gates, routers, strict=True):
+        gate.forward = router
+
+    def decode(turn: int, new: int = NEW) -> None:
+        ids_B1 = torch.ones(streams, 1, dtype=torch.int64)
+        for number in range(new):
+            for layer, router in enumerate(routers):
+                own = recorded[layer]
+                router.step = own[(turn * NEW + number + layer) % len(own)]
+            ids_B1 = model(ids_B1, past_key_values=cache).logits[:, -1:].argmax(-1)
+        cache.crop(-new)
+
+    near = {}
+    for name in STOCK[:2]:
+        model.config._experts_implementation = name
+        decode(0, 1)
+        near[name] = min(_clock(lambda: decode(0, 1)) for _ in range(2))
+    model.config._experts_implementation = min(near, key=near.__getitem__)
     times: dict[str, list[float]] = {name: [] for name in ("stock", *variants)}
-    prompt = model(torch.randint(5, 4000, (streams, 32)), use_cache=True).past_key_values
-    start, turn = time.perf_counter(), 0
-    while turn < 6 or time.perf_counter() - start < seconds:
+    for turn in range(rounds + 1):
         names = list(times)
         for name in names[turn % 3 :] + names[: turn % 3]:
-            for router, rows in zip(routers, by_row, strict=True):
-                router.step = rows[turn % len(rows)]
-            cache = deepcopy(prompt)
             with variants.get(name, nullcontext()):
-                elapsed = _clock(
-                    lambda cache=cache: (
-                        model(torch.ones(streams, 1, dtype=torch.int64), past_key_values=cache)
-                        .logits[:, -1]
-                        .argmax(-1)
-                    )
-                )
+                elapsed = _clock(lambda turn=turn: decode(turn))
             if turn:
                 times[name].append(elapsed)
-        turn += 1
+        print(turn, {name: f"{found[-1]:.2f}" for name, found in times.items() if found}, flush=True)
     told = variants["price"].telemetry.to_dict()["total"]
     return [
         str(streams),
         f"{told['own_mean_loads']:.1f} / {told['mean_loads']:.1f}",
-        f"{streams / statistics.median(times['stock']):.1f}",
+        f"{told['mean_experts']:.2f}",
+        f"{1e3 * statistics.median(times['stock']) / NEW:.0f}",
+        f"{streams * NEW / statistics.median(times['stock']):.1f}",
         *(f"{1 / ratio(times, name, 'stock'):.2f}" for name in variants),
-        str(turn - 1),
+        str(rounds),
     ]
 
 
 MODEL_HEADER = (
     "sequences",
     "loads, stock / price",
-    "tokens per second, stock",
+    "experts per token",
+    "ms per step, stock top-8",
+    "tokens per second",
     "top-4, times as many",
     "price",
     "rounds",
@@ -282,24 +297,31 @@ def main() -> None:
     parser.add_argument("--calibration", required=True)
     parser.add_argument("--streams", type=int, action="append")
     parser.add_argument("--loads", type=float, action="append")
-    parser.add_argument("--model", action="store_true", help="also decode with four such layers (3.6 GB)")
+    parser.add_argument(
+        "--model", type=int, metavar="LAYERS", help="instead decode with so many such layers (16: 15 GB)"
+    )
+    parser.add_argument(
+        "--rounds", type=int, default=8, help="of --model, 8 tokens of each sequence in each (default 8)"
+    )
     parser.add_argument("--seconds", type=float, default=25.0, help="per row (default 25)")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     calibration = Calibration.load(args.calibration)
+    asked = list(zip(args.streams or (16, 64), args.loads or (21.0, 32.0), strict=True))
+    machine = describe_machine(args.threads)
+    if args.model:
+        if free_gigabytes() < (needed := 0.9 * args.model + 1.5):
+            raise SystemExit(f"needs {needed:.0f} GB of free memory, got {free_gigabytes():.0f}.")
+        row = measure_model(calibration, *asked[0], args.model, args.rounds)
+        text = f"{markdown_table(MODEL_HEADER, [row])}\n\n{args.model} layers, random weights; {machine}."
+        publish(args.write, "price-model", text)
+        return
     block = make_block(torch.bfloat16)
     limits = machine_limits(torch.bfloat16)
-    rows = [
-        measure(block, calibration, streams, loads, args.seconds, limits)
-        for streams, loads in zip(args.streams or (16, 64), args.loads or (21.0, 32.0), strict=True)
-    ]
+    rows = [measure(block, calibration, *one, args.seconds, limits) for one in asked]
     reached = f"{limits[0] / 1e9:.1f} GB/s and {limits[1] / 1e9:.0f} GFLOP/s"
-    del block
-    if args.model:
-        row = measure_model(calibration, 16, (args.loads or [21.0])[0], args.seconds)
-        publish(args.write, "price-model", markdown_table(MODEL_HEADER, [row]))
-    text = f"{markdown_table(HEADER, rows)}\n\n{describe_machine(args.threads)}; reached: {reached}."
+    text = f"{markdown_table(HEADER, rows)}\n\n{machine}; reached: {reached}."
     publish(args.write, "price-block", text)
 
 

@@ -93,10 +93,10 @@ class Server:
             lines = (await response.text()).splitlines()
         return {k: float(v) for k, _, v in (x.rpartition(" ") for x in lines) if k.startswith("bh_routing")}
 
-    def memory(self) -> float:
-        """Megabytes of the process and its children that nobody shares."""
+    def memory(self) -> list[float]:
+        """Megabytes that nobody shares, of the process and each of its children."""
         parent = psutil.Process(self.process.pid)
-        return sum(p.memory_full_info().uss for p in (parent, *parent.children(recursive=True))) / 2**20
+        return [p.memory_full_info().uss / 2**20 for p in (parent, *parent.children(recursive=True))]
 
     async def complete(
         self, prompt: str, tokens: int, level: dict[str, Any]
@@ -123,11 +123,15 @@ def prompt_of(chance: random.Random) -> str:
 # ------------------------------------------------------------------------------------------------- soak
 
 
+KINDS = ("answered", "refused", "hung up")
+
+
 class Soak:
     """What 16 clients saw."""
 
     def __init__(self, server: Server) -> None:
         self.server, self.seen, self.failures, self.tokens, self.cached = server, Counter(), [], 0, 0
+        self.memory: list[tuple[int, float]] = []  # requests so far, megabytes
 
     async def client(self, number: int, end: float, hangs_up: bool) -> None:
         chance = random.Random(number)
@@ -168,6 +172,11 @@ class Soak:
         while time.monotonic() < end:
             await asyncio.sleep(2)
             turn += 1
+            if turn % 10 == 0:
+                each = self.server.memory()
+                self.memory.append((sum(self.seen[kind] for kind in KINDS), sum(each)))
+                told = [f"{megabytes:.0f}" for megabytes in each]
+                print(f"{self.memory[-1][0]} requests, MB:", *told, file=sys.stderr, flush=True)
             try:
                 stats, metrics = await self.server.rpc("bh_routing_stats"), await self.server.metrics()
                 assert stats["telemetry"]["total"]["tokens"] >= 0
@@ -192,7 +201,8 @@ async def idle(server: Server) -> None:
 
 
 async def soak(minutes: float, page: Path | None) -> None:
-    vllm = "--max-num-seqs 8 --max-model-len 256 --enforce-eager --enable-prompt-tokens-details"
+    # So few blocks of keys and values that the warm-up touches all of them: what grows later is not their pages.
+    vllm = "--max-num-seqs 8 --max-model-len 512 --enforce-eager --enable-prompt-tokens-details --num-gpu-blocks-override 64"
     async with Server("--experts", "8", "--under-load", "3", vllm=vllm) as server:
         run = Soak(server)
         await asyncio.gather(
@@ -200,14 +210,14 @@ async def soak(minutes: float, page: Path | None) -> None:
         )  # warm-up
         await idle(server)
         await server.rpc("bh_routing_reset")
-        warm, start = server.memory(), time.monotonic()
+        warm, start = sum(server.memory()), time.monotonic()
         run = Soak(server)
         end = start + 60 * minutes
         await asyncio.gather(*(run.client(i, end, True) for i in range(16)), run.watch(end))
         await idle(server)
         stats = await server.rpc("bh_routing_stats")
         problems = disagreements(stats)
-        after = server.memory()
+        after = sum(server.memory())
         # The usage of answers counts every routed token where nobody hangs up.
         await server.rpc("bh_routing_reset")
         quiet = Soak(server)
@@ -233,6 +243,7 @@ async def soak(minutes: float, page: Path | None) -> None:
         ["errors", f"{len(failures)}"],
         ["disagreements of histograms, pairs, phases and usage", f"{len(problems)}"],
         ["memory of the server, MB: after 20 s, at the end", f"{warm:,.0f} / {after:,.0f}"],
+        ["of it in the second half, MB per thousand requests", f"{late_growth(run.memory):+.1f}"],
     ]  # fmt: skip
     table = markdown_table(["soak of `bh-routing serve olmoe-nano --experts 8 --under-load 3`", ""], rows)
     publish(page, "soak", f"{table}\n\n{describe_machine(1)}; vLLM {vllm_version}.")
@@ -240,6 +251,14 @@ async def soak(minutes: float, page: Path | None) -> None:
         print(line, file=sys.stderr)
     if failures or problems or after > 1.1 * warm:
         raise SystemExit(1)
+
+
+def late_growth(memory: list[tuple[int, float]]) -> float:
+    """Megabytes per thousand requests, by least squares over the second half of (requests, megabytes)."""
+    half = memory[len(memory) // 2 :]
+    return (
+        1e3 * statistics.linear_regression(*zip(*half, strict=True)).slope if len(half) > 1 else float("nan")
+    )
 
 
 def disagreements(stats: dict[str, Any]) -> list[str]:
@@ -287,7 +306,7 @@ async def load_round(server: Server, seconds: float, level: dict[str, Any], seed
 
 
 async def load(seconds: float, rounds: int, model: str, calibration: str | None, page: Path | None) -> None:
-    vllm = "--max-num-seqs 8 --max-model-len 256 --enforce-eager --no-enable-prefix-caching"
+    vllm = "--max-num-seqs 8 --max-model-len 512 --enforce-eager --no-enable-prefix-caching"
     fixed = {f"{KEY}experts_per_token": 8}
     found: dict[str, list[dict[str, float]]] = {"fixed": [], "shed": []}
     experts: dict[str, list[float]] = {"fixed": [], "shed": []}

@@ -427,7 +427,7 @@ def test_a_table_whose_sizes_follow_the_token():
     buffers = [b.data_ptr() for b in policy._rows["gate"]]
     policy.set_table(replace(table, slopes_LDE=-slopes_LDE, center_LD=center_LD + 1))
     assert [b.data_ptr() for b in policy._rows["gate"]] == buffers
-    assert torch.equal(policy._rows["gate"][2], -slopes_LDE[0])
+    assert torch.equal(policy._rows["gate"][2].float(), -slopes_LDE[0])
     with pytest.raises(
         InvalidParameterError, match="the new table has follows_token=False, the one in use True"
     ):

@@ -161,9 +161,10 @@ def load_budget(
         )
         statistic_NK = statistic_NE.gather(-1, own_NK)
         ranking = rank_by_table(statistic_NK, table.thresholds_LE[index], rule=table.rule, limits=limits)
-        lost_N1 = torch.zeros(reservoir.num, 1, dtype=torch.bool)
-        keep_NK, first_NK = ranking.kept().keep_TK, first_of(ranking, first, lost_N1)
-        worth_NK = (2.0 * statistic_NK).exp().masked_fill(first_NK, torch.inf).masked_fill(~keep_NK, 0.0)
+        worth_NK = (2.0 * statistic_NK).exp()
+        if (first_NK := first_of(ranking, first, None)) is not None:
+            worth_NK = worth_NK.masked_fill(first_NK, torch.inf)
+        worth_NK = worth_NK.masked_fill(~ranking.kept().keep_TK, 0.0)
         worths.append(worth_NK)
         experts.append(own_NK)
     return LoadBudget(

@@ -62,7 +62,7 @@ class Priced(NamedTuple):
 
 def price_loads(
     keep_TK: Tensor | None,
-    first_TK: Tensor,
+    first_TK: Tensor | None,
     loss_TK: Tensor,
     experts_TK: Tensor,
     *,
@@ -82,8 +82,8 @@ def price_loads(
     Parameters
     ----------
     keep_TK, first_TK : Tensor
-        bool: the pairs C (None: all), and those of them that are loaded first (the ``min_k`` best of each token); the latter
-        [T, K] or [T, 1].
+        bool: the pairs C (None: all), and those of them that are loaded first (the ``min_k`` best of each token; None: none);
+        the latter [T, K] or [T, 1].
     loss_TK : Tensor
         float32, h >= 0: in squared units of the loss where sizes are sensitivities. Not NaN where ``keep_TK``.
     experts_TK : Tensor
@@ -102,20 +102,25 @@ def price_loads(
     # Few operations: between products that empty the caches each costs ten microseconds, whatever it does.
     batch, steps = shape
     worth_TK = (loss_TK - price_pair).clamp_min(0.0) if price_pair else loss_TK
-    worth_TK = worth_TK.masked_fill(first_TK, torch.inf)
+    if first_TK is not None:
+        worth_TK = worth_TK.masked_fill(first_TK, torch.inf)
     who = [mask_T.unsqueeze(-1) for mask_T in (priced_T, votes_T) if mask_T is not None]
     asking = [keep_TK, *who] if keep_TK is not None else who
     bids_TK = worth_TK
     for mask in asking:
         bids_TK = bids_TK.masked_fill(~mask, 0.0)
-    bids_TE = bids_TK.new_zeros(experts_TK.shape[0], num_experts).scatter(1, experts_TK, bids_TK)
+    bids_TE = bids_TK.new_zeros(experts_TK.shape[0], num_experts).scatter_(1, experts_TK, bids_TK)
     loaded_SE = bids_TE.view(batch, steps, num_experts).sum(0) >= price_load
     if resident_E is not None:
         loaded_SE = loaded_SE | resident_E
-    loaded_TE = loaded_SE.expand(batch, steps, num_experts).reshape(-1, num_experts)
-    runs_TK = loaded_TE.gather(1, experts_TK)
+    if steps == 1:
+        runs_TK = loaded_SE.take(experts_TK)
+    else:
+        loaded_TE = loaded_SE.expand(batch, steps, num_experts).reshape(-1, num_experts)
+        runs_TK = loaded_TE.gather(1, experts_TK)
     if price_pair:
-        runs_TK = runs_TK & (first_TK | (loss_TK >= price_pair))
+        pays_TK = loss_TK >= price_pair
+        runs_TK = runs_TK & (pays_TK if first_TK is None else first_TK | pays_TK)
     if priced_T is not None:
         runs_TK = runs_TK | ~priced_T.unsqueeze(-1)
     if keep_TK is not None:
@@ -128,13 +133,14 @@ def price_loads(
     return Priced(runs_TK, shared_TK, loaded_SE)
 
 
-def first_of(ranking: Ranking, min_k: int, lost_T1: Tensor) -> Tensor:
+def first_of(ranking: Ranking, min_k: int, lost_T1: Tensor | None) -> Tensor | None:
     """bool [T, K] in the candidates' own order: the ``min_k`` most significant; all of a token that decides nothing (``lost``)."""
     if min_k == 0:
         return lost_T1
     rank_K = torch.arange(ranking.order_TK.shape[-1], device=ranking.order_TK.device)
     first_TK = (rank_K < min_k).expand_as(ranking.order_TK)
-    return torch.zeros_like(first_TK).scatter(-1, ranking.order_TK, first_TK) | lost_T1
+    first_TK = torch.zeros_like(first_TK).scatter(-1, ranking.order_TK, first_TK)
+    return first_TK if lost_T1 is None else first_TK | lost_T1
 
 
 __all__ = ["Priced", "Step", "first_of", "price_loads"]

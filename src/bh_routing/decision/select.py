@@ -11,6 +11,7 @@ further than 8 units in the last place from its threshold.
 
 from __future__ import annotations
 
+from math import isfinite
 from typing import NamedTuple
 
 import torch
@@ -27,6 +28,11 @@ def not_finite(logits_TE: Tensor) -> Tensor:
     """bool [T, 1]: tokens with a logit that is NaN or +infinite, or without one above -infinity (a masked expert)."""
     highest_T1 = logits_TE.amax(-1, keepdim=True)  # NaN where any is
     return (highest_T1 - highest_T1) != 0
+
+
+def seen_finite(logits_TE: Tensor) -> bool:
+    """Whether every logit is finite, looked at where that makes nobody wait: in memory, and not while compiling."""
+    return logits_TE.is_cpu and not torch.compiler.is_compiling() and isfinite(logits_TE.sum().item())
 
 
 class Kept(NamedTuple):
@@ -209,19 +215,26 @@ def decide_by_table(
 
 def keep_own(
     kept: Kept,
-    lost_T1: Tensor,
+    lost_T1: Tensor | None,
     own_weights_TK: Tensor,
     own_experts_TK: Tensor,
     *,
     weights: PlainRule,
     empty: int,
+    shared_TK: Tensor | None = None,
+    resident_E: Tensor | None = None,
 ) -> RoutingDecision:
-    """The decision that keeps these of the router's own slots, and all of them where ``lost_T1``."""
-    dropped_TK, lost_T = ~(kept.keep_TK | lost_T1), lost_T1.squeeze(-1)
+    """The decision that keeps these of the router's own slots, and all of them where ``lost_T1`` (None: nowhere)."""
+    counts_T = kept.counts_T
+    if lost_T1 is None:
+        dropped_TK, lost_T = ~kept.keep_TK, torch.zeros_like(counts_T, dtype=torch.bool)
+    else:
+        dropped_TK, lost_T = ~(kept.keep_TK | lost_T1), lost_T1.squeeze(-1)
+        counts_T = counts_T.masked_fill(lost_T, own_experts_TK.shape[-1])
     return RoutingDecision(
         weights_TK=apply_weight_rule(own_weights_TK, dropped_TK, weights),
         experts_TK=own_experts_TK.masked_fill(dropped_TK, empty),
-        counts_T=kept.counts_T.masked_fill(lost_T, own_experts_TK.shape[-1]),
+        counts_T=counts_T,
         raw_counts_T=kept.raw_counts_T,
         dropped_TK=dropped_TK,
         own_weights_TK=own_weights_TK,
@@ -229,4 +242,6 @@ def keep_own(
         empty=empty,
         fallback_T=lost_T,
         in_place=True,
+        shared_TK=shared_TK,
+        resident_E=resident_E,
     )

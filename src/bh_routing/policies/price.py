@@ -6,14 +6,14 @@ Shape legend: T tokens, E experts, K slots of the router's own choice.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from ..decision.price import first_of, price_loads
-from ..decision.select import Kept, keep_own, not_finite, rank_by_table
+from ..decision.select import Kept, keep_own, not_finite, rank_by_table, seen_finite
 from ..decision.table import DecisionTable
 from ..decision.types import RoutingDecision
 from ..errors import InvalidInputError, InvalidParameterError
@@ -138,6 +138,8 @@ class PricePolicy(TablePolicy):
         InvalidInputError
             If the callable gives something else.
         """
+        if self.resident is None and context.empty >= context.num_experts:
+            return None
         found = self.resident.get(context.path) if isinstance(self.resident, Mapping) else None
         if callable(self.resident):
             found = self.resident(context.path)
@@ -162,12 +164,14 @@ class PricePolicy(TablePolicy):
             return super().decide(logits_TE, own_weights_TK, own_experts_TK, context)
         how, votes_T, resident_E = self._settings[context.path], context.mask_T, self.resident_of(context)
         price = self.price_of(context, step.tokens)
-        own_TK, lost_T1 = self.statistic(logits_TE, context).gather(-1, own_experts_TK), not_finite(logits_TE)
+        own_TK = self.statistic(logits_TE, context).gather(-1, own_experts_TK)
+        lost_T1 = None if seen_finite(logits_TE) else not_finite(logits_TE)
         keep_TK, first_TK, raw_T = None, lost_T1, None
         if self.first or not self._whole[context.path]:
             ranking = rank_by_table(own_TK, self.thresholds_of(context), rule=how.rule, limits=how.limits)
             raw_T, first_TK = ranking.raw_counts_T, first_of(ranking, self.first, lost_T1)
-            keep_TK = ranking.kept().keep_TK | lost_T1
+            keep_TK = ranking.kept().keep_TK
+            keep_TK = keep_TK if lost_T1 is None else keep_TK | lost_T1
         priced = price_loads(
             keep_TK,
             first_TK,
@@ -180,20 +184,23 @@ class PricePolicy(TablePolicy):
             votes_T=votes_T,
             resident_E=resident_E,
         )
-        if votes_T is not None:  # a padded token's own choice is not loaded for its sake
+        if (
+            votes_T is not None and lost_T1 is not None
+        ):  # a padded token's own choice is not loaded for its sake
             lost_T1 = lost_T1 & (votes_T if step.priced_T is None else votes_T | ~step.priced_T).unsqueeze(-1)
         counts_T = priced.keep_TK.sum(-1)
         if raw_T is None:
             raw_T = torch.full_like(counts_T, own_experts_TK.shape[-1])
-        decision = keep_own(
+        return keep_own(
             Kept(priced.keep_TK, counts_T, raw_T),
             lost_T1,
             own_weights_TK,
             own_experts_TK,
             weights=how.weights,
             empty=how.empty,
+            shared_TK=priced.shared_TK,
+            resident_E=resident_E,
         )
-        return replace(decision, shared_TK=priced.shared_TK, resident_E=resident_E)
 
     def describe(self) -> dict[str, Any]:
         told = {"prices": repr(self.prices), "first": self.first, "resident": self.resident is not None}

@@ -103,7 +103,10 @@ class TablePolicy(CountPolicy):
                 f"the table has {table.num_experts} experts, router {context.path} has {context.num_experts}; "
                 "calibrate this model itself."
             )
-        return tuple(tensor.clone().to(context.device) for tensor in table.tensors(row))
+        thresholds_E, offset_E, *follows = (t.clone().to(context.device) for t in table.tensors(row))
+        if context.device.type == "cpu":  # computed in float64: not converted again for every decision
+            follows = [tensor.double() for tensor in follows]
+        return (thresholds_E, offset_E, *follows)
 
     def row_of(self, context: RoutingContext) -> tuple[Tensor, ...]:
         """A router's thresholds and offsets (slopes and center): the buffers in use."""

@@ -72,6 +72,5 @@ def token_size(logits_TE: Tensor, slope_DE: Tensor, center_D: Tensor) -> Tensor:
         v of all E experts by logit (D = E), and c; any floating dtype.
     """
     # In float64, which neither autocast nor TF32 shortens, and in which no order of summing is seen in float32.
-    z_TD = logits_TE.double()
-    z_TD = torch.where(torch.isfinite(z_TD), z_TD - center_D.double(), 0.0)
+    z_TD = (logits_TE - center_D.double()).nan_to_num(0.0, 0.0, 0.0)
     return (z_TD @ slope_DE.double()).clamp(-TOKEN_BOUND, TOKEN_BOUND)
