@@ -1,9 +1,10 @@
-"""Phases in an engine that runs."""
+"""Phases, certified losses and two ranks in engines that run."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 
 from bh_routing.models import bundled_calibration, bundled_path
@@ -44,3 +45,44 @@ def test_phases_are_those_of_transformers(run_engine):
     assert prefill["experts"] == 8 * prefill["decisions"] == 8 * 4 * ids.numel()
     assert decode["decisions"] == 4 * len(PROMPTS) * (NEW - 1)
     assert decode["experts"] < 4 * decode["decisions"]
+
+
+LEVELS = [None, {"max_kl": 0.015}, {"agreement": 0.93}, {"experts_per_token": 2}]
+SAME = {
+    "experts_per_token": 3.0
+}  # the least budget that the certificate of the calibration allows for 0.015 nats
+
+
+@pytest.fixture(scope="module")
+def ranks(run_engine) -> dict[int, list[Any]]:
+    """Requests of four levels together, then one at a named budget, on one rank and on two."""
+    extra = [None if level is None else {"bh_routing": level} for level in LEVELS]
+    steps = [
+        ["generate", {"prompts": PROMPTS, "max_tokens": NEW, "extra_args": extra}],
+        STATS,
+        ["generate", {"prompts": PROMPTS, "max_tokens": NEW, "extra_args": [{"bh_routing": SAME}] * 4}],
+    ]
+    engine = ENGINE | config(experts_per_token=5)
+    return {n: run_engine(engine | {"tensor_parallel_size": n}, steps) for n in (1, 2)}
+
+
+def test_two_ranks_agree_with_one_on_a_level_for_each_request(ranks):
+    (one, (alone,), _), (two, workers, _) = ranks[1], ranks[2]
+    assert len(workers) == 2
+    for worker in workers:
+        assert histograms(worker["telemetry"]) == histograms(alone["telemetry"])
+        assert worker["requests"] == alone["requests"]
+    assert sum(alone["requests"]["own"].values()) == 3
+    for ours, theirs in zip(one, two, strict=True):
+        assert ours["tokens"] == theirs["tokens"]
+        for name in ("prompt_logprobs", "logprobs"):  # sums of two halves of a product
+            assert ours[name] == pytest.approx(theirs[name], abs=1e-4)
+
+
+@pytest.mark.parametrize("ranks_used", [1, 2])
+def test_a_certified_loss_is_the_budget_that_was_certified_for_it(ranks, ranks_used):
+    together, _, named = ranks[ranks_used]
+    assert together[1]["tokens"] == named[1]["tokens"]
+    for name in ("prompt_logprobs", "logprobs"):
+        assert together[1][name] == pytest.approx(named[1][name], abs=1e-5)
+        assert together[0][name] != pytest.approx(named[0][name], abs=1e-3)  # it matters
