@@ -4,7 +4,8 @@
 
 DIR holds books-valid.txt.xz (its second half is measured on), wikitext2-test.txt.xz and books-calibration.txt.xz (what
 budgets and layer profiles are solved on). What is in the results folder already is not run again, so that the two texts
-can be run side by side, and the page written afterwards. A page that is not there is made.
+can be run side by side, and the page written afterwards. A page that is not there is made. With --only the other text's
+part of the page, and what the harness costs, stay as they are.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from bh_routing.evaluation.report import make_report
 from bh_routing.evaluation.report_plots import plots, svg_text
 from bh_routing.evaluation.results import ResultsFolder
 from bh_routing.evaluation.scoring import score_text
+from bh_routing.evaluation.summary import cells as figures
 from bh_routing.models.loading import default_calibration, load_model
 from bh_routing.text import TextFile, spans
 
@@ -41,6 +43,7 @@ AGAINST = (  # whom BH is compared with
     "seqtopk:experts={}",
     "lexi:experts={}",
     "topp:experts={}",
+    "bh:compensation=mean,experts={}",
     "bh:compensation=false,experts={}",
 )
 MAX_TOKENS = 50_000  # of each text, unless --max-tokens says otherwise
@@ -188,13 +191,25 @@ def table(output: Path, name: str) -> str:
         for row in alone
     ]
     second = markdown_table(["policy", "experts", "perplexity", "against the full model"], others)
+    at_four = [row for row in rows if row["result"]["budget"] == 4.0]
+    spent = markdown_table(
+        ["policy at 4 experts", "experts", "arithmetic", "MB read", "against the full model"],
+        [
+            [
+                _without_budget(row["result"]["policy"]),
+                *figures(row, "experts", "arithmetic", "MB"),
+                f"{row['change'].value:+.1%}",
+            ]
+            for row in sorted(at_four, key=lambda row: row["change"].value)
+        ],
+    )
     head = rows[0]["result"]
     threads = f"{head['threads']} thread" + ("s" if head["threads"] != 1 else "")
     note = (
         f"{head['tokens']:,} tokens in windows of {head['window']}, no overlap; float32, {threads}; "
         + ", ".join(f"{key} {value}" for key, value in head["versions"].items())
     )
-    return f"{first}\n\n{second}\n\n{note}."
+    return f"{first}\n\n{spent}\n\n{second}\n\n{note}."
 
 
 def noise(output: Path, name: str) -> str:
@@ -229,12 +244,12 @@ def main() -> None:
     parser.add_argument("--max-tokens", type=int, default=MAX_TOKENS, metavar="N")
     parser.add_argument("--only", choices=TEXTS)
     args = parser.parse_args()
-    for name in TEXTS:
-        if args.only in (None, name):
-            run(args.data, args.output, name, args.calibration, args.max_tokens)
+    texts = TEXTS if args.only is None else [args.only]
+    for name in texts:
+        run(args.data, args.output, name, args.calibration, args.max_tokens)
     if args.write is None:
         return
-    for name in TEXTS:
+    for name in texts:
         folder = ResultsFolder(args.output / name)
         publish(args.write, name, table(args.output, name))
         publish(args.write, f"{name}-noise", noise(args.output, name))
@@ -243,7 +258,8 @@ def main() -> None:
         (folder.path / "report.html").write_text(
             make_report(folder.results(), folder.run()), encoding="utf-8"
         )
-    publish(args.write, "overhead", overhead(args.data))
+    if args.only is None:
+        publish(args.write, "overhead", overhead(args.data))
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@
 Random weights; a table of thresholds drives the counts, whose realised mean must lie within 0.1 of 4.0 and whose
 spread must reach from 1 to 8. Everything takes turns within one run on the same random tokens, new in every round,
 so that a busy machine is busy for all: the stock implementations at top-8, ours with all 8 experts kept, ours with
-4.0. Ratios are medians over rounds of the ratio to the fastest stock implementation in the same round.
+4.0; each after the same on other tokens, as behind the layer before. Ratios are medians over rounds of the ratio to the fastest stock implementation in the same round.
 
 The decision is timed where it happens: around what the patch adds to the router, between the products of a running
 block, whose weights have just emptied the caches. So is what a linear compensation of full rank (64) adds behind the
@@ -142,16 +142,18 @@ class Bench:
         fastest = configured = min(near, key=first.__getitem__)
         start, turn = time.perf_counter(), 0
         while turn < 6 or time.perf_counter() - start < seconds:
-            x = inputs[turn % len(inputs)]
+            x, other = inputs[turn % len(inputs)], inputs[(turn + 1) % len(inputs)]
             names = [*near, *patched, "4.0", "4.0, linear"]  # the last two with clocks in them
             order = [(turn + i) % len(names) for i in range(len(names))]
             for place in order:
                 name, clocks = names[place], place >= len(names) - 2
                 if name in near:
+                    self.stock(name, other)
                     elapsed, _ = _clock(lambda name=name, x=x: self.stock(name, x))
                 else:
                     self.block.experts.config._experts_implementation = configured
                     with patched[name]:
+                        self.block(other)
                         if clocks:
                             which = self.block.experts if name == "4.0, linear" else self.block.gate
                             with find_patch(which).clocked() as part:

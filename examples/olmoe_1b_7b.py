@@ -34,6 +34,7 @@ AT_BUDGETS = (
     "lexi",
     "allocmoe",
     "bh",
+    "bh:compensation=mean",
     "bh:compensation=false",
     "topk:compensation=true",
 )

@@ -11,7 +11,7 @@ from bh_routing import RoutingIntegration, TopKPolicy
 from bh_routing.calibration.moments import Moments
 from bh_routing.calibration.passes import calibrate
 from bh_routing.decision import linear_products
-from bh_routing.decision.compensation import Compensation, lost_and_kept
+from bh_routing.decision.compensation import Compensation, lost_and_kept, with_addition
 from bh_routing.decision.types import RoutingDecision
 from bh_routing.errors import InvalidInputError
 
@@ -203,13 +203,36 @@ def test_linear_is_its_definition(routed, logits_TD, rank):
     added_TH = made.addition(with_logits(routed, logits_TD))
     torch.testing.assert_close(added_TH.double(), expected_TH, rtol=1e-5, atol=1e-5)
     dropped_TK = routed[2]
-    for t in range(12):  # alone: a weighted sum of rows with 16-bit factors
+    for t in range(12):  # alone
         one = with_logits([x[t : t + 1] for x in routed], logits_TD[t : t + 1])
         alone_1H = made.addition(one)
         if not dropped_TK[t].any():
             assert alone_1H is None
         else:
-            assert_rounded(alone_1H.double(), expected_TH[t : t + 1])
+            torch.testing.assert_close(alone_1H.double(), expected_TH[t : t + 1], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("tokens", [3, 40])  # few take one weighted sum over rows, many a product per expert
+def test_linear_in_a_16_bit_model_is_rounded_once(routed, logits_TD, tokens):
+    """Of one token as of several: the sum of float32, rounded to the dtype of what it is added to."""
+    hidden = 512
+    made = Compensation.linear(**linear_parts(hidden=hidden))
+    routed[2][:, 0] = True
+    several = with_logits([x[:tokens] for x in routed], logits_TD[:tokens])
+    assert (int(several.dropped_TK.sum()) <= linear_products.FEW * E) == (tokens == 3)
+    exact_TH = made.addition(several)
+    together_TH = made.addition(several, torch.bfloat16).bfloat16()
+    alone_TH = torch.cat(
+        [
+            made.addition(with_logits([x[t : t + 1] for x in routed], logits_TD[t : t + 1]), torch.bfloat16)
+            for t in range(tokens)
+        ]
+    )
+    assert alone_TH.dtype == torch.bfloat16
+    for found_TH in (together_TH, alone_TH):
+        # A unit in the last place where float32 sums of another order lie about the middle between two numbers.
+        torch.testing.assert_close(found_TH, exact_TH.bfloat16(), rtol=2**-7, atol=1e-5)
+        assert float((found_TH == exact_TH.bfloat16()).double().mean()) > 0.99
 
 
 def test_linear_in_grouped_products(routed, logits_TD, monkeypatch):
@@ -266,7 +289,7 @@ def test_linear_is_finite_outside_of_what_was_seen(routed, logits_TD):
     )
     for t in range(4):
         one = with_logits([x[t : t + 1] for x in routed], logits_TD[t : t + 1])
-        assert_rounded(made.addition(one).double(), expected_TH[t : t + 1])
+        torch.testing.assert_close(made.addition(one).double(), expected_TH[t : t + 1], rtol=1e-5, atol=1e-5)
 
 
 def test_linear_gradients(routed, logits_TD):
@@ -308,7 +331,7 @@ def test_linear_where_nothing_is_dropped(routed, logits_TD):
     kept = with_logits((weights_TK, experts_TK, torch.zeros_like(dropped_TK)), logits_TD)
     assert made.addition(kept) is None
     out_TH = torch.randn(40, H)
-    assert made.add_to(out_TH, kept) is out_TH
+    assert with_addition(out_TH, made.addition(kept)) is out_TH
     with pytest.raises(InvalidInputError, match="expected a decision with logits_TE, got None"):
         made.addition(decision(*routed))
 
@@ -321,8 +344,7 @@ def test_linear_skips_empty_slots_of_the_own_choice(routed, logits_TD):
     experts_TK[:, 0], weights_TK[:, 0] = E, 0.0
     for t in (slice(40), slice(1)):
         found, expected = (
-            made.add_to(torch.zeros(len(logits_TD[t]), H), with_logits([x[t] for x in parts], logits_TD[t]))
-            for parts in (routed, shorter)
+            made.addition(with_logits([x[t] for x in parts], logits_TD[t])) for parts in (routed, shorter)
         )
         assert torch.equal(found, expected)
 
@@ -386,3 +408,24 @@ def test_a_model_with_a_linear_compensation(tiny_olmoe, token_ids):
                 atol=0.03 * float(added.abs().max()),
             )
     hook.remove()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_batch_of_one_is_a_batch_of_many(tiny_olmoe, dtype):
+    """What one token gets by itself is what it gets beside others, to the rounding of the model's dtype."""
+    model = tiny_olmoe().to(dtype)
+    experts = model.model.layers[0].mlp.experts
+    hidden, num = experts.down_proj.shape[1], experts.num_experts
+    found = {
+        f"model.layers.{i}.mlp.gate": Compensation.linear(**linear_parts(4, num, hidden, seed=i))
+        for i in range(len(model.model.layers))
+    }
+    ids = torch.arange(10, 26).unsqueeze(-1)
+    with torch.no_grad(), RoutingIntegration(model, TopKPolicy(2), compensations=found):
+        many = model(input_ids=ids).logits
+        ones = torch.cat([model(input_ids=row.unsqueeze(0)).logits for row in ids])
+    with torch.no_grad(), RoutingIntegration(model, TopKPolicy(2)):
+        bare = model(input_ids=ids).logits
+    assert float((many - bare).abs().max()) > 0.1 * float(bare.abs().max())
+    rounding = torch.finfo(dtype).eps * float(many.abs().max())
+    assert float((many - ones).double().square().mean().sqrt()) < 2 * rounding

@@ -92,9 +92,8 @@ def test_the_layer_gives_the_compensation_alone(model, skip, form, length):
             integrator.watchers.append(lambda router, context, made, logits: seen.append((made, logits)))
             out = block(hidden)[0]
         (made, logits) = seen[0]
-        expected = found["model.layers.0.mlp.gate"].add_to(
-            torch.zeros(length, HIDDEN), replace(made, logits_TE=logits)
-        )
+        added = found["model.layers.0.mlp.gate"].addition(replace(made, logits_TE=logits))
+        expected = torch.zeros(length, HIDDEN) + added
         for t in range(length):
             for k in range(TOP_K):
                 if not made.dropped_TK[t, k]:

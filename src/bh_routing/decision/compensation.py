@@ -28,6 +28,7 @@ at 1, the model's predictions are nearest to its own at less.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from array import array
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from math import isfinite
@@ -39,7 +40,7 @@ from torch.nn.functional import pad
 
 from .._words import CompensationForm, WeightRule
 from ..errors import InvalidInputError
-from .linear_products import grouped, looped, weighted_rows
+from .linear_products import grouped, looped, summed_rows, weighted_rows
 from .types import RouteNorm, RoutingDecision
 
 C = TypeVar("C", bound="Compensation")
@@ -94,8 +95,11 @@ class Compensation(ABC):
         return made if scale == 1.0 else made.scaled(scale)
 
     @abstractmethod
-    def addition(self, decision: RoutingDecision) -> Tensor | None:
-        """What a decision adds to the output of the layer's experts, [T, H]; None where it is seen that nothing is."""
+    def addition(self, decision: RoutingDecision, dtype: torch.dtype = torch.float32) -> Tensor | None:
+        """What a decision adds to the output of the layer's experts, [T, H]; None where it is seen that nothing is.
+
+        ``dtype`` is what the experts put out: the addition need not be more exact.
+        """
 
     @abstractmethod
     def cost(self, dropped: float) -> Cost:
@@ -108,11 +112,6 @@ class Compensation(ABC):
     @abstractmethod
     def to(self: C, device: torch.device | None = None, dtype: torch.dtype | None = None) -> C:
         """A copy on this device; what follows the experts' dtype, in this one."""
-
-    def add_to(self, out_TH: Tensor, decision: RoutingDecision) -> Tensor:
-        """The experts' output, of any leading shape, with the addition."""
-        added_TH = self.addition(decision)
-        return out_TH if added_TH is None else out_TH + added_TH.to(out_TH.dtype).reshape(out_TH.shape)
 
     def fits(self, other: Compensation | None) -> bool:
         """Whether `copy_` can take the other: the same form and sizes."""
@@ -130,6 +129,14 @@ class Compensation(ABC):
     def _tensors(self) -> list[Tensor]:
         held = [getattr(self, item.name) for item in fields(self)]  # type: ignore[arg-type]
         return [value for value in held if isinstance(value, Tensor)]
+
+
+def with_addition(out_TH: Tensor, added_TH: Tensor | None) -> Tensor:
+    """The experts' output, of any leading shape, and what a compensation adds to it."""
+    if added_TH is None:
+        return out_TH
+    added_TH = added_TH.to(out_TH.dtype)
+    return out_TH + (added_TH if out_TH.dim() == 2 else added_TH.reshape(out_TH.shape))
 
 
 def lost_and_kept(weights_TK: Tensor, dropped_TK: Tensor, experts_TK: Tensor, num_experts: int) -> Tensor:
@@ -174,7 +181,7 @@ class MeanCompensation(Compensation):
         """N, None for the mean alone."""
         return self.vectors_JH[self.num_experts :] if len(self.vectors_JH) > self.num_experts else None
 
-    def addition(self, decision: RoutingDecision) -> Tensor:
+    def addition(self, decision: RoutingDecision, dtype: torch.dtype = torch.float32) -> Tensor:
         """In the dtype of the vectors."""
         features_TJ = lost_and_kept(
             decision.own_weights_TK, decision.dropped_TK, decision.own_experts_TK, self.num_experts
@@ -192,16 +199,18 @@ class MeanCompensation(Compensation):
         return replace(self, vectors_JH=self.vectors_JH.to(device, dtype, copy=True))
 
 
-_SUM = 0  # the mode of `torch.embedding_bag`
-
-
 class _Host(NamedTuple):
-    """A linear compensation for single tokens on the host."""
+    """A linear compensation for single tokens on the host: what is made once, and Python's own numbers."""
 
-    rows: tuple[Tensor, ...]  # int64 [Q] for each expert, in the table
-    table_NH: Tensor  # the maps of all experts, one below the other
+    low: list[float]
+    high: list[float]
+    center: list[float]
     base_Q: Tensor  # one - mu @ whiten
-    starts: list[Tensor]  # where each dropped expert's rows start, by how many there are
+    whiten_QD: Tensor
+    maps: tuple[Tensor, ...]  # [Q, H] of each expert
+    rows: tuple[Tensor, ...]  # int64 [2Q] of each expert: its rows in the table, twice
+    table_NH: Tensor  # the maps of all experts, one below the other
+    start: Tensor  # int64 [1], 0
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -227,12 +236,12 @@ class LinearCompensation(Compensation):
     one_Q: Tensor
     maps_EQH: Tensor
 
-    def addition(self, decision: RoutingDecision) -> Tensor | None:
-        """In float32; of a single token on the host in bfloat16.
+    def addition(self, decision: RoutingDecision, dtype: torch.dtype = torch.float32) -> Tensor | None:
+        """In float32, or for few tokens on CPU rounded to bfloat16 where that is the ``dtype``.
 
-        On CPU nothing is computed where nothing is dropped; a single token there takes one weighted sum over rows, a
-        loop over the experts that were dropped takes the others. Elsewhere grouped products of static shape, without a
-        host synchronisation.
+        On CPU nothing is computed where nothing is dropped, and what is has float32 regressors and sums, of one token
+        as of many. Elsewhere, and compiled, products of static shape without a host synchronisation, of 16-bit
+        regressors, with float32 sums.
 
         Raises
         ------
@@ -251,8 +260,9 @@ class LinearCompensation(Compensation):
             return weighted_rows(self.maps_EQH, self.regressors(logits_TD), decision)
         differentiated = torch.is_grad_enabled() and (logits_TD.requires_grad or weights_TK.requires_grad)
         if logits_TD.shape[0] == 1 and not differentiated:
-            return self._one_token(decision, logits_TD)
-        return looped(self.maps_EQH, lambda: self.regressors(logits_TD), decision)
+            return self._one_token(decision, logits_TD, dtype)
+        few = None if differentiated else dtype
+        return looped(self.maps_EQH, lambda: self.regressors(logits_TD), decision, few)
 
     def regressors(self, logits_TD: Tensor) -> Tensor:
         """1 and z~, times the scale, float64 [T, Q]."""
@@ -279,7 +289,10 @@ class LinearCompensation(Compensation):
         if short and moved["one_Q"].device.type != "cpu":
             moved["whiten_DQ"], moved["one_Q"] = (pad(moved[n], (0, short)) for n in ("whiten_DQ", "one_Q"))
             moved["maps_EQH"] = pad(moved["maps_EQH"], (0, 0, 0, short))
-        return LinearCompensation(**moved)
+        made = LinearCompensation(**moved)
+        if moved["one_Q"].device.type == "cpu":
+            _ = made._host  # now, and not in the first forward
+        return made
 
     def copy_(self, other: Compensation) -> None:
         super().copy_(other)
@@ -291,36 +304,49 @@ class LinearCompensation(Compensation):
     def _host(self) -> _Host:
         num, wide, hidden = self.maps_EQH.shape
         return _Host(
-            rows=torch.arange(num * wide, device="cpu").view(num, wide).unbind(0),
-            table_NH=self.maps_EQH.view(-1, hidden),
+            low=self.low_D.tolist(),
+            high=self.high_D.tolist(),
+            center=self.center_D.tolist(),
             base_Q=self.one_Q - self.center_D @ self.whiten_DQ,
-            starts=[torch.arange(0, count * wide, wide, device="cpu") for count in range(num + 1)],
+            whiten_QD=self.whiten_DQ.t(),
+            maps=self.maps_EQH.unbind(0),
+            rows=torch.arange(num * wide, device="cpu").view(num, wide).repeat(1, 2).unbind(0),
+            table_NH=self.maps_EQH.view(-1, hidden),
+            start=torch.zeros(1, dtype=torch.int64, device="cpu"),
         )
 
-    def _one_token(self, decision: RoutingDecision, logits_1D: Tensor) -> Tensor | None:
-        """A weighted sum over the rows of each dropped expert's map, which accumulates in float32.
+    def _one_token(self, decision: RoutingDecision, logits_1D: Tensor, dtype: torch.dtype) -> Tensor | None:
+        """A twin of `looped` for one token, without its machinery.
 
         Between products that empty the caches every tensor operation costs 5 to 20 microseconds, whatever it does
         (docs/performance.md): these are as few as there could be.
         """
         host = self._host
         gone, experts = decision.dropped_TK.tolist()[0], decision.own_experts_TK.tolist()[0]
-        slots = [slot for slot, dropped in enumerate(gone) if dropped and experts[slot] < len(host.rows)]
+        slots = [slot for slot, dropped in enumerate(gone) if dropped and experts[slot] < len(host.maps)]
         if not slots:
             return None
-        if isfinite(sum(logits_1D.tolist()[0])):
-            z_1D = torch.clamp(logits_1D, self.low_D, self.high_D)  # float64, as its bounds are
-            phi_1Q = torch.addmm(host.base_Q, z_1D, self.whiten_DQ)
-        else:  # a masked expert
-            phi_1Q = self.regressors(logits_1D)
+        z = logits_1D.tolist()[0]
+        if not isfinite(sum(z)):  # a masked expert
+            z = [x if isfinite(x) else mu for x, mu in zip(z, host.center, strict=True)]
+        z = [a if x < a else b if x > b else x for x, a, b in zip(z, host.low, host.high, strict=True)]
+        phi_Q = torch.addmv(host.base_Q, host.whiten_QD, _vector(z))
         weights = decision.own_weights_TK.tolist()[0]
-        weight_P = torch.tensor([weights[slot] for slot in slots], dtype=torch.float64, device="cpu")
-        factor_N = (weight_P.view(-1, 1) * phi_1Q).to(torch.bfloat16).view(-1)
-        row_N = torch.cat([host.rows[experts[slot]] for slot in slots])
-        each_PH, *_ = torch.embedding_bag(
-            host.table_NH, row_N, host.starts[len(slots)], False, _SUM, False, factor_N
-        )
-        return each_PH.sum(0, keepdim=True)
+        if dtype == self.maps_EQH.dtype:
+            weight_P = _vector([weights[slot] for slot in slots])
+            row_N = torch.cat([host.rows[experts[slot]] for slot in slots])
+            return summed_rows(host.table_NH, row_N, torch.outer(weight_P, phi_Q), host.start)
+        phi_1Q = phi_Q.float().unsqueeze(0)
+        map_QH = torch.empty_like(host.maps[0], dtype=torch.float32)
+        out_1H = map_QH.new_zeros(1, map_QH.shape[1])
+        for slot in slots:
+            out_1H.addmm_(phi_1Q, map_QH.copy_(host.maps[experts[slot]]), alpha=weights[slot])
+        return out_1H
+
+
+def _vector(values: list[float]) -> Tensor:
+    """float64 [N]; a fifth of the time of `torch.tensor`."""
+    return torch.frombuffer(array("d", values), dtype=torch.float64)
 
 
 def compensated_norm(route_norm: RouteNorm, weights: WeightRule) -> RouteNorm:

@@ -17,19 +17,41 @@ from torch.nn.functional import embedding_bag, grouped_mm
 
 from .types import RoutingDecision
 
+_SUM = 0  # the mode of `torch.embedding_bag`
 
-def looped(maps_EQH: Tensor, regressors: Callable[[], Tensor], decision: RoutingDecision) -> Tensor | None:
-    """One product per expert that was dropped, in float32."""
+# Up to so many dropped pairs per expert of the layer it is faster not to convert maps (docs/performance.md).
+FEW = 2
+
+
+def looped(
+    maps_EQH: Tensor,
+    regressors: Callable[[], Tensor],
+    decision: RoutingDecision,
+    few: torch.dtype | None = None,
+) -> Tensor | None:
+    """One product per expert that was dropped, in float32.
+
+    ``few`` is None where a gradient is asked for; otherwise the dtype that the sum will have. If that is the maps',
+    few pairs take a weighted sum over rows instead, which rounds it: it converts no map.
+    """
     tokens, slots = decision.dropped_TK.shape
-    num, _, hidden = maps_EQH.shape
+    num, wide, hidden = maps_EQH.shape
     pair_P = (decision.dropped_TK & (decision.own_experts_TK < num)).flatten().nonzero().squeeze(-1)
     if not pair_P.numel():
         return None
-    expert_P, order_P = decision.own_experts_TK.flatten()[pair_P].sort(stable=True)
-    pair_P = pair_P[order_P]
+    expert_P = decision.own_experts_TK.flatten()[pair_P]
+    summed = few == maps_EQH.dtype and len(pair_P) <= FEW * num
+    if not summed:
+        expert_P, order_P = expert_P.sort(stable=True)
+        pair_P = pair_P[order_P]
     token_P = pair_P.div(slots, rounding_mode="floor")
-    weight_P1 = decision.own_weights_TK.flatten()[pair_P].unsqueeze(-1)
-    x_PQ = (weight_P1 * regressors()[token_P]).float()
+    x_PQ = decision.own_weights_TK.flatten()[pair_P].unsqueeze(-1) * regressors()[token_P]
+    if summed:
+        row_P2Q = expert_P.unsqueeze(-1) * wide + torch.arange(wide, device=expert_P.device).repeat(2)
+        start_T = token_P.bincount(minlength=tokens).cumsum(0).roll(1)
+        start_T[0] = 0
+        return summed_rows(maps_EQH.flatten(0, 1), row_P2Q, x_PQ, 2 * wide * start_T)
+    x_PQ = x_PQ.float()
     out_TH = x_PQ.new_zeros(tokens, hidden)
     with torch.autocast("cpu", enabled=False):
         parts, start = [], 0
@@ -38,6 +60,30 @@ def looped(maps_EQH: Tensor, regressors: Callable[[], Tensor], decision: Routing
                 parts.append(x_PQ[start : start + count] @ maps_EQH[expert].float())
                 start += count
     return out_TH.index_add(0, token_P, torch.cat(parts))
+
+
+def summed_rows(table_NH: Tensor, row_P2Q: Tensor, factor_PQ: Tensor, start_T: Tensor) -> Tensor:
+    """A sum over rows per token, in float32, rounded to the table's dtype once.
+
+    A factor of 16 bits would be rounded: each comes in two, itself rounded and what that left over, for the same row.
+
+    Parameters
+    ----------
+    table_NH : Tensor
+    row_P2Q : Tensor
+        int64: the rows of each pair twice, one after the other.
+    factor_PQ : Tensor
+        float64.
+    start_T : Tensor
+        int64, where each token's rows start.
+    """
+    high_PQ = factor_PQ.to(table_NH.dtype)
+    both_P2Q = torch.cat((high_PQ, (factor_PQ - high_PQ).to(table_NH.dtype)), -1)
+    # Not by its name in torch.nn.functional, whose checks cost as much as an operation.
+    out_TH, *_ = torch.embedding_bag(
+        table_NH, row_P2Q.view(-1), start_T, False, _SUM, False, both_P2Q.view(-1)
+    )
+    return out_TH
 
 
 def weighted_rows(maps_EQH: Tensor, phi_TQ: Tensor, decision: RoutingDecision) -> Tensor:

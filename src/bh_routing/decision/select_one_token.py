@@ -101,6 +101,7 @@ def decide_one_token(
         empty=how.empty,
         fallback_T=_fresh(lost),
         in_place=True,
+        logits_TE=logits_1E,
     )
 
 

@@ -86,9 +86,12 @@ def pareto_plot(rows: Sequence[dict[str, Any]], dataset: str) -> Figure:
     drawn = [r for r in usual if r["change"].value <= limit]
     names = dict.fromkeys(family(r["result"]) for r in beyond)
     note = f" (beyond {limit:.0%}: {', '.join(names)})" if beyond else ""
-    figure = new_figure(f"Rise of perplexity against experts per token, {dataset}{note}", height=4.6)
+    series = list(dict.fromkeys(family(r["result"]) for r in drawn))
+    figure = new_figure(
+        f"Rise of perplexity against experts per token, {dataset}{note}", height=3.8 + 0.09 * len(series)
+    )
     axes = figure.subplots()
-    for i, name in enumerate(dict.fromkeys(family(r["result"]) for r in drawn)):
+    for i, name in enumerate(series):
         held = [r for r in drawn if family(r["result"]) == name]
         changes = [r["change"] for r in held]
         axes.errorbar(
@@ -171,7 +174,8 @@ def _lines(title: str, lines: Mapping[str, Sequence[float]], x_label: str, y_lab
 
 
 def _mark(i: int) -> dict[str, Any]:
-    return {"color": COLOURS[i % len(COLOURS)], "marker": MARKS[i % len(MARKS)], "ms": 4.5, "lw": 1.3}
+    again, place = divmod(i, len(COLOURS))  # a colour that comes again has another mark
+    return {"color": COLOURS[place], "marker": MARKS[(place + again) % len(MARKS)], "ms": 4.5, "lw": 1.3}
 
 
 def _finished(axes: Axes, x_label: str, y_label: str) -> Figure:

@@ -111,7 +111,9 @@ class RouterPatch(InstancePatch):
         if not self.change:
             return outputs
         if self.link is not None:
-            self.link.decision = replace(decision, logits_TE=logits_TE)  # which a compensation may follow
+            if decision.logits_TE is not logits_TE:
+                decision = replace(decision, logits_TE=logits_TE)  # which a compensation may follow
+            self.link.decision = decision
         return self.layer.replace(outputs, args, kwargs, *visible(decision, experts_TK, context.empty))
 
 

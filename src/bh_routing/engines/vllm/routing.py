@@ -119,7 +119,8 @@ class LayerRouting:
         if engine.settings.mode == "analyze":
             return weights_TK.clone(), experts_TK.clone()
         if self.compensation is not None:
-            self.added_TH = self.compensation.addition(replace(decision, logits_TE=logits_TE))
+            decision = replace(decision, logits_TE=logits_TE)
+            self.added_TH = self.compensation.addition(decision, self.facts.dtype)
         return decision.weights_TK, filled(decision, experts_TK.dtype)
 
     def compensate(self, output_TH: Tensor) -> Tensor:
