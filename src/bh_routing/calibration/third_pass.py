@@ -71,10 +71,8 @@ def fit_maps(
 
 def linear_dropping(model: nn.Module, plan: PatchPlan, calibration: Calibration) -> Dropping:
     """Forwards with experts dropped by the best sizes that were collected, and the linear compensation in their place."""
-    maps = calibration.linear
-    assert maps is not None
-    fits = {layer.path: _on(layer.context.device, maps.layer(i)) for i, layer in enumerate(plan.layers)}
-    additions = {path: linear_addition(fit) for path, fit in fits.items()}
+    assert calibration.linear is not None
+    additions = {path: linear_addition(fit) for path, fit in _fits(plan, calibration.linear).items()}
     return Dropping(model, plan, dropping_policy(calibration, size=None), additions)
 
 
@@ -96,10 +94,7 @@ def fit_sizes(
     """Sizes from the token under the calibration's linear compensation; None without one, or without windows."""
     if calibration.linear is None:
         return None
-    fits = {
-        layer.path: _on(layer.context.device, calibration.linear.layer(i))
-        for i, layer in enumerate(plan.layers)
-    }
+    fits = _fits(plan, calibration.linear)
     dropping = linear_dropping(model, plan, calibration)
     parts: dict[str, list[Residuals]] = {path: [] for path in fits}
     for batch in batches:
@@ -130,9 +125,13 @@ def fit_sizes(
     return fit_token_sizes([Residuals.joined(each) for each in every], centers, calibration.num_experts)
 
 
-def _on(device: torch.device, fit: LinearFit) -> LinearFit:
-    """float32, there."""
-    return LinearFit(**{name: x.to(device, torch.float32) for name, x in vars(fit).items()})
+def _fits(plan: PatchPlan, maps: LinearMaps) -> dict[str, LinearFit]:
+    """Each layer's map by path, float32, where the layer is."""
+    found = {}
+    for index, layer in enumerate(plan.layers):
+        held = vars(maps.layer(index)).items()
+        found[layer.path] = LinearFit(**{n: x.to(layer.context.device, torch.float32) for n, x in held})
+    return found
 
 
 def predicted_outputs(fit: LinearFit, logits_TD: Tensor, experts_TK: Tensor) -> Tensor:

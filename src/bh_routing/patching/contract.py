@@ -65,6 +65,9 @@ def match_outputs(outputs: Any, where: str) -> RouterOutputs:
     def shape(position: int) -> tuple[int, ...]:
         return tuple(outputs[position].shape)
 
+    def told(value: Any) -> str:
+        return f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+
     if isinstance(outputs, (tuple, list)):
         tensors = [i for i, t in enumerate(outputs) if isinstance(t, Tensor) and t.dim() >= 2]
         integers = [i for i in tensors if outputs[i].dtype in (torch.int64, torch.int32)]
@@ -78,15 +81,9 @@ def match_outputs(outputs: Any, where: str) -> RouterOutputs:
             rest = [i for i in rest if outputs[i].numel() == rows * shape(i)[-1]]
             if beside and rest:
                 return RouterOutputs(rest[0], weights, experts)
-        came = ", ".join(
-            f"{t.dtype} {tuple(t.shape)}" if isinstance(t, Tensor) else type(t).__name__ for t in outputs
-        )
+        came = ", ".join(map(told, outputs))
     else:
-        came = (
-            f"one tensor {outputs.dtype} {tuple(outputs.shape)}"
-            if isinstance(outputs, Tensor)
-            else type(outputs).__name__
-        )
+        came = f"{'one tensor ' * isinstance(outputs, Tensor)}{told(outputs)}"
     raise UnsupportedModelError(
         f"router {where} must return router logits [T, E], weights [T, K] and integer expert indices [T, K], "
         f"got ({came}); this contract is not supported."

@@ -26,10 +26,10 @@ BARE_ROUTER = "OlmoeTopKRouter"
 
 # Families whose contract cannot be served, by config.model_type, and why.
 REFUSED: dict[str, str] = {
-    "llama4": "its scores multiply the experts' input and all experts run on all tokens, so that nothing "
-    "can be skipped",
-    "llama4_text": "its scores multiply the experts' input and all experts run on all tokens, so that nothing "
-    "can be skipped",
+    **dict.fromkeys(
+        ("llama4", "llama4_text"),
+        "its scores multiply the experts' input and all experts run on all tokens, so that nothing can be skipped",
+    ),
     "switch_transformers": "it routes every token to one expert with a capacity limit",
     "nllb-moe": "its router returns one-hot masks with a capacity limit",
     "doge": "its experts are product-key memories without a router module",

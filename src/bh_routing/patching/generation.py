@@ -37,9 +37,8 @@ class CriteriaPatch(InstancePatch):
     def run(self, *args: Any, **kwargs: Any) -> Any:
         criteria = self.inner(*args, **kwargs)
         config = kwargs.get("generation_config", args[0] if args else None)
-        if (
-            getattr(config, "num_beams", None) or 1
-        ) > 1:  # asked about candidates, which are no rows: see `BeamsPatch`
+        beams = getattr(config, "num_beams", None) or 1
+        if beams > 1:  # asked about candidates, which are no rows: see `BeamsPatch`
             return criteria
         kind: Any = type(criteria)
         told = telling(kind)(criteria)

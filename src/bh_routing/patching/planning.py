@@ -134,19 +134,9 @@ def _contract_from_attributes(
     router: nn.Module, experts: nn.Module | None, config: Any, path: str
 ) -> Contract:
     """Sizes as the router or its config states them, for a router that cannot be run at all."""
-    top_k = next(
-        (
-            value
-            for holder, name in (
-                (router, "top_k"),
-                (config, "num_experts_per_tok"),
-                (config, "top_k_experts"),
-                (config, "moe_topk"),
-            )
-            if isinstance(value := getattr(holder, name, None), int)
-        ),
-        None,
-    )
+    names = ("num_experts_per_tok", "top_k_experts", "moe_topk")
+    stated = (getattr(router, "top_k", None), *(getattr(config, name, None) for name in names))
+    top_k = next((value for value in stated if isinstance(value, int)), None)
     num_experts = getattr(experts, "num_experts", None) or getattr(router, "num_experts", None)
     if top_k is None or not isinstance(num_experts, int):
         raise UnsupportedModelError(
