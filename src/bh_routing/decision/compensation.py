@@ -28,10 +28,8 @@ at 1, the model's predictions are nearest to its own at less.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from array import array
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
-from math import isfinite
 from typing import ClassVar, NamedTuple, TypeVar
 
 import torch
@@ -40,7 +38,7 @@ from torch.nn.functional import pad
 
 from .._words import CompensationForm, WeightRule
 from ..errors import InvalidInputError
-from .linear_products import grouped, looped, summed_rows, weighted_rows
+from .linear_products import OneToken, grouped, looped, weighted_rows
 from .types import RouteNorm, RoutingDecision
 
 C = TypeVar("C", bound="Compensation")
@@ -199,20 +197,6 @@ class MeanCompensation(Compensation):
         return replace(self, vectors_JH=self.vectors_JH.to(device, dtype, copy=True))
 
 
-class _Host(NamedTuple):
-    """A linear compensation for single tokens on the host: what is made once, and Python's own numbers."""
-
-    low: list[float]
-    high: list[float]
-    center: list[float]
-    base_Q: Tensor  # one - mu @ whiten
-    whiten_QD: Tensor
-    maps: tuple[Tensor, ...]  # [Q, H] of each expert
-    rows: tuple[Tensor, ...]  # int64 [2Q] of each expert: its rows in the table, twice
-    table_NH: Tensor  # the maps of all experts, one below the other
-    start: Tensor  # int64 [1], 0
-
-
 @dataclass(frozen=True, eq=False, kw_only=True)
 class LinearCompensation(Compensation):
     """The linear form; `Compensation.linear` makes one.
@@ -260,7 +244,7 @@ class LinearCompensation(Compensation):
             return weighted_rows(self.maps_EQH, self.regressors(logits_TD), decision)
         differentiated = torch.is_grad_enabled() and (logits_TD.requires_grad or weights_TK.requires_grad)
         if logits_TD.shape[0] == 1 and not differentiated:
-            return self._one_token(decision, logits_TD, dtype)
+            return self._host.product(decision, logits_TD, dtype)
         few = None if differentiated else dtype
         return looped(self.maps_EQH, lambda: self.regressors(logits_TD), decision, few)
 
@@ -301,9 +285,9 @@ class LinearCompensation(Compensation):
     # -- one token on the host ----------------------------------------------------------------------------
 
     @cached_property
-    def _host(self) -> _Host:
+    def _host(self) -> OneToken:
         num, wide, hidden = self.maps_EQH.shape
-        return _Host(
+        return OneToken(
             low=self.low_D.tolist(),
             high=self.high_D.tolist(),
             center=self.center_D.tolist(),
@@ -314,39 +298,6 @@ class LinearCompensation(Compensation):
             table_NH=self.maps_EQH.view(-1, hidden),
             start=torch.zeros(1, dtype=torch.int64, device="cpu"),
         )
-
-    def _one_token(self, decision: RoutingDecision, logits_1D: Tensor, dtype: torch.dtype) -> Tensor | None:
-        """A twin of `looped` for one token, without its machinery.
-
-        Between products that empty the caches every tensor operation costs 5 to 20 microseconds, whatever it does
-        (docs/performance.md): these are as few as there could be.
-        """
-        host = self._host
-        gone, experts = decision.dropped_TK.tolist()[0], decision.own_experts_TK.tolist()[0]
-        slots = [slot for slot, dropped in enumerate(gone) if dropped and experts[slot] < len(host.maps)]
-        if not slots:
-            return None
-        z = logits_1D.tolist()[0]
-        if not isfinite(sum(z)):  # a masked expert
-            z = [x if isfinite(x) else mu for x, mu in zip(z, host.center, strict=True)]
-        z = [a if x < a else b if x > b else x for x, a, b in zip(z, host.low, host.high, strict=True)]
-        phi_Q = torch.addmv(host.base_Q, host.whiten_QD, _vector(z))
-        weights = decision.own_weights_TK.tolist()[0]
-        if dtype == self.maps_EQH.dtype:
-            weight_P = _vector([weights[slot] for slot in slots])
-            row_N = torch.cat([host.rows[experts[slot]] for slot in slots])
-            return summed_rows(host.table_NH, row_N, torch.outer(weight_P, phi_Q), host.start)
-        phi_1Q = phi_Q.float().unsqueeze(0)
-        map_QH = torch.empty_like(host.maps[0], dtype=torch.float32)
-        out_1H = map_QH.new_zeros(1, map_QH.shape[1])
-        for slot in slots:
-            out_1H.addmm_(phi_1Q, map_QH.copy_(host.maps[experts[slot]]), alpha=weights[slot])
-        return out_1H
-
-
-def _vector(values: list[float]) -> Tensor:
-    """float64 [N]; a fifth of the time of `torch.tensor`."""
-    return torch.frombuffer(array("d", values), dtype=torch.float64)
 
 
 def compensated_norm(route_norm: RouteNorm, weights: WeightRule) -> RouteNorm:

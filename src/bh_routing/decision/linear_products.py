@@ -4,12 +4,15 @@ Shape legend: T tokens, E experts, K slots of the router's own choice, H hidden 
 
     sum over the dropped experts e of a token    w_e phi' maps_e,    maps_EQH of 16 bits, phi_TQ of float64
 
-`LinearCompensation` (`bh_routing.decision.compensation`) chooses among them and has a fourth, for single tokens.
+A fourth, `OneToken`, is for single tokens. `LinearCompensation` (`bh_routing.decision.compensation`) chooses among them.
 """
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable
+from math import isfinite
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -120,3 +123,49 @@ def grouped(maps_EQH: Tensor, phi_TQ: Tensor, decision: RoutingDecision) -> Tens
         0, order_P, torch.arange(order_P.numel(), device=order_P.device)
     )
     return y_PH[back_P].view(tokens, slots, -1).sum(1, dtype=torch.float32)
+
+
+class OneToken(NamedTuple):
+    """A linear compensation for single tokens on the host: what is made once, and Python's own numbers."""
+
+    low: list[float]
+    high: list[float]
+    center: list[float]
+    base_Q: Tensor  # one - mu @ whiten
+    whiten_QD: Tensor
+    maps: tuple[Tensor, ...]  # [Q, H] of each expert
+    rows: tuple[Tensor, ...]  # int64 [2Q] of each expert: its rows in the table, twice
+    table_NH: Tensor  # the maps of all experts, one below the other
+    start: Tensor  # int64 [1], 0
+
+    def product(self, decision: RoutingDecision, logits_1D: Tensor, dtype: torch.dtype) -> Tensor | None:
+        """A twin of `looped` for one token, without its machinery.
+
+        Between products that empty the caches every tensor operation costs 5 to 20 microseconds, whatever it does
+        (docs/performance.md): these are as few as there could be.
+        """
+        gone, experts = decision.dropped_TK.tolist()[0], decision.own_experts_TK.tolist()[0]
+        slots = [slot for slot, dropped in enumerate(gone) if dropped and experts[slot] < len(self.maps)]
+        if not slots:
+            return None
+        z = logits_1D.tolist()[0]
+        if not isfinite(sum(z)):  # a masked expert
+            z = [x if isfinite(x) else mu for x, mu in zip(z, self.center, strict=True)]
+        z = [a if x < a else b if x > b else x for x, a, b in zip(z, self.low, self.high, strict=True)]
+        phi_Q = torch.addmv(self.base_Q, self.whiten_QD, _vector(z))
+        weights = decision.own_weights_TK.tolist()[0]
+        if dtype == self.table_NH.dtype:
+            weight_P = _vector([weights[slot] for slot in slots])
+            row_N = torch.cat([self.rows[experts[slot]] for slot in slots])
+            return summed_rows(self.table_NH, row_N, torch.outer(weight_P, phi_Q), self.start)
+        phi_1Q = phi_Q.float().unsqueeze(0)
+        map_QH = torch.empty_like(self.maps[0], dtype=torch.float32)
+        out_1H = map_QH.new_zeros(1, map_QH.shape[1])
+        for slot in slots:
+            out_1H.addmm_(phi_1Q, map_QH.copy_(self.maps[experts[slot]]), alpha=weights[slot])
+        return out_1H
+
+
+def _vector(values: list[float]) -> Tensor:
+    """float64 [N]; a fifth of the time of `torch.tensor`."""
+    return torch.frombuffer(array("d", values), dtype=torch.float64)
