@@ -53,7 +53,8 @@ WORDS = sample_text().split()
 class Server:
     """A server in a process of its own, and what is said to it."""
 
-    def __init__(self, *argv: str, vllm: str, model: str = "olmoe-nano") -> None:
+    def __init__(self, *argv: str, vllm: str, model: str = "olmoe-nano", **environment: str) -> None:
+        self.environment = environment
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]
@@ -63,14 +64,15 @@ class Server:
     async def __aenter__(self) -> Server:
         environment = os.environ | {
             "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1",
+            **self.environment,
         }  # fmt: skip
         self.log = (Path("/tmp") / f"bh-routing-serving-{self.port}.log").open("w+")
         self.process = await asyncio.create_subprocess_exec(
             sys.executable, "-m", "bh_routing", *self.argv, stdout=asyncio.subprocess.PIPE, stderr=self.log, env=environment
         )  # fmt: skip
-        self.session = aiohttp.ClientSession(
-            timeout=aiohttp.ClientTimeout(total=300), connector=aiohttp.TCPConnector(limit=0)
-        )
+        # vLLM's server closes a connection that was idle for five seconds: a request sent on it just then would be lost.
+        connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=1)
+        self.session = aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=300), connector=connector)
         assert self.process.stdout is not None
         async for line in self.process.stdout:
             if b"Ctrl-C" in line:
@@ -203,7 +205,9 @@ async def idle(server: Server) -> None:
 async def soak(minutes: float, page: Path | None) -> None:
     # So few blocks of keys and values that the warm-up touches all of them: what grows later is not their pages.
     vllm = "--max-num-seqs 8 --max-model-len 512 --enforce-eager --enable-prompt-tokens-details --num-gpu-blocks-override 64"
-    async with Server("--experts", "8", "--under-load", "3", vllm=vllm) as server:
+    # oneDNN keeps what it compiled for each size of a product, 1024 by default: a hundred megabytes, which look like a leak.
+    argv = ("--experts", "8", "--under-load", "3")
+    async with Server(*argv, vllm=vllm, ONEDNN_PRIMITIVE_CACHE_CAPACITY="8") as server:
         run = Soak(server)
         await asyncio.gather(
             *(run.client(100 + i, time.monotonic() + 20, True) for i in range(16))
