@@ -6,13 +6,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import gguf
 import numpy as np
 import pytest
 import torch
 from families import make, writers
 
 from bh_routing.errors import UnsupportedModelError
+
+gguf = pytest.importorskip("gguf")
 
 HIDDEN, EXPERTS, INNER, RANK = 64, 16, 32, 2
 
