@@ -134,7 +134,10 @@ def price_loads(
 
 
 def first_of(ranking: Ranking, min_k: int, lost_T1: Tensor | None) -> Tensor | None:
-    """bool [T, K] in the candidates' own order: the ``min_k`` most significant; all of a token that decides nothing (``lost``)."""
+    """bool [T, K] in the candidates' own order: the ``min_k`` most significant; all of a token that decides nothing (``lost``).
+
+    None where there are none of either.
+    """
     if min_k == 0:
         return lost_T1
     rank_K = torch.arange(ranking.order_TK.shape[-1], device=ranking.order_TK.device)

@@ -184,9 +184,8 @@ class PricePolicy(TablePolicy):
             votes_T=votes_T,
             resident_E=resident_E,
         )
-        if (
-            votes_T is not None and lost_T1 is not None
-        ):  # a padded token's own choice is not loaded for its sake
+        if votes_T is not None and lost_T1 is not None:
+            # A padded token's own choice is not loaded for its sake.
             lost_T1 = lost_T1 & (votes_T if step.priced_T is None else votes_T | ~step.priced_T).unsqueeze(-1)
         counts_T = priced.keep_TK.sum(-1)
         if raw_T is None:
