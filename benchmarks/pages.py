@@ -24,9 +24,10 @@ from torch import Tensor
 
 from bh_routing.data import sample_text
 from bh_routing.evaluation import cut_windows
-from bh_routing.text import TextFile
+from bh_routing.text import TextFile, in_turn
 
-WINDOW = 256  # tokens
+WINDOW = 512  # tokens; what olmoe-nano was trained on
+DOMAINS = ("fiction", "encyclopaedia", "docs", "code", "dialogue", "simple")
 
 
 # A Python block, and where nothing but blank lines stands between, the text block of what it prints.
@@ -93,6 +94,22 @@ def halves(path: Path) -> tuple[str, str]:
     text = TextFile(path).read()
     middle = text.index("\n", len(text) // 2) + 1
     return text[:middle], text[middle:]
+
+
+def domain_file(data: Path, domain: str, split: str) -> TextFile:
+    """The documents of a domain; ``split`` is calibration, valid (for choosing) or test (for reporting)."""
+    return TextFile(data / "mixed" / f"{domain}-{split}.jsonl.xz")
+
+
+def mixed_text(data: Path, split: str, characters: int | None = None) -> str:
+    """Equal parts of all domains, documents in turn, as one text of about so many characters."""
+    held, documents = 0, []
+    for document in in_turn([domain_file(data, domain, split) for domain in DOMAINS]):
+        documents.append(document)
+        held += len(document)
+        if characters is not None and held >= characters:
+            break
+    return "\n\n".join(documents)
 
 
 def text_name(path: Path | None) -> str:

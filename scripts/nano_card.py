@@ -149,7 +149,7 @@ tags: [olmoe, mixture-of-experts]
 # olmoe-nano
 
 A small, real `OlmoeForCausalLM`: {config.num_hidden_layers} layers, hidden {config.hidden_size}, {config.num_attention_heads} heads, {config.num_experts} experts of width {config.intermediate_size},
-top-{config.num_experts_per_tok}, `norm_topk_prob` false, tied embeddings, byte-level BPE with {config.vocab_size:,} tokens, context {context}, {record["parameters"] / 1e6:.1f} M
+top-{config.num_experts_per_tok}, `norm_topk_prob` false, byte-level BPE with {config.vocab_size:,} tokens, context {context}, {record["parameters"] / 1e6:.1f} M
 parameters, stored in bfloat16.
 
 ```python
@@ -214,8 +214,7 @@ Greedily, 40 tokens after each prompt:
 ## Beside the weights
 
 - `calibration.safetensors`: the null distributions of its routers, for `bh-routing`.
-- `vllm-lm-head.safetensors`, `model.safetensors.index.json`: for vLLM, whose OLMoE does not tie embeddings and reads every weight file of a
-  folder without an index (`scripts/nano_vllm_files.py` writes them). transformers looks at neither.
+- `model.safetensors.index.json`: for vLLM, which reads every weight file of a folder without an index, the calibration too.
 
 ## Sources and licences
 

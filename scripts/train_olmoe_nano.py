@@ -35,6 +35,7 @@ from nano_data import END_OF_TEXT, batch_of_step, bytes_of_tokens, cached_ids, k
 from nano_forward import Fused, losses
 from nano_optimiser import learning_rate, make_optimisers
 from nano_report import evaluate, write_json
+from safetensors import safe_open
 from tqdm import tqdm
 from transformers import AutoTokenizer, OlmoeConfig, OlmoeForCausalLM, PreTrainedTokenizerFast
 
@@ -43,7 +44,7 @@ CHECKPOINT_FORMAT = 2
 
 def make_model(args: argparse.Namespace, tokenizer: PreTrainedTokenizerFast) -> OlmoeForCausalLM:
     if args.init:
-        return OlmoeForCausalLM.from_pretrained(args.init, dtype=torch.float32)
+        return OlmoeForCausalLM.from_pretrained(args.init, dtype=torch.float32, tie_word_embeddings=True)
     end_of_text = tokenizer.convert_tokens_to_ids(END_OF_TEXT)
     config = OlmoeConfig(
         vocab_size=args.vocab,
@@ -245,12 +246,33 @@ class Run:
         }
 
 
+def untied(model: OlmoeForCausalLM) -> OlmoeForCausalLM:
+    """The same model in bfloat16 with an output layer of its own, equal to the embedding: vLLM's OLMoE ties nothing."""
+    weights = {name: tensor.to(torch.bfloat16) for name, tensor in model.state_dict().items()}
+    made = OlmoeForCausalLM(OlmoeConfig(**model.config.to_dict() | {"tie_word_embeddings": False}))
+    made = made.to(torch.bfloat16)
+    made.load_state_dict(weights | {"lm_head.weight": weights["model.embed_tokens.weight"].clone()})
+    return made
+
+
+def write_index(folder: Path) -> None:
+    """Name the file of the weights: without that vLLM reads every .safetensors file of a folder as weights, also the
+    calibration that lies beside them."""
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        where = dict.fromkeys(sorted(file.keys()), "model.safetensors")
+    size = (folder / "model.safetensors").stat().st_size
+    write_json(
+        folder / "model.safetensors.index.json", {"metadata": {"total_size": size}, "weight_map": where}
+    )
+
+
 def export(run: Run, tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
     """Save model (in bfloat16), tokenizer and ``training.json``; every file is complete before it gets its place."""
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as temporary:
         made = Path(temporary)
-        run.model.to(torch.bfloat16).save_pretrained(made)
+        untied(run.model).save_pretrained(made)
+        write_index(made)
         tokenizer.save_pretrained(made)
         saved = json.loads((made / "tokenizer_config.json").read_text(encoding="utf-8"))
         for where_it_came_from in ("is_local", "local_files_only"):

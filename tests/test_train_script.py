@@ -324,10 +324,13 @@ def test_export_loads_and_a_run_goes_on_from_it(script, nano_report, one_thread,
     assert script.main(arguments(texts, work, "--decay-steps", 2, "--out", model, "--z", 0.5)) == 0
     with safe_open(model / "model.safetensors", "pt") as file:
         assert {file.get_slice(name).get_dtype() for name in file.keys()} == {"BF16"}  # noqa: SIM118
-        assert "lm_head.weight" not in file.keys()  # noqa: SIM118
+        head, embedding = (file.get_tensor(f"{name}.weight") for name in ("lm_head", "model.embed_tokens"))
+        index = json.loads((model / "model.safetensors.index.json").read_text(encoding="utf-8"))["weight_map"]
+        assert index == dict.fromkeys(file.keys(), "model.safetensors")
+    assert torch.equal(head, embedding)
     loaded = transformers.AutoModelForCausalLM.from_pretrained(model)
     assert type(loaded).__name__ == "OlmoeForCausalLM"
-    assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
+    assert loaded.lm_head.weight is not loaded.model.embed_tokens.weight
     config = loaded.config
     assert (config.num_experts, config.num_experts_per_tok, config.norm_topk_prob) == (8, 2, False)
     assert config.max_position_embeddings == 16

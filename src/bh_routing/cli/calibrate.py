@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Callable, Iterator
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,12 @@ DATASET_TOKENS = 1_000_000  # where --max-tokens does not say: a data set may ha
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="olmoe-nano, a folder, a hub id, or a GGUF file")
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--text", nargs="+", metavar="FILE", help="UTF-8 text, plain or .xz, .gz, .bz2")
+    source.add_argument(
+        "--text",
+        nargs="+",
+        metavar="FILE",
+        help="UTF-8 text or JSON lines, plain or .xz, .gz, .bz2; several take turns, so that --max-tokens takes as much of each",
+    )
     source.add_argument(
         "--dataset", metavar="HUB_ID", help="a data set of the hub, streamed (needs the extra `datasets`)"
     )
@@ -230,10 +234,10 @@ def show_calibration(calibration: Any) -> None:
 
 
 def _files(paths: list[str], split_on_blank_lines: bool) -> Callable[[], Iterator[str]]:
-    from ..text import PIECE, TextFile
+    from ..text import PIECE, TextFile, in_turn
 
     files = [TextFile(path, None if split_on_blank_lines else PIECE) for path in paths]
-    return lambda: chain.from_iterable(files)
+    return lambda: in_turn(files)
 
 
 def _dataset(args: argparse.Namespace) -> Callable[[], Iterator[str]]:

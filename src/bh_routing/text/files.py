@@ -2,15 +2,32 @@
 
 from __future__ import annotations
 
+import heapq
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from .._files import read_lines
 from ..errors import DatasetError
 
 PIECE = 1 << 16  # characters
+
+
+def in_turn(files: Sequence[Iterable[str]]) -> Iterator[str]:
+    """The documents of several texts, each time the next of the one that gave the fewest characters so far: wherever one
+    stops, all have given about as much, until the shortest has no more.
+
+    >>> list(in_turn([["aa", "bb"], ["cccc", "dd", "e"]]))
+    ['aa', 'cccc', 'bb', 'dd', 'e']
+    """
+    given = [(0, place, iter(file)) for place, file in enumerate(files)]
+    while given:
+        characters, place, documents = heapq.heappop(given)
+        for document in documents:
+            heapq.heappush(given, (characters + len(document), place, documents))
+            yield document
+            break
 
 
 class TextFile:
