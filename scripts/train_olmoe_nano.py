@@ -246,10 +246,13 @@ class Run:
         }
 
 
-def untied(model: OlmoeForCausalLM) -> OlmoeForCausalLM:
-    """The same model in bfloat16 with an output layer of its own, equal to the embedding: vLLM's OLMoE ties nothing."""
+def untied(model: OlmoeForCausalLM, window: int) -> OlmoeForCausalLM:
+    """The same model in bfloat16 with an output layer of its own, equal to the embedding: vLLM's OLMoE ties nothing.
+    Its configuration says on windows of how many tokens it was trained."""
     weights = {name: tensor.to(torch.bfloat16) for name, tensor in model.state_dict().items()}
-    made = OlmoeForCausalLM(OlmoeConfig(**model.config.to_dict() | {"tie_word_embeddings": False}))
+    made = OlmoeForCausalLM(
+        OlmoeConfig(**model.config.to_dict() | {"tie_word_embeddings": False, "trained_window": window})
+    )
     made = made.to(torch.bfloat16)
     made.load_state_dict(weights | {"lm_head.weight": weights["model.embed_tokens.weight"].clone()})
     return made
@@ -271,7 +274,7 @@ def export(run: Run, tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as temporary:
         made = Path(temporary)
-        untied(run.model).save_pretrained(made)
+        untied(run.model, run.args.window).save_pretrained(made)
         write_index(made)
         tokenizer.save_pretrained(made)
         saved = json.loads((made / "tokenizer_config.json").read_text(encoding="utf-8"))

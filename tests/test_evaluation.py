@@ -84,7 +84,7 @@ def test_compare(nano_model, nano_tokenizer):
         "share_ceiling": 0.0,
         "would_select": None,
         "arithmetic_per_token": 8.0,
-        "bytes_per_token": 4 * 8 * 3 * 128 * 64 * 4.0,
+        "bytes_per_token": 4 * 8 * 3 * nano_model.config.hidden_size * 64 * 4.0,
         "kl": {"value": 0.0, "low": None, "high": None},  # three windows are too few for an interval
         "agreement": {"value": 1.0, "low": None, "high": None},
         "layers": [{"mean_experts": 8.0, "std_experts": 0.0}] * 4,

@@ -28,7 +28,7 @@ def study() -> Any:
 def test_the_study_on_a_stand_in(
     study: Any, tiny_olmoe: Any, nano_tokenizer: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    tiny_olmoe(vocab_size=4096).save_pretrained(tmp_path / "model")
+    tiny_olmoe(vocab_size=len(nano_tokenizer)).save_pretrained(tmp_path / "model")
     nano_tokenizer.save_pretrained(tmp_path / "model")
     text = sample_text()
     (tmp_path / "a.txt").write_text(text[: len(text) // 2])

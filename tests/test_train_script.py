@@ -333,7 +333,7 @@ def test_export_loads_and_a_run_goes_on_from_it(script, nano_report, one_thread,
     assert loaded.lm_head.weight is not loaded.model.embed_tokens.weight
     config = loaded.config
     assert (config.num_experts, config.num_experts_per_tok, config.norm_topk_prob) == (8, 2, False)
-    assert config.max_position_embeddings == 16
+    assert (config.max_position_embeddings, config.trained_window) == (16, 16)
     tokenizer = transformers.AutoTokenizer.from_pretrained(model)
     sentence = "the old man opened a letter"
     assert tokenizer.decode(tokenizer(sentence)["input_ids"]) == sentence

@@ -46,7 +46,7 @@ def loaded(monkeypatch, tiny_olmoe, nano_tokenizer):
     made = []
 
     def load(*_args, **_options):
-        made.append(tiny_olmoe(vocab_size=4096))
+        made.append(tiny_olmoe(vocab_size=len(nano_tokenizer)))
         return made[-1], nano_tokenizer
 
     monkeypatch.setattr("bh_routing.models.loading.load_model", load)

@@ -38,6 +38,7 @@ from bh_routing.models import bundled_calibration, bundled_path
 from bh_routing.policies import RoutingContext, TopKPolicy
 
 CALIBRATION = str(bundled_calibration())
+HIDDEN = json.loads((bundled_path() / "config.json").read_text())["hidden_size"]
 FORMAT_1 = Path(__file__).parent / "fixtures" / "olmoe-nano-format-1.safetensors"
 
 # ---------------------------------------------------------------------------------------------- settings
@@ -255,7 +256,7 @@ def test_compensation_is_added_once(routed):
     logits_TE, weights_TK, experts_TK = routed
     layer = bound(calibration=CALIBRATION, experts_per_token=2).layers[0]
     layer.route(logits_TE, weights_TK, experts_TK, count=False)
-    output_TH = torch.zeros(len(logits_TE), 128)
+    output_TH = torch.zeros(len(logits_TE), HIDDEN)
     added_TH = layer.compensate(output_TH)
     assert added_TH.abs().max() > 1e-3
     assert torch.equal(layer.compensate(output_TH), output_TH)
@@ -266,7 +267,7 @@ def test_compensation_for_other_tokens_is_refused(routed):
     layer = bound(calibration=CALIBRATION, experts_per_token=2).layers[0]
     layer.route(logits_TE, weights_TK, experts_TK, count=False)
     with pytest.raises(InvalidParameterError, match=r'got 3; configure "compensation": false\.$'):
-        layer.compensate(torch.zeros(3, 128))
+        layer.compensate(torch.zeros(3, HIDDEN))
 
 
 def test_no_tokens(routed):
@@ -607,8 +608,8 @@ class FakeRunner:
         self.router = SimpleNamespace(**(router | changes.pop("router", {})))
         self.moe_config = SimpleNamespace(
             num_logical_experts=64,
-            hidden_dim=128,
-            hidden_dim_unpadded=128,
+            hidden_dim=HIDDEN,
+            hidden_dim_unpadded=HIDDEN,
             in_dtype=torch.float32,
             **({"skip_final_all_reduce": False, "is_sequence_parallel": False, "dp_size": 1, "pcp_size": 1}),
         )
@@ -622,7 +623,7 @@ class FakeRunner:
 
 
 def test_facts_of_a_runner():
-    assert checks.read_facts(FakeRunner()) == facts(0, router="SimpleNamespace", hidden_size=128)
+    assert checks.read_facts(FakeRunner()) == facts(0, router="SimpleNamespace", hidden_size=HIDDEN)
 
 
 @pytest.mark.parametrize(
@@ -681,8 +682,8 @@ def with_gate(weight_EH):
 @pytest.mark.parametrize("strict", [True, False])
 def test_other_router_weights_are_refused(nano_model, caplog, strict):
     engine = EngineRouting(Settings(calibration=CALIBRATION, experts_per_token=4, strict=strict))
-    layer = engine.add(facts(0, hidden_size=128))
-    layer.facts = facts(0, name="mlp.experts", hidden_size=128)
+    layer = engine.add(facts(0, hidden_size=HIDDEN))
+    layer.facts = facts(0, name="mlp.experts", hidden_size=HIDDEN)
     weight_EH = nano_model.model.layers[0].mlp.gate.weight.detach()
     cpu = torch.device("cpu")
     checks.check_weights(engine, layer, with_gate(weight_EH), cpu)
