@@ -169,7 +169,7 @@ how a method behaves on *this* model; they do not carry over to large ones.
 
 ## How it was trained
 
-{total / 1e6:.1f} M tokens in {hours:.1f} hours on one CPU core. Documents are packed one after the other with end-of-text between them; each
+{total / 1e6:.1f} M tokens in {hours:.1f} hours on one or two CPU cores. Documents are packed one after the other with end-of-text between them; each
 step has a fixed number of windows of each domain:
 
 {mixture}
@@ -213,7 +213,9 @@ Greedily, 40 tokens after each prompt:
 
 ## Beside the weights
 
-- `calibration.safetensors`: the null distributions of its routers, for `bh-routing`.
+- `calibration.safetensors`, for `bh-routing`: the null distributions of its routers, what stands in for dropped experts, and the sizes that
+  follow the token, from equal parts of the six calibration texts (the command is in docs/calibration.md); and a certificate, what each level
+  loses at most against the model itself, on held-out documents of the six test texts (docs/certificate.md).
 - `model.safetensors.index.json`: for vLLM, which reads every weight file of a folder without an index, the calibration too.
 
 ## Sources and licences
