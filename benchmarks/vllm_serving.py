@@ -5,7 +5,8 @@
 
 `soak`: 16 clients, of every level and of wrong ones, a tenth of whom hang up while they are answered; meanwhile statistics are
 read and the default level is changed. Afterwards a quiet minute: histograms, pairs, phases and usage must agree, the memory
-of the server's processes must not have grown, and nothing may have failed.
+of the server's processes must not have grown, and nothing may have failed. A request whose connection ended before its answer
+began is sent once more, as OpenAI's client does, and counted.
 
 `load`: 32 clients, of whom 8 run at a time, against one server with ``--experts 8 --under-load 3``; rounds in turn with a level of
 their own (8: what a server of a fixed level does) and without (what the server sheds). The embedded model is tiny; `large_model` makes
@@ -55,6 +56,7 @@ class Server:
 
     def __init__(self, *argv: str, vllm: str, model: str = "olmoe-nano", **environment: str) -> None:
         self.environment = environment
+        self.resent = 0  # requests
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]
@@ -70,7 +72,7 @@ class Server:
         self.process = await asyncio.create_subprocess_exec(
             sys.executable, "-m", "bh_routing", *self.argv, stdout=asyncio.subprocess.PIPE, stderr=self.log, env=environment
         )  # fmt: skip
-        # vLLM's server closes a connection that was idle for five seconds: a request sent on it just then would be lost.
+        # vLLM's server closes a connection that was idle for five seconds: a request sent on it just then is lost.
         connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=1)
         self.session = aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=300), connector=connector)
         assert self.process.stdout is not None
@@ -85,9 +87,16 @@ class Server:
             self.process.terminate()
         await self.process.wait()
 
+    async def post(self, path: str, body: dict[str, Any]) -> aiohttp.ClientResponse:
+        """An answer that has begun. A request that is lost with its connection is sent once more: OpenAI's client does so (twice), aiohttp only for GET."""
+        try:
+            return await self.session.post(self.url + path, json=body)
+        except aiohttp.ClientConnectionError:
+            self.resent += 1
+            return await self.session.post(self.url + path, json=body)
+
     async def rpc(self, method: str, **kwargs: Any) -> dict[str, Any]:
-        body = {"method": method, "kwargs": kwargs}
-        async with self.session.post(f"{self.url}/collective_rpc", json=body) as response:
+        async with await self.post("/collective_rpc", {"method": method, "kwargs": kwargs}) as response:
             return (await response.json())["results"][0]
 
     async def metrics(self) -> dict[str, float]:
@@ -108,7 +117,7 @@ class Server:
             "model": "model", "prompt": prompt, "max_tokens": tokens, "temperature": 0, "ignore_eos": True, "stream": True,
             "stream_options": {"include_usage": True}, "vllm_xargs": level or None,
         }  # fmt: skip
-        async with self.session.post(f"{self.url}/v1/completions", json=body) as response:
+        async with await self.post("/v1/completions", body) as response:
             if response.status != 200:
                 yield {"status": response.status, **(await response.json())}
                 return
@@ -134,6 +143,7 @@ class Soak:
     def __init__(self, server: Server) -> None:
         self.server, self.seen, self.failures, self.tokens, self.cached = server, Counter(), [], 0, 0
         self.memory: list[tuple[int, float]] = []  # requests so far, megabytes
+        self.pause = 0.0  # seconds that the clients' process stood still at most
 
     async def client(self, number: int, end: float, hangs_up: bool) -> None:
         chance = random.Random(number)
@@ -193,6 +203,12 @@ class Soak:
             except Exception as error:
                 self.failures.append(f"watching: {error!r}")
 
+    async def pulse(self, end: float) -> None:
+        """A process that stands still for seconds, or a machine, finds its connections closed: was it so?"""
+        while (before := time.monotonic()) < end:
+            await asyncio.sleep(0.1)
+            self.pause = max(self.pause, time.monotonic() - before - 0.1)
+
 
 async def idle(server: Server) -> None:
     """Wait until no tokens come any more: who hung up is cancelled between two steps."""
@@ -215,9 +231,10 @@ async def soak(minutes: float, page: Path | None) -> None:
         await idle(server)
         await server.rpc("bh_routing_reset")
         warm, start = sum(server.memory()), time.monotonic()
-        run = Soak(server)
+        run, server.resent = Soak(server), 0
         end = start + 60 * minutes
-        await asyncio.gather(*(run.client(i, end, True) for i in range(16)), run.watch(end))
+        clients = (run.client(i, end, True) for i in range(16))
+        await asyncio.gather(*clients, run.watch(end), run.pulse(end))
         await idle(server)
         stats = await server.rpc("bh_routing_stats")
         problems = disagreements(stats)
@@ -244,6 +261,8 @@ async def soak(minutes: float, page: Path | None) -> None:
         ["default level changed", f"{run.seen['levels changed']:,}"],
         ["requests by level: own, default, shed under load", " / ".join(f"{requests.get(why, 0):,}" for why in ("own", "default", "load"))],
         ["(token, layer) decisions", f"{stats['telemetry']['total']['decisions']:,}"],
+        ["requests sent again, because their connection was closed", f"{server.resent:,}"],
+        ["the clients' process stood still, s, at most", f"{run.pause:.1f}"],
         ["errors", f"{len(failures)}"],
         ["disagreements of histograms, pairs, phases and usage", f"{len(problems)}"],
         ["memory of the server, MB: after 20 s, at the end", f"{warm:,.0f} / {after:,.0f}"],
