@@ -208,7 +208,7 @@ def test_phases_and_own_levels_in_one_step():
     for record in calibration.layers:
         facts = LayerFacts(
             name=record.path.replace("gate", "experts"), router="R", num_experts=64, top_k=8, score_func="softmax",
-            renormalize=False, hidden_size=128,
+            renormalize=False,
         )  # fmt: skip
         engine.add(facts)
     engine.bind(torch.device("cpu"), requests=2)

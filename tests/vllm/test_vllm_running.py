@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from bh_routing import Calibration
 from bh_routing.models import bundled_calibration, bundled_path
 
 NANO = str(bundled_path("olmoe-nano"))
@@ -47,16 +48,20 @@ def test_phases_are_those_of_transformers(run_engine):
     assert decode["experts"] < 4 * decode["decisions"]
 
 
-LEVELS = [None, {"max_kl": 0.015}, {"agreement": 0.93}, {"experts_per_token": 2}]
-SAME = {
-    "experts_per_token": 3.0
-}  # the least budget that the certificate of the calibration allows for 0.015 nats
+SAME = {"experts_per_token": 3.0}
 
 
 @pytest.fixture(scope="module")
 def ranks(run_engine) -> dict[int, list[Any]]:
     """Requests of four levels together, then one at a named budget, on one rank and on two."""
-    extra = [None if level is None else {"bh_routing": level} for level in LEVELS]
+    certificate = Calibration.load(CALIBRATION).certificate
+    kl, changed = (
+        {level.experts_per_token: level.bound for level in levels}
+        for levels in (certificate.kl, certificate.agreement)
+    )
+    # What the certificate grants at 3 and at 4 experts.
+    levels = [None, {"max_kl": kl[3.0]}, {"agreement": 1 - changed[4.0]}, {"experts_per_token": 2}]
+    extra = [None if level is None else {"bh_routing": level} for level in levels]
     steps = [
         ["generate", {"prompts": PROMPTS, "max_tokens": NEW, "extra_args": extra}],
         STATS,
