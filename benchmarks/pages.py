@@ -22,9 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bh_routing.data import sample_text
-from bh_routing.evaluation import cut_windows
-from bh_routing.text import TextFile, in_turn
+from bh_routing.text import TextFile, cut_windows, evenly, in_turn
 
 WINDOW = 512  # tokens; what olmoe-nano was trained on
 DOMAINS = ("fiction", "encyclopaedia", "docs", "code", "dialogue", "simple")
@@ -59,9 +57,14 @@ def refresh_outputs(page: Path) -> None:
 
 
 def arguments(
-    doc: str | None, *, threads: bool = True, write: bool = True, model: str | None = None
+    doc: str | None,
+    *,
+    threads: bool = True,
+    write: bool = True,
+    data: bool = False,
+    model: str | None = None,
 ) -> argparse.ArgumentParser:
-    """A parser with what the benchmarks take: --write, --threads of those that time something, and the model.
+    """A parser with what the benchmarks take: --write, --threads of those that time something, --data, and the model.
 
     ``model`` is the default of MODEL, which a benchmark that names none measures; "" for one that must be given.
     """
@@ -70,6 +73,14 @@ def arguments(
         parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     if model is not None:
         parser.add_argument("model", metavar="MODEL", nargs="?" if model else None, default=model or None)
+    if data:
+        parser.add_argument(
+            "--data",
+            type=Path,
+            default=Path("data"),
+            metavar="DIR",
+            help="where the texts are (default: data)",
+        )
     if write:
         parser.add_argument("--write", type=Path, metavar="PAGE", help="put the tables into this page")
     return parser
@@ -80,13 +91,6 @@ def publish(page: Path | None, name: str, text: str) -> None:
     print(f"\n{text}", flush=True)
     if page is not None:
         write_block(page, name, text)
-
-
-def text_windows(tokenizer: Any, path: Path | None, limit: int | None = None) -> list[Tensor]:
-    """Windows of the bundled text, or of the second half of a file's (the first half is for choosing)."""
-    if path is None:
-        return cut_windows(tokenizer, sample_text(), WINDOW, limit)
-    return cut_windows(tokenizer, halves(path)[1], WINDOW, limit)
 
 
 def halves(path: Path) -> tuple[str, str]:
@@ -112,9 +116,20 @@ def mixed_text(data: Path, split: str, characters: int | None = None) -> str:
     return "\n\n".join(documents)
 
 
-def text_name(path: Path | None) -> str:
-    """What to call the text of `text_windows`."""
-    return "the bundled text" if path is None else f"`{path.name.partition('.')[0]}`"
+def named_text(data: Path, name: str) -> str:
+    """``mixed-test``: equal parts of all domains' test files; or a text of the folder, such as ``wikitext2-test``."""
+    domain, _, split = name.rpartition("-")
+    if domain == "mixed":
+        return mixed_text(data, split)
+    if domain in DOMAINS:
+        return domain_file(data, domain, split).read()
+    return TextFile(data / f"{name}.txt.xz").read()
+
+
+def spread_windows(tokenizer: Any, text: str, tokens: int) -> list[Tensor]:
+    """So many tokens of a text: whole windows [1, S] from places that are spread evenly over it."""
+    whole = [w for w in cut_windows(tokenizer, text, WINDOW) if w.shape[1] == WINDOW]
+    return list(evenly(whole, tokens // WINDOW))
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

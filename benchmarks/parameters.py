@@ -1,27 +1,26 @@
-"""What alpha, min_k, max_k and temperature do, measured on a model: the figures of docs/parameters.md.
+"""What alpha, min_k, max_k and temperature do, measured on olmoe-nano: the figures of docs/parameters.md.
 
-    python benchmarks/parameters.py [MODEL] [--text FILE --calibration-text FILE] [--write docs/parameters.md]
+    python benchmarks/parameters.py --data DIR [--tokens N] [--write docs/parameters.md]
 
-Default: olmoe-nano, its own calibration, and the bundled text in windows of 256 tokens. Of a text that is given, the second half
-is measured (the first is for choosing). One table per parameter; perplexity is compared with the unpatched model's, with
-the 95 % interval of a paired bootstrap over windows.
+Measured on equal parts of DIR's mixed test files, with the calibration that ships with the model; other temperatures are
+calibrated on equal parts of the calibration files. One table per parameter; perplexity is compared with the unpatched
+model's, with the 95 % interval of a paired bootstrap over windows.
 """
 
 from __future__ import annotations
 
 import logging
-import sys
 from pathlib import Path
 from typing import Any
 
-from pages import WINDOW, arguments, markdown_table, publish, text_name, text_windows
+from pages import DOMAINS, WINDOW, arguments, domain_file, markdown_table, named_text, publish, spread_windows
 from torch import Tensor
 
 from bh_routing import BHRoutingIntegration, Calibration, RoutingIntegration, calibrate
-from bh_routing.data import sample_text
 from bh_routing.evaluation import Measured, compare
-from bh_routing.models.loading import default_calibration, load_model
-from bh_routing.text import TextFile
+from bh_routing.models import bundled_calibration
+from bh_routing.models.loading import load_model
+from bh_routing.text import in_turn
 
 Rows = dict[str, RoutingIntegration | None]
 
@@ -57,25 +56,14 @@ def change(row: Measured, own: Measured) -> str:
 
 
 def main() -> None:
-    parser = arguments(__doc__, threads=False)
-    parser.add_argument("model", nargs="?", default="olmoe-nano")
-    parser.add_argument("--calibration", help="default: the one that comes with the model")
-    parser.add_argument("--text", type=Path, help="measure on its second half (default: the bundled text)")
-    parser.add_argument(
-        "--calibration-text", type=Path, help="for the temperatures (default: the bundled text)"
-    )
-    parser.add_argument(
-        "--limit", type=int, default=120, help="measure on so many windows, spread evenly (default 120)"
-    )
+    parser = arguments(__doc__, threads=False, data=True)
+    parser.add_argument("--tokens", type=int, default=32_768, help="to measure on (default 32,768)")
     args = parser.parse_args()
     logging.getLogger("bh_routing").setLevel(logging.ERROR)  # uncalibrated and at temperature 2 on purpose
 
-    path = args.calibration or default_calibration(args.model)
-    if path is None:
-        sys.exit(f"expected a calibration of {args.model}, got none; give --calibration FILE.")
-    calibration = Calibration.load(path)
-    model, tokenizer = load_model(args.model)
-    windows = text_windows(tokenizer, args.text, args.limit)
+    calibration = Calibration.load(bundled_calibration())
+    model, tokenizer = load_model("olmoe-nano")
+    windows = spread_windows(tokenizer, named_text(args.data, "mixed-test"), args.tokens)
     own = compare(model, windows, {"own": None})[0]
 
     def bh(**settings: Any) -> BHRoutingIntegration:
@@ -110,25 +98,25 @@ def main() -> None:
     for name, (title, rows) in tables.items():
         measured = compare(model, windows, rows)
         texts[name] = markdown_table([title, *HEADER], experts_and_perplexity(measured, own))
-    texts["temperature"] = temperatures(model, tokenizer, args.calibration_text, windows, own)
-    tokens = sum(w.shape[1] for w in windows)
+    texts["temperature"] = temperatures(model, tokenizer, args.data, windows, own)
     texts["setup"] = (
-        f"Measured on `{args.model}` and {'the second half of ' if args.text else ''}{text_name(args.text)}, {tokens:,} tokens in windows of {WINDOW}; the unpatched "
-        f"model runs {own.mean_experts:g} experts per token and has perplexity {own.perplexity:.2f}. In brackets: the 95 % "
-        "interval of the change in percent, by a paired bootstrap over windows."
+        f"Measured on `olmoe-nano` and equal parts of six kinds of held-out text, {len(windows) * WINDOW:,} tokens in windows of "
+        f"{WINDOW}; the unpatched model runs {own.mean_experts:g} experts per token and has perplexity {own.perplexity:.2f}. In "
+        "brackets: the 95 % interval of the change in percent, by a paired bootstrap over windows."
     )
     for name, block in texts.items():
         publish(args.write, name, block)
 
 
-def temperatures(model: Any, tokenizer: Any, text: Path | None, windows: list[Tensor], own: Measured) -> str:
+def temperatures(model: Any, tokenizer: Any, data: Path, windows: list[Tensor], own: Measured) -> str:
     """Calibrate at each temperature, and measure at the same budgets."""
     rows = []
     for temperature in TEMPERATURES:
         calibration = calibrate(
             model,
             tokenizer,
-            [sample_text()] if text is None else TextFile(text),
+            in_turn([domain_file(data, domain, "calibration") for domain in DOMAINS]),
+            window=WINDOW,
             temperature=temperature,
             max_tokens=CALIBRATION_TOKENS,
             progress=False,
@@ -145,7 +133,7 @@ def temperatures(model: Any, tokenizer: Any, text: Path | None, windows: list[Te
         measured = compare(model, windows, routings)
         cells = [cell for row in measured for cell in (f"{row.mean_experts:.2f}", change(row, own))]
         rows.append([f"{temperature:g}", *cells])
-    header = [f"temperature, calibrated on {text_name(text)}"]
+    header = ["temperature, calibrated"]
     for budget in BUDGETS:
         header += [f"experts (budget {budget:g})", "change"]
     return markdown_table(header, rows)

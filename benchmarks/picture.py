@@ -1,12 +1,12 @@
 """Draw docs/overview.png: who gets the experts, what fewer of them cost, and the time of a real-sized layer.
 
-    python benchmarks/picture.py [--text FILE] [--solve-text FILE] [-o docs/overview.png]
+    python benchmarks/picture.py --data DIR [-o docs/overview.png]
 
 Left: the bundled text, each token on a ground as dark as the experts it gets (mean over layers) at half of the model's
-own number. Right: the divergence KL(the model itself || this) on the second half of FILE (default: the bundled text)
-for BH and every rule that it is compared with, against experts per token and against arithmetic, in which compensation
-counts; layer profiles of the other rules are made on the --solve-text. Below: one token through a layer of
-OLMoE-1B-7B's shape. What was measured is kept in build/picture.json; --redraw draws that again.
+own number. Right: the divergence KL(the model itself || this) on equal parts of DIR's mixed test files for BH and every rule
+that it is compared with, against experts per token and against arithmetic, in which compensation counts; layer profiles of
+the other rules are made on the calibration files. Below: one token through a layer of OLMoE-1B-7B's shape. What was
+measured is kept in build/picture.json; --redraw draws that again.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
-from pages import arguments, text_name, text_windows
+from pages import WINDOW, arguments, mixed_text, named_text, spread_windows
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -30,8 +30,8 @@ from bh_routing.cli.strip import broken
 from bh_routing.data import sample_documents
 from bh_routing.evaluation import Workbench, compare, cut_windows, make_routing, parse_policy
 from bh_routing.evaluation.layer_speed import experts_that_fit, make_layer, measure_layer
-from bh_routing.models.loading import default_calibration, load_model
-from bh_routing.text import TextFile
+from bh_routing.models import bundled_calibration
+from bh_routing.models.loading import load_model
 
 SHARES = (0.25, 0.375, 0.5, 0.625, 0.75)  # of the model's own number of experts
 RULES = {  # policy as text without its budget: name, colour, strong
@@ -51,24 +51,17 @@ INK, FAINT = "#202020", "#6a6a6a"
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
-    path = args.calibration or default_calibration("olmoe-nano")
-    if path is None:
-        raise SystemExit("expected a calibration of olmoe-nano, got none; give --calibration FILE.")
-    calibration = Calibration.load(path)
+    calibration = Calibration.load(bundled_calibration())
     model, tokenizer = load_model("olmoe-nano", device="cpu")
-    solve = (
-        list(TextFile(args.solve_text))
-        if args.solve_text
-        else [d for texts in sample_documents().values() for d in texts]
-    )
-    bench = Workbench(model, calibration, cut_windows(tokenizer, solve, 256, 16))
+    solve = mixed_text(args.data, "calibration", 120_000)
+    bench = Workbench(model, calibration, cut_windows(tokenizer, solve, WINDOW, 16))
     budgets = [share * bench.top_k for share in SHARES]
     routings: dict[str, Any] = {"own": None}
     for rule in RULES:
         for budget in budgets:
             spec = f"{rule}{',' if ':' in rule else ':'}experts={budget:g}"
             routings[spec] = make_routing(parse_policy(spec), bench)
-    windows = text_windows(tokenizer, args.text, args.limit)
+    windows = spread_windows(tokenizer, named_text(args.data, "mixed-test"), args.tokens)
     points: dict[str, list[dict[str, float | None]]] = {rule: [] for rule in RULES}
     for row in compare(model, windows, routings)[1:]:
         rule = row.label.rpartition("experts=")[0].rstrip(":,")
@@ -155,7 +148,7 @@ def draw_layer(axes: Any, timed: list[dict[str, Any]]) -> None:
     )
 
 
-def draw(found: dict[str, Any], source: str, output: Path) -> None:
+def draw(found: dict[str, Any], output: Path) -> None:
     figure = plt.figure(figsize=(7.2, 6.0), dpi=200, layout="constrained", facecolor="white")
     above, below = figure.subfigures(2, 1, height_ratios=(4.6, 1.0))
     text, left, right = above.subplots(1, 3, width_ratios=(1.55, 1.0, 1.0))
@@ -165,7 +158,7 @@ def draw(found: dict[str, Any], source: str, output: Path) -> None:
     draw_losses(right, found["points"], "arithmetic_per_token", "arithmetic, in experts", found["top_k"])
     right.tick_params(labelleft=False)
     left.set_title(
-        f"distance from the full model\non {source}: KL, millinats", fontsize=8, loc="left", color=INK
+        "distance from the full model\non held-out text: KL, millinats", fontsize=8, loc="left", color=INK
     )
     left.legend(frameon=False, fontsize=6.8, loc="lower left", handlelength=1.2, borderaxespad=0.1)
     draw_layer(below.subplots(), found["layer"])
@@ -173,22 +166,18 @@ def draw(found: dict[str, Any], source: str, output: Path) -> None:
 
 
 def main() -> None:
-    parser = arguments(__doc__, threads=False, write=False)
-    parser.add_argument("--calibration", help="default: the one that comes with olmoe-nano")
-    parser.add_argument("--text", type=Path, help="measure on its second half (default: the bundled text)")
-    parser.add_argument("--solve-text", type=Path, help="calibration text (default: the bundled text)")
-    parser.add_argument("--limit", type=int, default=100, help="measure on so many windows (default 100)")
+    parser = arguments(__doc__, threads=False, write=False, data=True)
+    parser.add_argument("--tokens", type=int, default=20_480, help="to measure on (default 20,480)")
     parser.add_argument("--seconds", type=float, default=20.0, help="for the layer (default 20)")
     parser.add_argument("--redraw", action="store_true", help=f"draw what {MEASURED} holds")
     parser.add_argument("-o", "--output", type=Path, default=Path("docs/overview.png"))
     args = parser.parse_args()
     logging.getLogger("bh_routing").setLevel(logging.ERROR)
     if not args.redraw:
-        found = measure(args) | {"source": text_name(args.text).strip("`")}
         MEASURED.parent.mkdir(exist_ok=True)
-        MEASURED.write_text(json.dumps(found))
+        MEASURED.write_text(json.dumps(measure(args)))
     found = json.loads(MEASURED.read_text())
-    draw(found, found["source"], args.output)
+    draw(found, args.output)
     print(f"drawn to {args.output}")
 
 
