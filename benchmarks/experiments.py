@@ -1,11 +1,11 @@
 """The study of docs/results.md: every policy at every budget on olmoe-nano, on two texts; its tables and plots.
 
-    python benchmarks/experiments.py --data DIR -o results [--only books-valid] [--write docs/results.md]
+    python benchmarks/experiments.py --data DIR -o results [--only mixed-test] [--write docs/results.md]
 
-DIR holds books-valid.txt.xz (its second half is measured on), wikitext2-test.txt.xz and books-calibration.txt.xz (what
-budgets and layer profiles are solved on). What is in the results folder already is not run again, so that the two texts
-can be run side by side, and the page written afterwards. A page that is not there is made. With --only the other text's
-part of the page, and what the harness costs, stay as they are.
+DIR holds mixed/ (equal parts of the test files are measured on; budgets and layer profiles are solved on equal parts of the
+calibration files) and wikitext2-test.txt.xz. Of each text windows are measured that are spread evenly over it. What is in
+the results folder already is not run again, so that the two texts can be run side by side, and the page written afterwards.
+With --only the other text's part of the page, and what the harness costs, stay as they are.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from machine import Times, in_turn, ratio
-from pages import arguments, halves, markdown_table, publish
+from pages import WINDOW, arguments, markdown_table, mixed_text, named_text, publish, spread_windows
 
 from bh_routing import Calibration
 from bh_routing.cli.common import make_progress
@@ -28,14 +28,15 @@ from bh_routing.evaluation.report_plots import plots, svg_text
 from bh_routing.evaluation.results import ResultsFolder
 from bh_routing.evaluation.scoring import score_text
 from bh_routing.evaluation.summary import cells as figures
-from bh_routing.models.loading import default_calibration, load_model
-from bh_routing.text import TextFile, spans
+from bh_routing.models import bundled_calibration
+from bh_routing.models.loading import load_model
+from bh_routing.text import spans
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 from olmoe_1b_7b import policies
 
 BUDGETS = [2.0, 3.0, 4.0, 5.0, 6.0]
-TEXTS = ("books-valid", "wikitext2-test")
+TEXTS = ("mixed-test", "wikitext2-test")
 AGAINST = (  # whom BH is compared with
     "topk:experts={}",
     "topk:compensation=true,experts={}",
@@ -46,23 +47,19 @@ AGAINST = (  # whom BH is compared with
     "bh:compensation=mean,experts={}",
     "bh:compensation=false,experts={}",
 )
-MAX_TOKENS = 50_000  # of each text, unless --max-tokens says otherwise
+MAX_TOKENS = 32_768  # of each text, unless --max-tokens says otherwise
 ROUNDS = 40  # of what the harness costs
-WINDOW = 256  # tokens; what olmoe-nano was trained on
 
 
-def read(data: Path, name: str) -> str:
-    """A text; of books-valid the second half (the first is for choosing)."""
-    path = data / f"{name}.txt.xz"
-    return halves(path)[1] if name == "books-valid" else TextFile(path).read()
+def read(tokenizer: Any, data: Path, name: str, tokens: int) -> str:
+    """About so many tokens of a text, from places that are spread evenly over it."""
+    windows = spread_windows(tokenizer, named_text(data, name), tokens)
+    return "".join(tokenizer.decode(window_1S[0]) for window_1S in windows)
 
 
-def run(data: Path, output: Path, name: str, calibration: Path | None, max_tokens: int) -> None:
+def run(data: Path, output: Path, name: str, max_tokens: int) -> None:
     """Every policy on one text."""
     model, tokenizer = load_model("olmoe-nano")
-    path = calibration or default_calibration("olmoe-nano")
-    if path is None:
-        raise SystemExit("olmoe-nano has no calibration here; give --calibration FILE.")
     start = time.perf_counter()
     with make_progress() as progress:
         bar = progress.add_task("measuring", total=None)
@@ -70,10 +67,10 @@ def run(data: Path, output: Path, name: str, calibration: Path | None, max_token
             model,
             tokenizer,
             policies([4.0, 2.0, 3.0, 6.0, 5.0]),
-            {name: read(data, name)},
+            {name: read(tokenizer, data, name, max_tokens)},
             output / name,
-            calibration=Calibration.load(path),
-            solve_text=TextFile(data / "books-calibration.txt.xz").read()[:2_000_000],
+            calibration=Calibration.load(bundled_calibration()),
+            solve_text=mixed_text(data, "calibration", 120_000),
             window=WINDOW,
             max_tokens=max_tokens,
             model_id="olmoe-nano",
@@ -88,10 +85,7 @@ def run(data: Path, output: Path, name: str, calibration: Path | None, max_token
 def overhead(data: Path) -> str:
     """What the harness adds to bare forward passes, and what divergence and telemetry add to that."""
     model, tokenizer = load_model("olmoe-nano")
-    ids_N = tokenizer(
-        read(data, "books-valid")[:60_000], add_special_tokens=False, return_tensors="pt"
-    ).input_ids[0]
-    ids_N = ids_N[: 16 * WINDOW]
+    ids_N = torch.cat(spread_windows(tokenizer, named_text(data, "mixed-test"), 16 * WINDOW)).flatten()
     windows = spans(len(ids_N), WINDOW)
     ids_BS = ids_N.view(-1, WINDOW)
 
@@ -237,16 +231,14 @@ def _without_budget(policy: str) -> str:
 
 
 def main() -> None:
-    parser = arguments(__doc__, threads=False)
-    parser.add_argument("--data", type=Path, required=True, metavar="DIR")
+    parser = arguments(__doc__, threads=False, data=True)
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="FOLDER")
-    parser.add_argument("--calibration", type=Path, metavar="FILE", help="default: olmoe-nano's own")
     parser.add_argument("--max-tokens", type=int, default=MAX_TOKENS, metavar="N")
     parser.add_argument("--only", choices=TEXTS)
     args = parser.parse_args()
     texts = TEXTS if args.only is None else [args.only]
     for name in texts:
-        run(args.data, args.output, name, args.calibration, args.max_tokens)
+        run(args.data, args.output, name, args.max_tokens)
     if args.write is None:
         return
     for name in texts:
