@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import lzma
 import os
 import subprocess
 import sys
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from bh_routing.data import sample_documents
+from bh_routing.data import sample_documents, sample_text
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
@@ -20,22 +21,20 @@ BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 )
 def test_the_calibration_benchmark_prints_its_tables(tmp_path):
     """On a little text: every table but that of the configurations and that of the times."""
-    pieces = [sample_documents()[domain][0] for domain in ("fiction", "encyclopaedia", "dialogue", "simple")]
-    text = str(tmp_path / "text.txt")
-    Path(text).write_text("\n\n".join("\n".join(5 * [piece]) for piece in pieces))
+    (tmp_path / "mixed").mkdir()
+    for domain, texts in sample_documents().items():
+        lines = "\n".join(5 * [json.dumps({"text": text}) for text in texts])
+        for split in ("calibration", "valid", "test"):
+            with lzma.open(tmp_path / "mixed" / f"{domain}-{split}.jsonl.xz", "wt", encoding="utf-8") as file:
+                file.write(lines)
+    with lzma.open(tmp_path / "wikitext2-test.txt.xz", "wt", encoding="utf-8") as file:
+        file.write(sample_text())
+    page = tmp_path / "page.md"
+    page.write_text("<!-- begin calibration: x -->\n<!-- end calibration -->\n")
     run = subprocess.run(
         [
-            *(
-                sys.executable,
-                "benchmarks/calibration.py",
-                "--calibrate-on",
-                text,
-                "--choose-and-report",
-                text,
-            ),
-            *("--choose-tokens", "512", "--report-tokens", "512", "--document-tokens", "1024"),
-            *("--parts", "documents", "report", "scale", "budgets", "uniformity"),
-            *("--output", str(tmp_path / "result.json")),
+            *(sys.executable, "benchmarks/calibration.py", "--data", str(tmp_path), "--tokens", "512"),
+            *("--parts", "scales", "budgets", "uniformity", "amounts", "--write", str(page)),
         ],
         cwd=BENCHMARKS.parent,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
@@ -44,14 +43,20 @@ def test_the_calibration_benchmark_prints_its_tables(tmp_path):
         timeout=280,
     )
     assert run.returncode == 0, run.stderr
-    result = json.loads((tmp_path / "result.json").read_text())
-    assert [row["tokens"] for row in result["documents"]["document_tokens"]] == [11177] * 5
-    assert len(result["documents"]["books"]) == 4
-    assert len(result["comparison"]["second half"]["rows"]) == 3 * 8
-    by_scale = [result["scale"][0][s][0] for s in ("0", "0.5", "1")]
-    assert max(by_scale[1:]) < by_scale[0]
-    assert [row["budget"] for row in result["budgets"]] == [4.0, 3.0, 2.0]
-    assert all(0.0 < row["pooled"] < 0.1 for row in result["uniformity"])
+    _, scales, budgets, uniformity, amounts = (
+        [
+            [cell.strip() for cell in line.strip("|").split("|")]
+            for line in part.splitlines()
+            if line[:1] == "|"
+        ][2:]
+        for part in page.read_text().split("###")
+    )
+    assert [row[:2] for row in scales] == [[t, b] for t in ("mixed-test", "wikitext2-test") for b in "432"]
+    assert all(float(half) < float(nothing) for _, _, nothing, _, half, *_ in scales)
+    assert len(budgets) == 8
+    assert all(0.0 < float(pooled) < 0.2 for *_, pooled in uniformity)
+    assert len(uniformity) == 2 * 7
+    assert [row[:2] for row in amounts] == [["12,288", "all"], ["12,288", "1,024"], ["3,072", "1,024"]]
 
 
 @pytest.mark.skipif(not (BENCHMARKS / "gpu.py").exists(), reason="the benchmarks are not part of a wheel")
