@@ -1,10 +1,11 @@
 """What reading fewer experts per decoding step costs: a price on loads beside top-k, OEA, XShare and batch top-k at equal loads.
 
-    python benchmarks/price_quality.py --text FILE [--text FILE] [--calibration FILE] [--streams 16 --streams 64]
+    python benchmarks/price_quality.py --data DIR [--tokens N] [--write docs/price.md]
 
-Windows of 256 tokens, evenly spread over a text, are decoded in step (teacher-forced, column by column): so many sequences at a
-time. KL is to the model itself. The last two columns: the divergence of the price at the loads of the row, between its own
-rows on a logarithmic scale, and how much of the row's divergence that is. Nothing is chosen on these texts.
+Windows of 512 tokens, from places that are spread evenly over all of DIR's mixed test files (and over WikiText-2's test
+text), are decoded in step (teacher-forced, column by column): so many sequences at a time. KL is to the model itself. The
+last two columns: the divergence of the price at the loads of the row, between its own rows on a logarithmic scale, and how
+much of the row's divergence that is. Nothing is chosen on these texts.
 """
 
 from __future__ import annotations
@@ -12,11 +13,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from itertools import pairwise
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from pages import WINDOW, arguments, markdown_table, publish
+from pages import WINDOW, arguments, markdown_table, named_text, publish, spread_windows
 from torch import Tensor
 
 from bh_routing import Calibration
@@ -26,8 +26,8 @@ from bh_routing.models import bundled_calibration
 from bh_routing.models.loading import load_model
 from bh_routing.patching.calls import as_steps
 from bh_routing.stats.divergence import kl_divergence
-from bh_routing.text import TextFile
 
+MEASURED = (("mixed-test", 16), ("mixed-test", 64), ("wikitext2-test", 16))  # text, sequences in step
 PRICED = {16: (48, 40, 34, 28, 24, 20, 16, 13), 64: (58, 52, 48, 44, 40, 36, 32, 28)}
 OTHERS = {
     16: ("topk:k=6", "topk:k=4", "topk:k=3", "topk:k=2", "oea:k0=4", "oea:k0=3", "oea:k0=2", "oea:k0=1", "xshare:loads=40", "xshare:loads=32", "xshare:loads=20", "batchtopk:loads=32", "batchtopk:loads=20"),
@@ -44,13 +44,10 @@ class Point(NamedTuple):
     kl: float
 
 
-def steps_of(tokenizer: object, path: Path, streams: int, tokens: int) -> list[Tensor]:
-    """Batches [streams, 256] of windows from places that are spread over the text."""
-    text = TextFile(path).read()
-    ids_N = tokenizer(text, add_special_tokens=False, return_tensors="pt", verbose=False).input_ids[0]  # type: ignore[operator]
+def steps_of(tokenizer: object, text: str, streams: int, tokens: int) -> list[Tensor]:
+    """Batches [streams, 512] of windows; those of a batch are from all over the text."""
     batches = tokens // (WINDOW * streams)
-    starts = torch.linspace(0, len(ids_N) - WINDOW, batches * streams).long()
-    windows_NS = ids_N[starts.unsqueeze(1) + torch.arange(WINDOW)]
+    windows_NS = torch.cat(spread_windows(tokenizer, text, batches * streams * WINDOW))
     return [windows_NS[i::batches] for i in range(batches)]
 
 
@@ -94,31 +91,24 @@ HEADER = (
 
 
 def main() -> None:
-    parser = arguments(__doc__, threads=False)
-    parser.add_argument("--text", type=Path, action="append", required=True)
-    parser.add_argument("--calibration", type=Path, default=bundled_calibration())
-    parser.add_argument("--streams", type=int, action="append", choices=sorted(PRICED))
-    parser.add_argument("--tokens", type=int, default=32768, help="of each text (default 32,768)")
+    parser = arguments(__doc__, threads=False, data=True)
+    parser.add_argument("--tokens", type=int, default=32_768, help="of each text (default 32,768)")
     args = parser.parse_args()
     model, tokenizer = load_model("olmoe-nano", dtype="float32")
-    calibration = Calibration.load(args.calibration)
-    for text in args.text:
-        for streams in args.streams or sorted(PRICED):
-            steps = steps_of(tokenizer, text, streams, args.tokens)
-            with torch.inference_mode():
-                own = [model(input_ids=ids, use_cache=False).logits.log_softmax(-1) for ids in steps]
-            bench = Workbench(model, calibration, streams=streams)
-            curve = measure(bench, [f"bh:loads={n}" for n in PRICED[streams]], steps, own)
-            rows = []
-            for point in (*curve, *measure(bench, OTHERS[streams], steps, own)):
-                ours = None if point in curve else at_loads(curve, point.loads)
-                told = ["", ""] if ours is None else [f"{ours:.2f}", f"{ours / point.kl:.2f}"]
-                rows.append(
-                    [point.rule, f"{point.loads:.1f}", f"{point.experts:.2f}", f"{point.kl:.2f}", *told]
-                )
-            name = text.name.partition(".")[0]
-            note = f"{len(steps) * steps[0].numel():,} tokens of {name}, {streams} sequences in step."
-            publish(args.write, f"price-{name}-{streams}", f"{markdown_table(HEADER, rows)}\n\n{note}")
+    calibration = Calibration.load(bundled_calibration())
+    for name, streams in MEASURED:
+        steps = steps_of(tokenizer, named_text(args.data, name), streams, args.tokens)
+        with torch.inference_mode():
+            own = [model(input_ids=ids, use_cache=False).logits.log_softmax(-1) for ids in steps]
+        bench = Workbench(model, calibration, streams=streams)
+        curve = measure(bench, [f"bh:loads={n}" for n in PRICED[streams]], steps, own)
+        rows = []
+        for point in (*curve, *measure(bench, OTHERS[streams], steps, own)):
+            ours = None if point in curve else at_loads(curve, point.loads)
+            told = ["", ""] if ours is None else [f"{ours:.2f}", f"{ours / point.kl:.2f}"]
+            rows.append([point.rule, f"{point.loads:.1f}", f"{point.experts:.2f}", f"{point.kl:.2f}", *told])
+        note = f"{len(steps) * steps[0].numel():,} tokens of {name}, {streams} sequences in step."
+        publish(args.write, f"price-{name}-{streams}", f"{markdown_table(HEADER, rows)}\n\n{note}")
 
 
 if __name__ == "__main__":
