@@ -1,18 +1,18 @@
 """olmoe-nano fine-tuned at 3.0 experts per token, against a control trained with its own top-8: same steps, data, seed.
 
     python benchmarks/finetune_nano.py train --arm routed|control --data DIR --out OUT [--steps N ...]
-    python benchmarks/finetune_nano.py judge --data DIR --out OUT [--write docs/training.md]
+    python benchmarks/finetune_nano.py judge --data DIR --out OUT
+    python benchmarks/finetune_nano.py page --data DIR --out OUT [--write docs/training.md]
 
-DIR holds books-train.txt.xz (trained on), books-calibration.txt.xz (each model's own calibration) and books-valid.txt.xz
-(settings were chosen, and the curves are drawn, on its first half; the report is on its second half). The two arms may
-run side by side, one thread each; a step's time counts the processor's time of that thread, refits included.
+DIR holds mixed/: equal parts of its six train files are trained on, of its calibration files each model's own calibration is
+made, on its valid files settings are chosen and the curves are drawn, on its test files the arms are judged. The two arms
+may run side by side, one thread each; a step's time counts the processor's time of that thread, refits included.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import random
 import time
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,17 @@ from typing import Any
 import numpy as np
 import torch
 from machine import describe_machine
-from pages import arguments, halves, markdown_table, publish
+from pages import (
+    DOMAINS,
+    WINDOW,
+    arguments,
+    domain_file,
+    markdown_table,
+    mixed_text,
+    named_text,
+    publish,
+    spread_windows,
+)
 
 from bh_routing import BHRoutingIntegration, Calibration, calibrate
 from bh_routing.evaluation import perplexity_change
@@ -28,11 +38,10 @@ from bh_routing.evaluation.paired import block_sums, perplexity_interval
 from bh_routing.evaluation.scoring import score_text
 from bh_routing.models import bundled_calibration
 from bh_routing.models.loading import load_model
-from bh_routing.text import TextFile, spans
+from bh_routing.text import in_turn, spans
 from bh_routing.training.loop import finetune, text_windows
 from bh_routing.training.settings import FinetuneSettings
 
-WINDOW = 256
 EXPERTS = 3.0
 ARMS = ("control", "routed")
 ROUTINGS: dict[str, dict[str, Any] | None] = {
@@ -42,24 +51,22 @@ ROUTINGS: dict[str, dict[str, Any] | None] = {
 }
 
 
-def valid_ids(tokenizer: Any, data: Path, half: int, tokens: int) -> torch.Tensor:
-    """Token ids of a half of the validation text: runs of a whole number of windows, spread evenly over it."""
-    text = halves(data / "books-valid.txt.xz")[half - 1]
-    starts = np.linspace(0, len(text) - 40_000, max(1, tokens // 4096)).astype(int)
-    runs = [torch.tensor(tokenizer(text[a : a + 40_000], verbose=False).input_ids[:4096]) for a in starts]
-    return torch.cat(runs)
+def held_out(tokenizer: Any, data: Path, split: str, tokens: int) -> torch.Tensor:
+    """Token ids of equal parts of all domains: whole windows, spread evenly over the files."""
+    return torch.cat(spread_windows(tokenizer, named_text(data, f"mixed-{split}"), tokens)).flatten()
 
 
 def make_calibration(model: Any, tokenizer: Any, data: Path, tokens: int) -> Calibration:
-    """On so many tokens, about: the same number of each book."""
-    books = TextFile(data / "books-calibration.txt.xz", None)
+    """On so many tokens, with the rank of the calibration that ships with the model."""
+    linear = Calibration.load(bundled_calibration()).linear
     return calibrate(
         model,
         tokenizer,
-        books,
-        document_tokens=tokens // sum(1 for _ in books),
+        list(in_turn([domain_file(data, domain, "calibration") for domain in DOMAINS])),
+        max_tokens=tokens,
         window=WINDOW,
         sensitivity=True,
+        rank=None if linear is None else int(linear.rank_L.max()),
         progress=False,
         model_id="nano",
     )
@@ -85,19 +92,16 @@ def train(args: argparse.Namespace) -> None:
         seed=args.seed,
     )
     model, tokenizer = load_model("olmoe-nano")
-    pieces = list(TextFile(args.data / "books-train.txt.xz"))
-    random.Random(args.seed).shuffle(pieces)
     size = settings.batch_tokens // WINDOW
-    windows_NS = text_windows(tokenizer, pieces, WINDOW, settings.steps * size)
-    judged_N = valid_ids(tokenizer, args.data, 1, args.curve_tokens)
-    calibration_file = bundled_calibration()
-    assert calibration_file is not None
-    calibration = Calibration.load(calibration_file)
+    text = mixed_text(args.data, "train", 6 * settings.steps * settings.batch_tokens)
+    windows_NS = text_windows(tokenizer, [text], WINDOW, settings.steps * size)
+    judged_N = held_out(tokenizer, args.data, "valid", args.curve_tokens)
+    calibration = Calibration.load(bundled_calibration())
     curve: list[dict[str, float]] = []
     spent = {"cpu": 0.0, "since": 0.0}
 
     def point(step: int) -> None:
-        """Loss on the choosing half as the arm routes: at 8, or at 3.0 with the table in use."""
+        """Loss on valid text as the arm routes: at 8, or at 3.0 with the table in use."""
         model.eval()
         mean = float(losses(model, judged_N).double().mean())
         curve.append({"step": step, "cpu": spent["cpu"], "loss": mean})
@@ -144,17 +148,16 @@ def train(args: argparse.Namespace) -> None:
 
 
 def judge(args: argparse.Namespace) -> None:
-    """Losses of every model and routing on the reporting half, each model with its own calibration."""
+    """Losses of every model and routing on held-out text, each model with its own calibration."""
     found: dict[str, dict[str, Any]] = {}
     for name in args.arms:
         model, tokenizer = load_model(
             "olmoe-nano" if name == "base" else str(args.out / name), dtype="float32"
         )
-        ids_N = valid_ids(tokenizer, args.data, args.half, args.tokens)
+        ids_N = held_out(tokenizer, args.data, args.split, args.tokens)
         calibration_file = (
             bundled_calibration() if name == "base" else args.out / name / "calibration.safetensors"
         )
-        assert calibration_file is not None
         calibration = Calibration.load(calibration_file)
         found[name] = {}
         for routing, options in ROUTINGS.items():
@@ -172,7 +175,7 @@ def judge(args: argparse.Namespace) -> None:
                 f"{perplexity_interval(found[name][routing]['blocks']).value:.4f}",
                 flush=True,
             )
-        path = args.out / f"judged-{args.half}-{name}.json"
+        path = args.out / f"judged-{args.split}-{name}.json"
         path.write_text(json.dumps(found[name]) + "\n", encoding="utf-8")
 
 
@@ -222,7 +225,7 @@ def tables(found: dict[str, Any], records: dict[str, Any]) -> str:
     s = records["routed"]["settings"]
     lines += [
         f"At 8 experts the routed model is {_percent(at8)} from the control. Intervals: 95 %, paired bootstrap over "
-        f"blocks of 512 tokens of {tokens:,.0f} tokens of the second half of `books-valid`. {s['steps']} steps of "
+        f"blocks of 512 tokens of {tokens:,.0f} tokens of equal parts of the six test files. {s['steps']} steps of "
         f"{s['batch_tokens']} tokens, AdamW, peak rate {s['learning_rate']:g}, full_share {s['full_share']:g}, distil "
         f"{s['distil']:g}, complete refit every {s['refit_every']} steps. Minutes of one core's time: {minutes}.",
         "",
@@ -237,7 +240,7 @@ def _percent(interval: Any) -> str:
 
 
 def draw(records: dict[str, Any], found: dict[str, Any], path: Path) -> None:
-    """Perplexity on the choosing half while training, and the end result on the reporting half."""
+    """Perplexity on valid text while training, and the end result on test text."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -256,7 +259,7 @@ def draw(records: dict[str, Any], found: dict[str, Any], path: Path) -> None:
             color=colours[name],
             label=label,
         )
-    left.set(xlabel="step", ylabel="perplexity", title="first half of books-valid")
+    left.set(xlabel="step", ylabel="perplexity", title="valid text")
     left.legend(frameon=False)
     steps = records["routed"]["steps"]
     width = max(1, len(steps) // 50)
@@ -283,7 +286,7 @@ def draw(records: dict[str, Any], found: dict[str, Any], path: Path) -> None:
     highest = max(perplexity_interval(found[n][r]["blocks"]).value for n in found for r in groups)
     right.set(
         ylim=(lowest - 0.5 * (highest - lowest), highest + 0.45 * (highest - lowest)),
-        title="second half of books-valid",
+        title="test text",
     )
     right.set_xticks(range(3), ["top-8", "3.0", "3.0, no\ncompensation"])
     right.legend(frameon=False, fontsize=7, ncols=3, loc="upper center")
@@ -294,12 +297,11 @@ def draw(records: dict[str, Any], found: dict[str, Any], path: Path) -> None:
 
 
 def main() -> None:
-    parser = arguments(__doc__, threads=False)
+    parser = arguments(__doc__, threads=False, data=True)
     add = parser.add_argument
     add("what", choices=("train", "judge", "page"))
     add("--arm", choices=("routed", "control"), default="routed")
     add("--arms", nargs="+", default=["base", *ARMS], metavar="NAME", help="judge: base, and folders of OUT")
-    add("--data", type=Path, required=True)
     add("--out", type=Path, required=True)
     add("--steps", type=int, default=1000)
     add("--learning-rate", type=float, default=1e-3)
@@ -313,8 +315,8 @@ def main() -> None:
     add("--calibration-tokens", type=int, default=131_072)
     add("--curve-tokens", type=int, default=16_384)
     add("--log-every", type=int, default=100)
-    add("--tokens", type=int, default=131_072, help="of the half that is judged on")
-    add("--half", type=int, choices=(1, 2), default=2)
+    add("--tokens", type=int, default=131_072, help="to judge on")
+    add("--split", choices=("valid", "test"), default="test", help="to judge on")
     add("--seed", type=int, default=0)
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -323,7 +325,7 @@ def main() -> None:
         (train if args.what == "train" else judge)(args)
         return
     found = {
-        name: json.loads((args.out / f"judged-{args.half}-{name}.json").read_text(encoding="utf-8"))
+        name: json.loads((args.out / f"judged-{args.split}-{name}.json").read_text(encoding="utf-8"))
         for name in ("base", *ARMS)
     }
     records = {
