@@ -1,9 +1,9 @@
 """Whether certificates hold, and how much they give away: drawn from a pool of documents whose mean loss is known.
 
-    python benchmarks/certificate.py olmoe-nano --text FILE.jsonl ... [--losses LOSSES.pt] -o benchmarks/results/certificate.json
+    python benchmarks/certificate.py --data DIR [--losses LOSSES.pt] -o benchmarks/results/certificate.json [--write docs/certificate.md]
 
-Every document of FILES is read once by the full model and at each level (LOSSES keeps what it lost, so that the study can
-be repeated without the model). Then, 500 times: n documents are drawn from the pool with replacement, and levels are
+Every document of DIR's mixed test files is read once by the full model and at each level (LOSSES keeps what it lost, so that
+the study can be repeated without the model). Then, 500 times: n documents are drawn from the pool with replacement, and levels are
 certified on them. The truth is the pool's own mean, documents counted equally, clipped as they are. What is counted: how
 often the level that was certified really loses more than the target (at most 5 % of the draws, if the bounds are right),
 and how many experts it keeps more than the level that somebody who knew the pool would take. Prints Markdown tables.
@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from pages import arguments, markdown_table
+from pages import DOMAINS, arguments, domain_file, markdown_table, publish
 
 from bh_routing._words import Bound
 from bh_routing.calibration.calibration import Calibration
@@ -30,7 +30,6 @@ from bh_routing.evaluation.document_losses import Documents, losses_of, order_of
 from bh_routing.integration import BHRoutingIntegration
 from bh_routing.models.loading import default_calibration, load_model
 from bh_routing.stats.risk import p_value
-from bh_routing.text import TextFile
 
 DRAWS, DELTA = 500, 0.05
 SIZES, TARGETS = (100, 500), (0.005, 0.01, 0.03)
@@ -42,9 +41,9 @@ def read_pool(args: argparse.Namespace) -> dict[str, Any]:
     path = args.calibration or default_calibration(args.model)
     calibration = Calibration.load(path)
     kinds, documents = [], []
-    for name in args.text:
-        for document in TextFile(name).with_named_sources():
-            kinds.append(Path(name).name.partition("-")[0])
+    for domain in DOMAINS:
+        for document in domain_file(args.data, domain, "test").with_named_sources():
+            kinds.append(domain)
             documents.append(document)
     read = Documents.read(documents, calibration.seed)
     if len(read) != len(documents):
@@ -153,9 +152,8 @@ def off_domain(pool: dict[str, Any], target: float) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    parser = arguments(__doc__, threads=False, write=False, model="")
+    parser = arguments(__doc__, threads=False, data=True, model="olmoe-nano")
     parser.add_argument("--calibration")
-    parser.add_argument("--text", nargs="+", default=[])
     parser.add_argument("--levels", nargs="+", type=float, default=[6.5, 6, 5.5, 5, 4.5, 4, 3.5, 3, 2.5, 2])
     parser.add_argument("--document-tokens", type=int, default=128)
     parser.add_argument("--losses", type=Path, help="read from there, or written there")
@@ -192,20 +190,20 @@ def main() -> None:
         named = [str(row["documents"]), f"{row['max_kl']:g}", row["bound"], f"{row['exceeded']:.1%}"]
         rows.append([*named, *(f"{figure:.2f}" for figure in figures), f"{row['nothing']:.0%}"])
     header = ["documents", "max_kl", "bound", "exceeded", "certified experts", "oracle", "given away"]
-    print(f"\n{markdown_table([*header, 'nothing certified'], rows)}")
+    certified = markdown_table([*header, "nothing certified"], rows)
     rows = [
         [str(row["documents"]), row["bound"], f"{row['missed']:.1%}", f"{1000 * np.mean(row['above']):.2f}"]
         for row in found["curve"]
     ]
     header = ["documents", "bound", "curve missed", "mean excess of the bounds, millinats"]
-    print(f"\n{markdown_table(header, rows)}")
+    publish(args.write, "coverage", f"{certified}\n\n{markdown_table(header, rows)}")
     names = list(found["off_domain"][0]["loses"])
     rows = [
         [row["certified on"], str(row["documents"]), f"{row['experts']:g}"]
         + [f"{row['loses'][name]:.4f}" for name in names]
         for row in found["off_domain"]
     ]
-    print(f"\n{markdown_table(['certified on', 'documents', 'experts', *names], rows)}")
+    publish(args.write, "domains", markdown_table(["certified on", "documents", "experts", *names], rows))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from machine import describe_machine, in_turn, ratio
-from pages import arguments, markdown_table, publish
+from pages import WINDOW, arguments, markdown_table, publish
 from torch import Tensor
 
 from bh_routing import DecisionTable, RoutingContext, TablePolicy, Telemetry
@@ -161,7 +161,7 @@ def repeats(s: Setting) -> str:
     from bh_routing.patching import make_plan, watch
 
     model, tokenizer = load_model("olmoe-nano", device="cpu", dtype="bfloat16")
-    ids = torch.tensor([tokenizer(sample_text()[:6000])["input_ids"][:1024]])
+    ids = torch.tensor(tokenizer(sample_text()[:12_000])["input_ids"][: 2 * WINDOW]).view(2, WINDOW)
     seen: dict[int, list[bytes]] = {}
 
     def collect(layer: Any, logits_TE: Tensor, *_: Any) -> None:

@@ -2,16 +2,14 @@
 
     python benchmarks/demo_texts.py --data DIR [--write docs/demo.md]
 
-DIR holds DOMAIN-test.jsonl.xz of each domain, which no part of training or calibration saw; the first 512 tokens of 16
-documents of each, spread evenly over the file. BH at half of the model's own number of experts beside top-k at that number.
+DIR holds mixed/, whose test files no part of training or calibration saw; the first 512 tokens of 16 documents of each,
+spread evenly over the file. BH at half of the model's own number of experts beside top-k at that number.
 """
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
-from pages import arguments, markdown_table, publish
+from pages import arguments, domain_file, markdown_table, publish
 
 from bh_routing import BHRoutingIntegration, Calibration, RoutingIntegration, TopKPolicy
 from bh_routing.cli.demo_parts import WINDOW, cut_pieces
@@ -19,14 +17,13 @@ from bh_routing.data import sample_documents
 from bh_routing.evaluation import Measured, compare
 from bh_routing.models import bundled_calibration
 from bh_routing.models.loading import load_model
-from bh_routing.text import TextFile, evenly
+from bh_routing.text import evenly
 
 DOCUMENTS = 16
 
 
 def main() -> None:
-    parser = arguments(__doc__, threads=False)
-    parser.add_argument("--data", type=Path, default=Path("data"), metavar="DIR")
+    parser = arguments(__doc__, threads=False, data=True)
     args = parser.parse_args()
     model, tokenizer = load_model("olmoe-nano", device="cpu")
     k = model.config.num_experts_per_tok // 2
@@ -50,7 +47,7 @@ def main() -> None:
 
     rows = []
     for domain, texts in sample_documents().items():
-        held_out = list(TextFile(args.data / f"{domain}-test.jsonl.xz"))
+        held_out = list(domain_file(args.data, domain, "test"))
         row = [domain]
         for bh, top in (measured(texts, False), measured(list(evenly(held_out, DOCUMENTS)), True)):
             less = bh.kl(top)

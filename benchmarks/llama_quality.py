@@ -1,32 +1,32 @@
 """What fewer experts cost in llama.cpp: KL to the model itself at equal numbers of experts, which is what time follows there.
 
-    python scripts/to_gguf.py /tmp/nano.gguf && python benchmarks/llama_quality.py /tmp/nano.gguf VALID TEST
+    python scripts/to_gguf.py /tmp/nano.gguf && python benchmarks/llama_quality.py /tmp/nano.gguf --data DIR
 
-Sixteen windows of 256 tokens, evenly over each text. min-p on the router's scores is what `-ser` of ik_llama.cpp does, without its floor; its
-p is solved on VALID at each budget. `expert_used_count` is llama.cpp's own top-k. The calibration is the one that comes with olmoe-nano.
+Sixteen windows of 512 tokens, evenly over equal parts of DIR's mixed test files and over WikiText-2's test text. min-p on the router's scores
+is what `-ser` of ik_llama.cpp does, without its floor; its p is solved on mixed valid text at each budget. `expert_used_count` is llama.cpp's own
+top-k. The calibration is the one that comes with olmoe-nano.
 """
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
 from llama_cpp import Llama
-from pages import arguments, markdown_table, table_row
+from pages import WINDOW, arguments, markdown_table, named_text, table_row
 
 from bh_routing.engines.llama_cpp import route
 from bh_routing.engines.llama_cpp.loading import load
 from bh_routing.engines.llama_cpp.watching import Reader, Watch
 from bh_routing.evaluation.baselines.tokenwise import MinPPolicy
 from bh_routing.models import bundled_calibration
-from bh_routing.text import TextFile
 
-WINDOWS, LENGTH = 16, 256
+WINDOWS = 16
+SOLVED_ON, TEXTS = "mixed-valid", ("mixed-test", "wikitext2-test")
 PLAIN = {
-    "n_ctx": 512,
-    "n_batch": 512,
-    "n_ubatch": 512,
+    "n_ctx": WINDOW,
+    "n_batch": WINDOW,
+    "n_ubatch": WINDOW,
     "type_k": 0,
     "type_v": 0,
     "n_threads": 1,
@@ -34,10 +34,10 @@ PLAIN = {
 }
 
 
-def windows(llm: Any, path: Path) -> list[torch.Tensor]:
-    ids = llm.tokenize(TextFile(path).read().encode()[:600_000], add_bos=False)
+def windows(llm: Any, text: str) -> list[torch.Tensor]:
+    ids = llm.tokenize(text.encode(), add_bos=False)
     step = len(ids) // WINDOWS
-    return [torch.tensor(ids[i * step : i * step + LENGTH]) for i in range(WINDOWS)]
+    return [torch.tensor(ids[i * step : i * step + WINDOW]) for i in range(WINDOWS)]
 
 
 def predictions(llm: Any, texts: list[torch.Tensor]) -> list[torch.Tensor]:
@@ -68,9 +68,8 @@ class Counted(MinPPolicy):
 
 
 def main() -> None:
-    parser = arguments(__doc__, threads=False, write=False)
+    parser = arguments(__doc__, threads=False, write=False, data=True)
     parser.add_argument("model", help="olmoe-nano as a GGUF file")
-    parser.add_argument("texts", nargs="+", type=Path, help="the first is also what min-p's p is solved on")
     args = parser.parse_args()
     llm, hook, s, _ = load(Llama, args.model, dict(PLAIN))
     read = Reader(llm, hook)
@@ -80,22 +79,23 @@ def main() -> None:
         found = [read(ids, Watch(s, policy=policy)).log_softmax(-1) for ids in texts]
         return policy.kept / policy.tokens, found
 
-    texts = {path: windows(llm, path) for path in args.texts}
-    own = {path: [read(ids).log_softmax(-1) for ids in held] for path, held in texts.items()}
+    solved_on = windows(llm, named_text(args.data, SOLVED_ON))[:6]
+    texts = {name: windows(llm, named_text(args.data, name)) for name in TEXTS}
+    own = {name: [read(ids).log_softmax(-1) for ids in held] for name, held in texts.items()}
     print(markdown_table(["text", "routing", "experts", "KL, millinats"], []))
     for budget in (4, 2):
         low, high = 0.01, 0.95
         for _ in range(9):
             p = (low + high) / 2
-            low, high = (p, high) if by_min_p(p, texts[args.texts[0]][:6])[0] > budget else (low, p)
-        for path, held in texts.items():
+            low, high = (p, high) if by_min_p(p, solved_on)[0] > budget else (low, p)
+        for name, held in texts.items():
             mean, found = by_min_p(p, held)
-            cells = [path.name, f"min-p {p:.3f}", f"{mean:.2f}", f"{millinats(own[path], found):.1f}"]
+            cells = [name, f"min-p {p:.3f}", f"{mean:.2f}", f"{millinats(own[name], found):.1f}"]
             print(table_row(cells), flush=True)
             given = PLAIN | {"verbose": False, "logits_all": True}
             top = Llama(model_path=args.model, kv_overrides={"olmoe.expert_used_count": budget}, **given)
-            cost = millinats(own[path], predictions(top, held))
-            cells = [path.name, f"expert_used_count={budget}", f"{budget}.00", f"{cost:.1f}"]
+            cost = millinats(own[name], predictions(top, held))
+            cells = [name, f"expert_used_count={budget}", f"{budget}.00", f"{cost:.1f}"]
             print(table_row(cells), flush=True)
             for form in ("none", "mean", "linear"):
                 ours = route(
@@ -106,9 +106,9 @@ def main() -> None:
                     compensation=form,
                     **given,
                 )
-                cost = millinats(own[path], predictions(ours, held))
+                cost = millinats(own[name], predictions(ours, held))
                 mean = ours.routing.get_routing_stats()["mean_experts_per_token"]
-                cells = [path.name, f"BH, compensation {form}", f"{mean:.2f}", f"{cost:.1f}"]
+                cells = [name, f"BH, compensation {form}", f"{mean:.2f}", f"{cost:.1f}"]
                 print(table_row(cells), flush=True)
 
 

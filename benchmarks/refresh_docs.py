@@ -3,8 +3,8 @@
     python benchmarks/refresh_docs.py [--data DIR] [--plan] [--force] [PART ...]
 
 A part is a command that stands beside a block of a page, `<!-- begin NAME: COMMAND -->`, called by the names of its
-blocks; and ``programs`` (what the Python of the pages prints), ``picture`` and ``notebook``. DIR holds the texts that
-commands name (books-valid.txt.xz, say) and stands for the word DIR in them.
+blocks; and ``programs`` (what the Python of the pages prints), ``picture`` and ``notebook``. DIR holds the texts
+that commands read (mixed/ and wikitext2-test.txt.xz) and stands for the word DIR in them.
 
 What is fresh is skipped: a part's state is a digest of the package (the model and the calibration in it), of the command,
 its script and its texts, and of what the page holds. It is kept in build/docs.json after every part, with the time that
