@@ -93,13 +93,6 @@ def publish(page: Path | None, name: str, text: str) -> None:
         write_block(page, name, text)
 
 
-def halves(path: Path) -> tuple[str, str]:
-    """A text up to the end of the line in its middle, for choosing, and the rest, for reporting."""
-    text = TextFile(path).read()
-    middle = text.index("\n", len(text) // 2) + 1
-    return text[:middle], text[middle:]
-
-
 def domain_file(data: Path, domain: str, split: str) -> TextFile:
     """The documents of a domain; ``split`` is calibration, valid (for choosing) or test (for reporting)."""
     return TextFile(data / "mixed" / f"{domain}-{split}.jsonl.xz")
