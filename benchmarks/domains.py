@@ -1,13 +1,13 @@
 """How near a routed olmoe-nano stays to itself in every domain: against every other rule, at equal experts and at equal
 arithmetic, on foreign text, and with a calibration of another domain.
 
-    python benchmarks/domains.py --data DIR -o FOLDER [--rank16 FILE --rank64 FILE] [--only PART ...] [--write docs/results.md]
+    python benchmarks/domains.py --data DIR [-o FOLDER] [--only PART ...] [--write docs/results.md]
 
 DIR holds wikitext2-test.txt.xz and mixed/. Levels are set on a domain's valid text, so that the mean number of experts there
-is the budget (on WikiText-2 and at equal arithmetic: on equal parts of all valid texts), and reported on its test text. The
-two FILEs are made by the command of olmoe-nano's calibration (docs/calibration.md) with --rank 16 and 64; equal arithmetic
-compares them on valid text, by which the rank was chosen. The calibrations of one domain alone are made here, of so many
-tokens each, and kept in FOLDER, like every figure: sums over blocks of 512 tokens. What is there is not made again.
+is the budget (on WikiText-2 and at equal arithmetic: on equal parts of all valid texts), and reported on its test text.
+Equal arithmetic is compared on valid text, by which the rank that ships was chosen. The calibrations of other ranks and
+those of one domain alone are made here, of fewer tokens than the one that ships, and kept in FOLDER (default:
+build/domains), like every figure: sums over blocks of 512 tokens. What is there is not made again.
 Intervals: 95 %, paired bootstrap over blocks.
 """
 
@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from pages import DOMAINS, WINDOW, arguments, domain_file, markdown_table, mixed_text, publish
+from pages import DOMAINS, WINDOW, arguments, domain_file, markdown_table, named_text, publish, spread_windows
 from torch import Tensor
 
 from bh_routing import Calibration, RoutingIntegration, calibrate
@@ -33,7 +33,7 @@ from bh_routing.evaluation.workbench import Workbench
 from bh_routing.models import bundled_calibration
 from bh_routing.models.loading import load_model
 from bh_routing.stats.divergence import kl_divergence
-from bh_routing.text import TextFile, cut_windows, evenly
+from bh_routing.text import in_turn
 
 BUDGETS, ARITHMETIC = (4.0, 3.0, 2.0), (5.0, 4.0, 3.0)
 OWN, FOREIGN = "own", "wikitext2-test"
@@ -41,7 +41,8 @@ TOKENS = {"valid": 4096, "test": 16384, FOREIGN: 16384, "choosing": 16384, "cros
 RIVALS = ("topp", "minp", "threshold", "seqtopk", "allocmoe", "lexi", "naee", "entropy")
 RIVALS_AT = (2.0, 3.0, 4.0, 5.0)
 TOP_K = tuple(f"topk:k={k}" for k in (1, 2, 3, 4, 5, 6))
-DOMAIN_TOKENS = 120_000  # of a calibration of one domain
+CALIBRATION_TOKENS = 120_000  # of a calibration that is made here
+RANKS = (16, 32, 64)
 RESAMPLES = 2000
 Blocks = np.ndarray  # sums per block, or [resamples] of a figure
 
@@ -61,29 +62,19 @@ class Run:
 class Bench:
     """A model, its calibrations by name, and windows [B, S] of every text."""
 
-    def __init__(self, data: Path, folder: Path, calibrations: dict[str, Path]) -> None:
+    def __init__(self, data: Path, folder: Path, calibration: Path) -> None:
         self.model, self.tokenizer = load_model("olmoe-nano", dtype="float32")
         self.data, self.folder = data, folder
-        self.made = {name: Calibration.load(path) for name, path in calibrations.items()}
+        self.made = {OWN: Calibration.load(calibration)}
         self.benches: dict[str, Workbench] = {}
         folder.mkdir(parents=True, exist_ok=True)
 
     @cached_property
     def profile_windows(self) -> list[Tensor]:
-        text = mixed_text(self.data, "calibration", 120_000)
-        return cut_windows(self.tokenizer, text, WINDOW, 16)
+        return spread_windows(self.tokenizer, named_text(self.data, "mixed-calibration"), 8192)
 
     def windows(self, text: str, tokens: int) -> Tensor:
-        """Windows spread evenly over a text: "DOMAIN-SPLIT", "mixed-SPLIT", or a file of DIR."""
-        domain, _, split = text.rpartition("-")
-        if domain in DOMAINS:
-            source: Any = domain_file(self.data, domain, split)
-        elif domain == "mixed":
-            source = mixed_text(self.data, split)
-        else:
-            source = TextFile(self.data / f"{text}.txt.xz").read()
-        every = [w for w in cut_windows(self.tokenizer, source, WINDOW) if w.shape[1] == WINDOW]
-        return torch.cat(list(evenly(every, tokens // WINDOW)))
+        return torch.cat(spread_windows(self.tokenizer, named_text(self.data, text), tokens))
 
     @property
     def rank(self) -> int:
@@ -93,19 +84,22 @@ class Bench:
         return int(linear.rank_L.max())
 
     def calibration(self, name: str) -> Calibration:
-        """Of that name; of one domain alone it is made when it is first asked for."""
+        """Of that name; of another rank, or of one domain alone, it is made when it is first asked for."""
         if name not in self.made:
             path = self.folder / f"{name}.safetensors"
             if not path.is_file():
-                print(f"calibrating on {name}", flush=True)
+                print(f"calibrating: {name}", flush=True)
+                domains = (name,) if name in DOMAINS else DOMAINS
+                texts = [domain_file(self.data, domain, "calibration") for domain in domains]
+                rank = self.rank if name in DOMAINS else int(name.removeprefix("rank "))
                 calibrate(
                     self.model,
                     self.tokenizer,
-                    domain_file(self.data, name, "calibration"),
+                    lambda: in_turn(texts),
                     window=WINDOW,
-                    max_tokens=DOMAIN_TOKENS,
+                    max_tokens=CALIBRATION_TOKENS,
                     sensitivity=True,
-                    rank=self.rank,
+                    rank=rank,
                 ).save(path)
             self.made[name] = Calibration.load(path)
         return self.made[name]
@@ -337,10 +331,7 @@ def at_equal_arithmetic(bench: Bench) -> str:
     """Every form with as many experts as leave experts and compensation together the same arithmetic."""
     text, asked = "mixed-valid", {}
     rows: list[str] = []
-    forms = {
-        "mean": ("mean", OWN),
-        **{name: ("linear", name) for name in ("rank 16", "rank 64") if name in bench.made},
-    }
+    forms = {"mean": ("mean", OWN)} | {f"rank {rank}": ("linear", f"rank {rank}") for rank in RANKS}
     for arithmetic in ARITHMETIC:
         rows.append(f"top-k at {arithmetic:g}")
         asked[rows[-1]] = (f"topk:k={arithmetic:g}", OWN)
@@ -412,16 +403,12 @@ PARTS = {
 
 
 def main() -> None:
-    parser = arguments(__doc__, threads=False)
-    parser.add_argument("--data", type=Path, required=True, metavar="DIR")
-    parser.add_argument("-o", "--output", type=Path, required=True, metavar="FOLDER")
+    parser = arguments(__doc__, threads=False, data=True)
+    parser.add_argument("-o", "--output", type=Path, default=Path("build/domains"), metavar="FOLDER")
     parser.add_argument("--calibration", type=Path, default=bundled_calibration(), metavar="FILE")
-    parser.add_argument("--rank16", type=Path, metavar="FILE")
-    parser.add_argument("--rank64", type=Path, metavar="FILE")
     parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS))
     args = parser.parse_args()
-    files = {OWN: args.calibration, "rank 16": args.rank16, "rank 64": args.rank64}
-    bench = Bench(args.data, args.output, {name: path for name, path in files.items() if path is not None})
+    bench = Bench(args.data, args.output, args.calibration)
     for part in args.only:
         publish(args.write, part, PARTS[part](bench))
 
