@@ -6,8 +6,8 @@ arithmetic, on foreign text, and with a calibration of another domain.
 DIR holds wikitext2-test.txt.xz and mixed/. Levels are set on a domain's valid text, so that the mean number of experts there
 is the budget (on WikiText-2 and at equal arithmetic: on equal parts of all valid texts), and reported on its test text.
 Equal arithmetic is compared on valid text, by which the rank that ships was chosen. The calibrations of other ranks and
-those of one domain alone are made here, of fewer tokens than the one that ships, and kept in FOLDER (default:
-build/domains), like every figure: sums over blocks of 512 tokens. What is there is not made again.
+those of one domain alone are made here, of fewer tokens than the one that ships, and kept in a folder of FOLDER (default:
+build/domains) that is this calibration's, like every figure: sums over blocks of 512 tokens. What is there is not made again.
 Intervals: 95 %, paired bootstrap over blocks.
 """
 
@@ -34,10 +34,11 @@ from bh_routing.models import bundled_calibration
 from bh_routing.models.loading import load_model
 from bh_routing.stats.divergence import kl_divergence
 from bh_routing.text import in_turn
+from bh_routing.text.hashing import short_digest
 
 BUDGETS, ARITHMETIC = (4.0, 3.0, 2.0), (5.0, 4.0, 3.0)
 OWN, FOREIGN = "own", "wikitext2-test"
-TOKENS = {"valid": 4096, "test": 16384, FOREIGN: 16384, "choosing": 16384, "crossed": 8192}
+TOKENS = {"valid": 4096, "test": 16384, FOREIGN: 16384, "choosing": 16384}
 RIVALS = ("topp", "minp", "threshold", "seqtopk", "allocmoe", "lexi", "naee", "entropy")
 RIVALS_AT = (2.0, 3.0, 4.0, 5.0)
 TOP_K = tuple(f"topk:k={k}" for k in (1, 2, 3, 4, 5, 6))
@@ -64,10 +65,10 @@ class Bench:
 
     def __init__(self, data: Path, folder: Path, calibration: Path) -> None:
         self.model, self.tokenizer = load_model("olmoe-nano", dtype="float32")
-        self.data, self.folder = data, folder
+        self.data, self.folder = data, folder / short_digest(calibration.read_bytes())
         self.made = {OWN: Calibration.load(calibration)}
         self.benches: dict[str, Workbench] = {}
-        folder.mkdir(parents=True, exist_ok=True)
+        self.folder.mkdir(parents=True, exist_ok=True)
 
     @cached_property
     def profile_windows(self) -> list[Tensor]:
@@ -92,15 +93,15 @@ class Bench:
                 domains = (name,) if name in DOMAINS else DOMAINS
                 texts = [domain_file(self.data, domain, "calibration") for domain in domains]
                 rank = self.rank if name in DOMAINS else int(name.removeprefix("rank "))
-                calibrate(
-                    self.model,
-                    self.tokenizer,
-                    lambda: in_turn(texts),
-                    window=WINDOW,
-                    max_tokens=CALIBRATION_TOKENS,
-                    sensitivity=True,
-                    rank=rank,
-                ).save(path)
+                asked = {
+                    "window": WINDOW,
+                    "max_tokens": CALIBRATION_TOKENS,
+                    "sensitivity": True,
+                    "rank": rank,
+                }
+                with torch.inference_mode(False):  # it takes gradients
+                    made = calibrate(self.model, self.tokenizer, lambda: in_turn(texts), **asked)
+                made.save(path)
             self.made[name] = Calibration.load(path)
         return self.made[name]
 
