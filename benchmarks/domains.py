@@ -38,7 +38,7 @@ from bh_routing.text.hashing import short_digest
 
 BUDGETS, ARITHMETIC = (4.0, 3.0, 2.0), (5.0, 4.0, 3.0)
 OWN, FOREIGN = "own", "wikitext2-test"
-TOKENS = {"valid": 4096, "test": 16384, FOREIGN: 16384, "choosing": 16384}
+TOKENS = {"valid": 4096, "test": 8192, FOREIGN: 8192, "choosing": 8192}
 RIVALS = ("topp", "minp", "threshold", "seqtopk", "allocmoe", "lexi", "naee", "entropy")
 RIVALS_AT = (2.0, 3.0, 4.0, 5.0)
 TOP_K = tuple(f"topk:k={k}" for k in (1, 2, 3, 4, 5, 6))

@@ -34,7 +34,7 @@ def markdown_table(head: list[str], rows: list[list[str]]) -> str:
 def table_of_bits(evaluation: dict[str, Any], split: str) -> str:
     """Bits per byte of each domain by model and window; the change is against each other model at its window."""
     ours = evaluation[OURS][split]
-    others = {name: found[split] for name, found in evaluation.items() if name != OURS}
+    others = {name: found[split] for name, found in evaluation.items() if name != OURS and split in found}
     windows = list(next(iter(ours.values())))
     head = ["domain", *(f"{OURS}, windows of {w}" for w in windows)]
     for name, by_domain in others.items():

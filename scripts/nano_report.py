@@ -86,7 +86,12 @@ def evaluate(
 
 
 def evaluate_texts(
-    folder: Path, data: Path, domains: list[str], windows: list[int], work: Path
+    folder: Path,
+    data: Path,
+    domains: list[str],
+    windows: list[int],
+    work: Path,
+    splits: tuple[str, ...] = SPLITS,
 ) -> dict[str, dict[str, dict[str, Any]]]:
     """``evaluate`` by split, domain and window. What was found is kept in ``work``: the same weights are not evaluated
     twice on the same tokens."""
@@ -97,7 +102,7 @@ def evaluate_texts(
     for name, tensor in sorted(model.state_dict().items()):
         weights.update(name.encode() + tensor.numpy().tobytes())
     found: dict[str, dict[str, dict[str, Any]]] = {}
-    for split in SPLITS:
+    for split in splits:
         for domain in domains:
             ids = cached_ids(tokenizer, text_path(data, domain, split), work)
             for window in windows:
@@ -180,7 +185,7 @@ def main(argv: list[str] | None = None) -> int:
     record["evaluation"] = {OURS: evaluate_texts(args.model, args.data, domains, windows, args.work)}
     for name, folder in args.baseline:
         record["evaluation"][name] = evaluate_texts(
-            folder, args.data, domains, [args.baseline_window], args.work
+            folder, args.data, domains, [args.baseline_window], args.work, ("test",)
         )
     record["samples"] = sample(model, AutoTokenizer.from_pretrained(args.model))
     _, pooled_LE, use_DLE = relative_use(record["evaluation"][OURS]["valid"], context)

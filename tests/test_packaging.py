@@ -75,8 +75,8 @@ def test_content(wheel):
 
 
 def test_size(wheel):
-    # model 15 MB, tokens and counts of its calibration 8, its linear compensation 4 (all 64 router logits)
-    assert wheel.stat().st_size < 32e6
+    # model 36 MB in bfloat16, calibration 11
+    assert wheel.stat().st_size < 60e6
 
 
 def test_demo(environment, tmp_path):

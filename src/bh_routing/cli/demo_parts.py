@@ -25,12 +25,12 @@ USUAL: dict[str, Mode] = {f"alpha={USUAL_ALPHA:g}": "patch", f"alpha={USUAL_ALPH
 WINDOW = 512  # tokens
 BATCH = 16  # sequences that are decoded together, in the time of a layer
 STRIP = 160  # tokens of each kind of text that are shown one by one, at most
-# Of the kind of text that the embedded model was trained on, such that what it says does not go in circles.
+# Of the kinds of text that the embedded model was trained on, such that what it says does not go in circles.
 PROMPTS = (
-    "When the rain had stopped at last, the two travellers left the barn and",
     "The old man walked to the",
-    "The house stood at the end of the village,",
-    '"I will tell you the truth," said the captain,',
+    "To install the package, run",
+    "def read_file(path):\n    ",
+    "User: Can you find me a restaurant?\nAssistant:",
 )
 LOSSES = (0.01, 0.02, 0.05)  # nats per token: the least that is certified is said
 
