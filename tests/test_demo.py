@@ -14,7 +14,7 @@ import torch
 from bh_routing import BHRoutingIntegration, Calibration, RoutingIntegration, TopKPolicy, is_patched
 from bh_routing.calibration.certificate import Certificate, CertifiedLevel
 from bh_routing.cli import main
-from bh_routing.cli.demo_parts import certified
+from bh_routing.cli.demo_parts import PROMPTS, certified
 from bh_routing.cli.strip import print_legend, print_strip
 from bh_routing.data import sample_documents
 from bh_routing.evaluation import compare, layer_speed
@@ -66,7 +66,7 @@ def test_sections_in_order_at_any_width(run, monkeypatch, width):
         *(f"{domain}, " for domain in DOMAINS),
         "Experts per token by layer",
         " spends most, ",
-        "When the rain had stopped at last",
+        PROMPTS[0],
     ]
     places = [said.index(section) for section in sections]
     assert places == sorted(places)
