@@ -122,7 +122,7 @@ def test_analyze_changes_nothing(make_llama, logits_of, calibration, ids):
 
 
 def test_a_level_is_changed_in_place(make_llama, logits_of, followed, ids):
-    llm = make_llama(followed, experts_per_token=4)
+    llm = make_llama(followed, experts_per_token=3)
     first = logits_of(llm, ids)
     llm.routing.set_level(experts_per_token=2)
     llm.routing.reset_stats()

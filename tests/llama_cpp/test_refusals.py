@@ -109,9 +109,12 @@ def test_a_lora_of_what_routes_is_refused(make_llama, calibration, to_gguf, tmp_
     refused(make_llama, calibration, 0, why, path=path, lora_path=lora)
 
 
-def test_a_lora_of_attention_is_served(make_llama, calibration, gguf_file, logits_of, ids, tmp_path):
+def test_a_lora_of_attention_is_served(make_llama, calibration, nano, gguf_file, logits_of, ids, tmp_path):
     """It changes no router: what is read of the graph is the same, and the logits are others."""
-    lora = write_lora(tmp_path / "lora.gguf", "blk.0.attn_q.weight", (RANK, 128), (128, RANK), kind="olmoe")
+    hidden = nano[0].config.hidden_size
+    lora = write_lora(
+        tmp_path / "lora.gguf", "blk.0.attn_q.weight", (RANK, hidden), (hidden, RANK), kind="olmoe"
+    )
     found = [
         logits_of(make_llama(calibration, experts_per_token=4, **more), ids[:20])
         for more in ({}, {"lora_path": lora})
