@@ -24,9 +24,8 @@ from pages import (
     DOMAINS,
     WINDOW,
     arguments,
-    domain_file,
     markdown_table,
-    named_text,
+    mixed_documents,
     spread_windows,
     table_row,
     write_block,
@@ -39,7 +38,6 @@ from bh_routing.evaluation import Measured, compare
 from bh_routing.models import bundled_calibration
 from bh_routing.models.loading import load_model
 from bh_routing.patching import make_plan, watch
-from bh_routing.text import in_turn
 
 P_BINS = 1 << 16
 BUDGETS = (4.0, 3.0, 2.0)
@@ -75,7 +73,7 @@ class Bench:
         self.data, self.tokens = data, tokens
 
     def windows(self, name: str) -> list[Tensor]:
-        return spread_windows(self.tokenizer, named_text(self.data, name), self.tokens)
+        return spread_windows(self.tokenizer, self.data, name, self.tokens)
 
     def routed(self, windows: list[Tensor], settings: dict[str, dict[str, Any]]) -> list[Measured]:
         """BH with these settings, by label, against the model's own routing."""
@@ -209,7 +207,7 @@ def amounts(bench: Bench) -> None:
         calibration = calibrate(
             bench.model,
             bench.tokenizer,
-            in_turn([domain_file(bench.data, domain, "calibration") for domain in DOMAINS]),
+            mixed_documents(bench.data, "calibration"),
             max_tokens=times * bench.tokens,
             document_tokens=of_each,
             window=WINDOW,

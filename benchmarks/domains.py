@@ -17,12 +17,13 @@ import json
 import math
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from pages import DOMAINS, WINDOW, arguments, domain_file, markdown_table, named_text, publish, spread_windows
+from pages import DOMAINS, WINDOW, arguments, domain_file, markdown_table, publish, spread_windows
 from torch import Tensor
 
 from bh_routing import Calibration, RoutingIntegration, calibrate
@@ -39,8 +40,10 @@ from bh_routing.text.hashing import short_digest
 BUDGETS, ARITHMETIC = (4.0, 3.0, 2.0), (5.0, 4.0, 3.0)
 OWN, FOREIGN = "own", "wikitext2-test"
 TOKENS = {"valid": 4096, "test": 8192, FOREIGN: 8192, "choosing": 8192}
-RIVALS = ("topp", "minp", "threshold", "seqtopk", "allocmoe", "lexi", "naee", "entropy")
-RIVALS_AT = (2.0, 3.0, 4.0, 5.0)
+RIVALS = {  # name -> the rule at every budget
+    name: tuple(f"{name}:experts={budget}" for budget in (2, 3, 4, 5))
+    for name in ("topp", "minp", "threshold", "seqtopk", "allocmoe", "lexi", "naee", "entropy")
+}
 TOP_K = tuple(f"topk:k={k}" for k in (1, 2, 3, 4, 5, 6))
 CALIBRATION_TOKENS = 120_000  # of a calibration that is made here
 RANKS = (16, 32, 64)
@@ -72,10 +75,10 @@ class Bench:
 
     @cached_property
     def profile_windows(self) -> list[Tensor]:
-        return spread_windows(self.tokenizer, named_text(self.data, "mixed-calibration"), 8192)
+        return spread_windows(self.tokenizer, self.data, "mixed-calibration", 8192)
 
     def windows(self, text: str, tokens: int) -> Tensor:
-        return torch.cat(spread_windows(self.tokenizer, named_text(self.data, text), tokens))
+        return torch.cat(spread_windows(self.tokenizer, self.data, text, tokens))
 
     @property
     def rank(self) -> int:
@@ -138,8 +141,8 @@ class Bench:
                     for part in windows_BS.split(8):
                         self.model.model(input_ids=part, use_cache=False)
                 nominal = min(8.0, nominal * budget / integration.telemetry.mean_experts_per_token)
-            self.keep("levels", held | {key: nominal})
-            return rule(nominal)
+            held[key] = nominal
+            self.keep("levels", held)
         return rule(held[key])
 
     @torch.inference_mode()
@@ -235,16 +238,11 @@ def cell(figure_R: Blocks, spec: str) -> str:
 # -- the tables --------------------------------------------------------------------------------------------------
 
 
-def rivals(*names: str) -> dict[str, tuple[str, ...]]:
-    """Name -> the rule at every budget."""
-    return {name: tuple(f"{name}:experts={budget:g}" for budget in RIVALS_AT) for name in names}
-
-
 def of_domain(bench: Bench, domain: str) -> Figures:
     """Everything on a domain's test text: levels of BH are those of its valid text, other rules are curves."""
     ours = {f"linear at {b:g}": bench.level(f"{domain}-valid", "linear", b) for b in BUDGETS}
     ours |= {f"mean at {b:g}": bench.level(f"{domain}-valid", "mean", b) for b in BUDGETS}
-    others = [*TOP_K, *(rule for rules in rivals(*RIVALS).values() for rule in rules)]
+    others = [*TOP_K, *chain.from_iterable(RIVALS.values())]
     asked = ours | dict(zip(others, others, strict=True))
     return Figures(
         bench.measure(f"{domain}-test", TOKENS["test"], {label: (rule, OWN) for label, rule in asked.items()})
@@ -258,9 +256,7 @@ def by_domain(bench: Bench) -> str:
         for budget in BUDGETS:
             run, mean = figures.runs[f"linear at {budget:g}"], figures.runs[f"mean at {budget:g}"]
             beside = figures.at(TOP_K, run.experts)
-            others = {
-                name: figures.kl(figures.at(rules, run.experts))[0] for name, rules in rivals(*RIVALS).items()
-            }
+            others = {name: figures.kl(figures.at(rules, run.experts))[0] for name, rules in RIVALS.items()}
             best = min(others, key=others.__getitem__)
             lines.append(
                 [
@@ -373,25 +369,18 @@ def experts_for(bench: Bench, form: str, calibration: str, arithmetic: float) ->
 
 def crossed(bench: Bench) -> str:
     """Divergence at 4 experts with a calibration of one domain on the text of each."""
-    asked: dict[str, dict[str, tuple[str, str]]] = {}
-    sources = (*DOMAINS, OWN)
+    sources, columns = (*DOMAINS, OWN), []
     for used in DOMAINS:
-        asked[used] = {
-            source: (bench.level(f"{used}-valid", "linear", 4.0, source), source) for source in sources
-        }
-        asked[used] |= {rule: (rule, OWN) for rule in TOP_K}
-    runs = {used: bench.measure(f"{used}-test", TOKENS["test"], labels) for used, labels in asked.items()}
-    lines = [
-        [source.replace(OWN, "all six (ships)")]
-        + [
-            f"{Figures(runs[used]).kl(runs[used][source])[0]:.1f} ({runs[used][source].experts:.2f})"
-            for used in DOMAINS
-        ]
-        for source in sources
-    ]
-    lines.append(
-        ["top-4"] + [f"{Figures(runs[used]).kl(runs[used]['topk:k=4'])[0]:.1f} (4.00)" for used in DOMAINS]
-    )
+        asked = {source: (bench.level(f"{used}-valid", "linear", 4.0, source), source) for source in sources}
+        figures = Figures(bench.measure(f"{used}-test", TOKENS["test"], asked | {"top-4": ("topk:k=4", OWN)}))
+        columns.append(
+            [
+                f"{figures.kl(run)[0]:.1f} ({run.experts:.2f})"
+                for run in (figures.runs[label] for label in [*sources, "top-4"])
+            ]
+        )
+    names = [*DOMAINS, "all six (ships)", "top-4"]
+    lines = [[name, *cells] for name, cells in zip(names, zip(*columns, strict=True), strict=True)]
     return markdown_table(["calibrated on", *DOMAINS], lines)
 
 

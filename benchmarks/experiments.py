@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from machine import Times, in_turn, ratio
-from pages import WINDOW, arguments, markdown_table, mixed_text, named_text, publish, spread_windows
+from pages import WINDOW, arguments, markdown_table, mixed_text, publish, spread_windows
 
 from bh_routing import Calibration
 from bh_routing.cli.common import make_progress
@@ -53,7 +53,7 @@ ROUNDS = 40  # of what the harness costs
 
 def read(tokenizer: Any, data: Path, name: str, tokens: int) -> str:
     """About so many tokens of a text, from places that are spread evenly over it."""
-    windows = spread_windows(tokenizer, named_text(data, name), tokens)
+    windows = spread_windows(tokenizer, data, name, tokens)
     return "".join(tokenizer.decode(window_1S[0]) for window_1S in windows)
 
 
@@ -85,7 +85,7 @@ def run(data: Path, output: Path, name: str, max_tokens: int) -> None:
 def overhead(data: Path) -> str:
     """What the harness adds to bare forward passes, and what divergence and telemetry add to that."""
     model, tokenizer = load_model("olmoe-nano")
-    ids_N = torch.cat(spread_windows(tokenizer, named_text(data, "mixed-test"), 16 * WINDOW)).flatten()
+    ids_N = torch.cat(spread_windows(tokenizer, data, "mixed-test", 16 * WINDOW)).flatten()
     windows = spans(len(ids_N), WINDOW)
     ids_BS = ids_N.view(-1, WINDOW)
 

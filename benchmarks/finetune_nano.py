@@ -20,17 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 from machine import describe_machine
-from pages import (
-    DOMAINS,
-    WINDOW,
-    arguments,
-    domain_file,
-    markdown_table,
-    mixed_text,
-    named_text,
-    publish,
-    spread_windows,
-)
+from pages import WINDOW, arguments, markdown_table, mixed_documents, mixed_text, publish, spread_windows
 
 from bh_routing import BHRoutingIntegration, Calibration, calibrate
 from bh_routing.evaluation import perplexity_change
@@ -38,7 +28,7 @@ from bh_routing.evaluation.paired import block_sums, perplexity_interval
 from bh_routing.evaluation.scoring import score_text
 from bh_routing.models import bundled_calibration
 from bh_routing.models.loading import load_model
-from bh_routing.text import in_turn, spans
+from bh_routing.text import spans
 from bh_routing.training.loop import finetune, text_windows
 from bh_routing.training.settings import FinetuneSettings
 
@@ -53,7 +43,7 @@ ROUTINGS: dict[str, dict[str, Any] | None] = {
 
 def held_out(tokenizer: Any, data: Path, split: str, tokens: int) -> torch.Tensor:
     """Token ids of equal parts of all domains: whole windows, spread evenly over the files."""
-    return torch.cat(spread_windows(tokenizer, named_text(data, f"mixed-{split}"), tokens)).flatten()
+    return torch.cat(spread_windows(tokenizer, data, f"mixed-{split}", tokens)).flatten()
 
 
 def make_calibration(model: Any, tokenizer: Any, data: Path, tokens: int) -> Calibration:
@@ -62,7 +52,7 @@ def make_calibration(model: Any, tokenizer: Any, data: Path, tokens: int) -> Cal
     return calibrate(
         model,
         tokenizer,
-        list(in_turn([domain_file(data, domain, "calibration") for domain in DOMAINS])),
+        list(mixed_documents(data, "calibration")),
         max_tokens=tokens,
         window=WINDOW,
         sensitivity=True,

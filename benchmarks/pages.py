@@ -15,7 +15,8 @@ import argparse
 import contextlib
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -98,10 +99,15 @@ def domain_file(data: Path, domain: str, split: str) -> TextFile:
     return TextFile(data / "mixed" / f"{domain}-{split}.jsonl.xz")
 
 
+def mixed_documents(data: Path, split: str) -> Iterator[str]:
+    """The documents of all domains in turn: any first part of them has as much of each."""
+    return in_turn([domain_file(data, domain, split) for domain in DOMAINS])
+
+
 def mixed_text(data: Path, split: str, characters: int | None = None) -> str:
     """Equal parts of all domains, documents in turn, as one text of about so many characters."""
     held, documents = 0, []
-    for document in in_turn([domain_file(data, domain, split) for domain in DOMAINS]):
+    for document in mixed_documents(data, split):
         documents.append(document)
         held += len(document)
         if characters is not None and held >= characters:
@@ -119,9 +125,10 @@ def named_text(data: Path, name: str) -> str:
     return TextFile(data / f"{name}.txt.xz").read()
 
 
-def spread_windows(tokenizer: Any, text: str, tokens: int) -> list[Tensor]:
-    """So many tokens of a text: whole windows [1, S] from places that are spread evenly over it."""
-    whole = [w for w in cut_windows(tokenizer, text, WINDOW) if w.shape[1] == WINDOW]
+@cache
+def spread_windows(tokenizer: Any, data: Path, name: str, tokens: int) -> list[Tensor]:
+    """So many tokens of a text (`named_text`): whole windows [1, S] from places that are spread evenly over it."""
+    whole = [w for w in cut_windows(tokenizer, named_text(data, name), WINDOW) if w.shape[1] == WINDOW]
     return list(evenly(whole, tokens // WINDOW))
 
 

@@ -13,14 +13,13 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from pages import DOMAINS, WINDOW, arguments, domain_file, markdown_table, named_text, publish, spread_windows
+from pages import WINDOW, arguments, markdown_table, mixed_documents, publish, spread_windows
 from torch import Tensor
 
 from bh_routing import BHRoutingIntegration, Calibration, RoutingIntegration, calibrate
 from bh_routing.evaluation import Measured, compare
 from bh_routing.models import bundled_calibration
 from bh_routing.models.loading import load_model
-from bh_routing.text import in_turn
 
 Rows = dict[str, RoutingIntegration | None]
 
@@ -63,7 +62,7 @@ def main() -> None:
 
     calibration = Calibration.load(bundled_calibration())
     model, tokenizer = load_model("olmoe-nano")
-    windows = spread_windows(tokenizer, named_text(args.data, "mixed-test"), args.tokens)
+    windows = spread_windows(tokenizer, args.data, "mixed-test", args.tokens)
     own = compare(model, windows, {"own": None})[0]
 
     def bh(**settings: Any) -> BHRoutingIntegration:
@@ -115,7 +114,7 @@ def temperatures(model: Any, tokenizer: Any, data: Path, windows: list[Tensor], 
         calibration = calibrate(
             model,
             tokenizer,
-            in_turn([domain_file(data, domain, "calibration") for domain in DOMAINS]),
+            mixed_documents(data, "calibration"),
             window=WINDOW,
             temperature=temperature,
             max_tokens=CALIBRATION_TOKENS,

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
-from pages import WINDOW, arguments, mixed_text, named_text, spread_windows
+from pages import WINDOW, arguments, mixed_text, spread_windows
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -61,7 +61,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         for budget in budgets:
             spec = f"{rule}{',' if ':' in rule else ':'}experts={budget:g}"
             routings[spec] = make_routing(parse_policy(spec), bench)
-    windows = spread_windows(tokenizer, named_text(args.data, "mixed-test"), args.tokens)
+    windows = spread_windows(tokenizer, args.data, "mixed-test", args.tokens)
     points: dict[str, list[dict[str, float | None]]] = {rule: [] for rule in RULES}
     for row in compare(model, windows, routings)[1:]:
         rule = row.label.rpartition("experts=")[0].rstrip(":,")

@@ -13,10 +13,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from itertools import pairwise
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from pages import WINDOW, arguments, markdown_table, named_text, publish, spread_windows
+from pages import WINDOW, arguments, markdown_table, publish, spread_windows
 from torch import Tensor
 
 from bh_routing import Calibration
@@ -44,10 +45,10 @@ class Point(NamedTuple):
     kl: float
 
 
-def steps_of(tokenizer: object, text: str, streams: int, tokens: int) -> list[Tensor]:
+def steps_of(tokenizer: object, data: Path, text: str, streams: int, tokens: int) -> list[Tensor]:
     """Batches [streams, 512] of windows; those of a batch are from all over the text."""
     batches = tokens // (WINDOW * streams)
-    windows_NS = torch.cat(spread_windows(tokenizer, text, batches * streams * WINDOW))
+    windows_NS = torch.cat(spread_windows(tokenizer, data, text, batches * streams * WINDOW))
     return [windows_NS[i::batches] for i in range(batches)]
 
 
@@ -97,7 +98,7 @@ def main() -> None:
     model, tokenizer = load_model("olmoe-nano", dtype="float32")
     calibration = Calibration.load(bundled_calibration())
     for name, streams in MEASURED:
-        steps = steps_of(tokenizer, named_text(args.data, name), streams, args.tokens)
+        steps = steps_of(tokenizer, args.data, name, streams, args.tokens)
         with torch.inference_mode():
             own = [model(input_ids=ids, use_cache=False).logits.log_softmax(-1) for ids in steps]
         bench = Workbench(model, calibration, streams=streams)
