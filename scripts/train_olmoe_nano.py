@@ -263,7 +263,7 @@ def write_index(folder: Path) -> None:
     calibration that lies beside them."""
     with safe_open(folder / "model.safetensors", "pt") as file:
         where = dict.fromkeys(sorted(file.keys()), "model.safetensors")
-    size = (folder / "model.safetensors").stat().st_size
+        size = sum(file.get_tensor(name).nbytes for name in where)
     write_json(
         folder / "model.safetensors.index.json", {"metadata": {"total_size": size}, "weight_map": where}
     )
