@@ -1,5 +1,5 @@
 """What a calibration of olmoe-nano is good for: every choice of configuration, how strongly to compensate, whether budgets and
-null p-values hold on other text, how much text is needed, and how fast it is collected.
+null p-values hold on other text, how much text is needed, how fast it is collected, and which models it fits.
 
     python benchmarks/calibration.py --data DIR [--parts PART ...] [--write docs/calibration.md]
 
@@ -10,11 +10,13 @@ from the model's own.
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
 import statistics
 import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,7 @@ from pages import (
     arguments,
     markdown_table,
     mixed_documents,
+    publish,
     spread_windows,
     table_row,
     write_block,
@@ -33,6 +36,9 @@ from pages import (
 from torch import Tensor
 
 from bh_routing import BHRoutingIntegration, Calibration, RoutingIntegration, TopKPolicy, calibrate
+from bh_routing.calibration.fingerprint import EXPERT_TOLERANCE, ROUTER_TOLERANCE, fingerprint
+from bh_routing.calibration.fingerprint import distance as relative
+from bh_routing.calibration.responses import ROWS
 from bh_routing.errors import BHRoutingError, CalibrationWarning
 from bh_routing.evaluation import Measured, compare
 from bh_routing.models import bundled_calibration
@@ -315,22 +321,98 @@ def olmoe_layer() -> Any:
     return model
 
 
+# -- which models a calibration fits -----------------------------------------------------------------------
+
+
+def rounded(bits: int, group: int | None = None) -> Callable[[Any], None]:
+    """Rounds every matrix of a model to so many bits a weight, a scale for each row, or for each ``group`` of a row."""
+
+    def change(model: Any) -> None:
+        for weight in (w for w in model.parameters() if w.dim() > 1):
+            groups = weight.view(-1, group or weight.shape[-1])
+            scale = groups.abs().amax(-1, keepdim=True).clamp_min(1e-12) / (2 ** (bits - 1) - 1)
+            groups.copy_((groups / scale).round() * scale)
+
+    return change
+
+
+def trained(windows: list[Tensor], steps: int, rate: float) -> Callable[[Any], None]:
+    """Trains every weight of a model with AdamW, 2,048 tokens a step."""
+
+    def change(model: Any) -> None:
+        optimiser = torch.optim.AdamW(model.parameters(), rate)
+        with torch.enable_grad():
+            for step in range(steps):
+                ids = torch.cat([windows[(4 * step + i) % len(windows)] for i in range(2048 // WINDOW)])
+                model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+                optimiser.step()
+                optimiser.zero_grad()
+
+    return change
+
+
+def permuted(model: Any) -> None:
+    """The rows of every router in another order."""
+    for layer in make_plan(model).layers:
+        layer.router.weight.copy_(layer.router.weight.roll(1, 0))
+
+
+def fingerprints(bench: Bench, page: Path | None) -> None:
+    """How far a changed model's answers lie from the calibration's."""
+    windows = bench.windows("mixed-valid")
+    expected_LD = bench.calibration.data.fingerprint_LD
+    logits = ROWS * bench.calibration.num_experts
+
+    def row(label: str, change: Callable[[Any], None], make: Callable[[], Any] | None = None) -> list[str]:
+        model = make() if make else copy.deepcopy(bench.model)
+        change(model)
+        found_LD = fingerprint(make_plan(model).layers)
+        cells = []
+        for columns, most in (
+            (slice(logits), ROUTER_TOLERANCE),
+            (slice(logits, None), EXPERT_TOLERANCE),
+        ):
+            apart = [relative(a[columns], b[columns]) for a, b in zip(found_LD, expected_LD, strict=True)]
+            cells.append(f"{min(apart):.2g} to {max(apart):.2g}" + (": refused" if max(apart) > most else ""))
+        return [label, *cells]
+
+    other = type(bench.model)
+    rows = [
+        row("bfloat16", lambda model: model.to(torch.bfloat16)),
+        row("float16", lambda model: model.to(torch.float16)),
+        row("8 bits a weight, a scale per row", rounded(8)),
+        row("4 bits a weight, a scale per 32", rounded(4, 32)),
+        row("3 bits a weight, a scale per 32", rounded(3, 32)),
+        row("20 steps of AdamW on every weight, 2,048 tokens each, rate 1e-5", trained(windows, 20, 1e-5)),
+        row("the same at 1e-4", trained(windows, 20, 1e-4)),
+        row("the same at 1e-3", trained(windows, 20, 1e-3)),
+        row("every router's rows permuted", permuted),
+        row("random weights", lambda model: None, lambda: other(bench.model.config).eval()),
+    ]
+    publish(page, "fingerprints", markdown_table(["", "router logits", "expert's output"], rows))
+
+
 PARTS = {part.__name__: part for part in (configurations, scales, budgets, uniformity, amounts, speed)}
 
 
 def main() -> None:
     parser = arguments(__doc__, threads=False, data=True)
     parser.add_argument("--tokens", type=int, default=8192, help="of each text (default 8,192)")
-    parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS)
+    parser.add_argument(
+        "--parts", nargs="+", default=[*PARTS, "fingerprints"], choices=[*PARTS, "fingerprints"]
+    )
     args = parser.parse_args()
     warnings.simplefilter("ignore", CalibrationWarning)
     logging.getLogger("bh_routing").setLevel(logging.ERROR)  # unusual settings on purpose
     bench = Bench(args.data, args.tokens)
     start = time.perf_counter()
     for name in args.parts:
-        PARTS[name](bench)
+        if name in PARTS:
+            PARTS[name](bench)
+    if "fingerprints" in args.parts:
+        fingerprints(bench, args.write)
     print(f"\n{time.perf_counter() - start:.0f} seconds in all")
-    if args.write:
+    if args.write and SAID:
         write_block(args.write, "calibration", "\n".join(SAID))
 
 

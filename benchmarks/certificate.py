@@ -1,6 +1,7 @@
-"""Whether certificates hold, and how much they give away: drawn from a pool of documents whose mean loss is known.
+"""The certificate of the calibration; whether certificates hold, and how much they give away: drawn from a pool of
+documents whose mean loss is known.
 
-    python benchmarks/certificate.py --data DIR [--losses LOSSES.pt] -o benchmarks/results/certificate.json [--write docs/certificate.md]
+    python benchmarks/certificate.py --data DIR [--losses LOSSES.json] -o benchmarks/results/certificate.json [--write docs/certificate.md]
 
 Every document of DIR's mixed test files is read once by the full model and at each level (LOSSES keeps what it lost, so that
 the study can be repeated without the model). Then, 500 times: n documents are drawn from the pool with replacement, and levels are
@@ -18,12 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from pages import DOMAINS, arguments, domain_file, markdown_table, publish
 
 from bh_routing._words import Bound
 from bh_routing.calibration.calibration import Calibration
-from bh_routing.calibration.certificate import CLIP
+from bh_routing.calibration.certificate import CLIP, Certificate
 from bh_routing.calibration.certify import fixed_sequence, simultaneous
 from bh_routing.calibration.checkpoint import Checkpoint
 from bh_routing.evaluation.document_losses import Documents, losses_of, order_of, read_documents
@@ -62,7 +62,7 @@ def read_pool(args: argparse.Namespace) -> dict[str, Any]:
         checkpoint=Checkpoint(args.parts, "pool", 0, {"levels": args.levels}),
     )
     return {
-        "losses": losses_of([sums], read, CLIP)["kl"],
+        "losses": losses_of([sums], read, CLIP)["kl"].tolist(),
         "kinds": [kinds[unit] for unit in order_of(read, sums)],
         "levels": args.levels,
         "experts": (sums.experts_M / sums.tokens).tolist(),
@@ -151,6 +151,24 @@ def off_domain(pool: dict[str, Any], target: float) -> list[dict[str, Any]]:
     return rows
 
 
+def certified_levels(certificate: Certificate) -> str:
+    """A table of a certificate's levels."""
+    header = ["budget", "experts", "MB per token", "KL measured", "KL at most", "words changed", "at most"]
+    rows = [
+        [
+            f"{kl.experts_per_token:g}",
+            f"{kl.experts:.2f}",
+            "" if kl.bytes_per_token is None else f"{kl.bytes_per_token / 1e6:.2f}",
+            f"{kl.risk:.4f}",
+            f"{kl.bound:.4f}",
+            f"{words.risk:.1%}",
+            f"{words.bound:.1%}",
+        ]
+        for kl, words in zip(certificate.kl, certificate.agreement, strict=True)
+    ]
+    return markdown_table(header, rows)
+
+
 def main() -> None:
     parser = arguments(__doc__, threads=False, data=True, model="olmoe-nano")
     parser.add_argument("--calibration")
@@ -161,12 +179,15 @@ def main() -> None:
     parser.add_argument("-o", "--output", type=Path, required=True)
     args = parser.parse_args()
     if args.losses is not None and args.losses.is_file():
-        pool = torch.load(args.losses, weights_only=False)
+        pool = json.loads(args.losses.read_text(encoding="utf-8"))
     else:
         pool = read_pool(args)
         if args.losses is not None:
-            torch.save(pool, args.losses)
-    losses_MN = pool["losses"]
+            args.losses.write_text(json.dumps(pool) + "\n", encoding="utf-8")
+    pool["losses"] = losses_MN = np.array(pool["losses"])
+    calibration = Calibration.load(args.calibration or default_calibration(args.model))
+    if calibration.certificate is not None:
+        publish(args.write, "curve", certified_levels(calibration.certificate))
     found = {
         "documents": losses_MN.shape[1],
         "document_tokens": pool["document_tokens"],

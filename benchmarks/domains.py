@@ -39,7 +39,7 @@ from bh_routing.text.hashing import short_digest
 
 BUDGETS, ARITHMETIC = (4.0, 3.0, 2.0), (5.0, 4.0, 3.0)
 OWN, FOREIGN = "own", "wikitext2-test"
-TOKENS = {"valid": 4096, "test": 8192, FOREIGN: 8192, "choosing": 8192}
+TOKENS = {"valid": 4096, "test": 16_384, FOREIGN: 16_384, "choosing": 8192}
 RIVALS = {  # name -> the rule at every budget
     name: tuple(f"{name}:experts={budget}" for budget in (2, 3, 4, 5))
     for name in ("topp", "minp", "threshold", "seqtopk", "allocmoe", "lexi", "naee", "entropy")
@@ -68,7 +68,8 @@ class Bench:
 
     def __init__(self, data: Path, folder: Path, calibration: Path) -> None:
         self.model, self.tokenizer = load_model("olmoe-nano", dtype="float32")
-        self.data, self.folder = data, folder / short_digest(calibration.read_bytes())
+        stated = json.dumps(TOKENS).encode() + calibration.read_bytes()
+        self.data, self.folder = data, folder / short_digest(stated)
         self.made = {OWN: Calibration.load(calibration)}
         self.benches: dict[str, Workbench] = {}
         self.folder.mkdir(parents=True, exist_ok=True)

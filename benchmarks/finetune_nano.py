@@ -1,12 +1,11 @@
 """olmoe-nano fine-tuned at 3.0 experts per token, against a control trained with its own top-8: same steps, data, seed.
 
-    python benchmarks/finetune_nano.py train --arm routed|control --data DIR --out OUT [--steps N ...]
-    python benchmarks/finetune_nano.py judge --data DIR --out OUT
-    python benchmarks/finetune_nano.py page --data DIR --out OUT [--write docs/training.md]
+    python benchmarks/finetune_nano.py --data DIR [--arm routed|control] [-o build/finetune] [--write docs/training.md]
 
 DIR holds mixed/: equal parts of its six train files are trained on, of its calibration files each model's own calibration is
-made, on its valid files settings are chosen and the curves are drawn, on its test files the arms are judged. The two arms
-may run side by side, one thread each; a step's time counts the processor's time of that thread, refits included.
+made, on its valid files settings are chosen and the curves are drawn, on its test files the arms are judged. What is in the
+output folder already is not made again. --arm trains and judges that arm alone: the two may run side by side, one thread each;
+a step's time counts the processor's time of that thread, refits included.
 """
 
 from __future__ import annotations
@@ -33,7 +32,12 @@ from bh_routing.training.loop import finetune, text_windows
 from bh_routing.training.settings import FinetuneSettings
 
 EXPERTS = 3.0
-ARMS = ("control", "routed")
+ARMS: dict[str, dict[str, Any]] = {  # what they do not share
+    "control": {"routed": False, "distil": 0.0},
+    "routed": {"refit_every": 75},
+}
+REFIT_TOKENS, CALIBRATION_TOKENS, CURVE_TOKENS, JUDGED_TOKENS = 32_768, 98_304, 16_384, 131_072
+LOG_EVERY = 25  # steps
 ROUTINGS: dict[str, dict[str, Any] | None] = {
     "own top-8": None,
     "3.0 experts": {"experts_per_token": EXPERTS},
@@ -66,26 +70,21 @@ def losses(model: Any, ids_N: torch.Tensor) -> torch.Tensor:
     return score_text(model, ids_N, spans(len(ids_N), WINDOW)).losses_C
 
 
-def train(args: argparse.Namespace) -> None:
+def train(args: argparse.Namespace, arm: str) -> None:
+    """Into a folder of the arm: the model, how it was trained, and last its own calibration."""
     settings = FinetuneSettings(
         steps=args.steps,
         experts_per_token=EXPERTS,
-        routed=args.arm == "routed",
         learning_rate=args.learning_rate,
-        full_share=args.full_share,
-        distil=args.distil,
-        budget=args.budget,
-        balance=args.balance,
-        z=args.z,
-        refit_every=args.refit_every,
         window=WINDOW,
         seed=args.seed,
+        **ARMS[arm],
     )
     model, tokenizer = load_model("olmoe-nano")
     size = settings.batch_tokens // WINDOW
     text = mixed_text(args.data, "train", 6 * settings.steps * settings.batch_tokens)
     windows_NS = text_windows(tokenizer, [text], WINDOW, settings.steps * size)
-    judged_N = held_out(tokenizer, args.data, "valid", args.curve_tokens)
+    judged_N = held_out(tokenizer, args.data, "valid", CURVE_TOKENS)
     calibration = Calibration.load(bundled_calibration())
     curve: list[dict[str, float]] = []
     spent = {"cpu": 0.0, "since": 0.0}
@@ -96,14 +95,14 @@ def train(args: argparse.Namespace) -> None:
         mean = float(losses(model, judged_N).double().mean())
         curve.append({"step": step, "cpu": spent["cpu"], "loss": mean})
         model.train()
-        print(args.arm, curve[-1], flush=True)
+        print(arm, curve[-1], flush=True)
 
     def on_step(step: int, figures: dict[str, float]) -> None:
         spent["cpu"] += time.process_time() - spent["since"]
-        if step % args.log_every == 0 or step == settings.steps:
+        if step % LOG_EVERY == 0 or step == settings.steps:
             point(step)
             short = {k: round(v, 4) for k, v in figures.items()}
-            print(args.arm, short, f"{spent['cpu']:.0f} s of processor time", flush=True)
+            print(arm, short, f"{spent['cpu']:.0f} s of processor time", flush=True)
         spent["since"] = time.process_time()
 
     if settings.routed:
@@ -117,10 +116,10 @@ def train(args: argparse.Namespace) -> None:
         windows_NS,
         calibration,
         settings,
-        make_calibration=lambda m: make_calibration(m, tokenizer, args.data, args.refit_tokens),
+        make_calibration=lambda m: make_calibration(m, tokenizer, args.data, REFIT_TOKENS),
         on_step=on_step,
     )
-    folder = args.out / args.arm
+    folder = args.output / arm
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     record = {
@@ -132,41 +131,33 @@ def train(args: argparse.Namespace) -> None:
         "windows": len(windows_NS),
     }
     (folder / "finetune.json").write_text(json.dumps(record) + "\n", encoding="utf-8")
-    make_calibration(model, tokenizer, args.data, args.calibration_tokens).save(
-        folder / "calibration.safetensors"
+    make_calibration(model, tokenizer, args.data, CALIBRATION_TOKENS).save(folder / "calibration.safetensors")
+
+
+def judge(args: argparse.Namespace, name: str) -> dict[str, Any]:
+    """Losses of a model ("base": before) in every routing on the test text, with its own calibration."""
+    kept = args.output / f"judged-{name}.json"
+    if kept.exists():
+        return json.loads(kept.read_text(encoding="utf-8"))
+    folder = args.output / name
+    model, tokenizer = load_model("olmoe-nano" if name == "base" else str(folder), dtype="float32")
+    ids_N = held_out(tokenizer, args.data, "test", JUDGED_TOKENS)
+    calibration = Calibration.load(
+        bundled_calibration() if name == "base" else folder / "calibration.safetensors"
     )
-
-
-def judge(args: argparse.Namespace) -> None:
-    """Losses of every model and routing on held-out text, each model with its own calibration."""
-    found: dict[str, dict[str, Any]] = {}
-    for name in args.arms:
-        model, tokenizer = load_model(
-            "olmoe-nano" if name == "base" else str(args.out / name), dtype="float32"
-        )
-        ids_N = held_out(tokenizer, args.data, args.split, args.tokens)
-        calibration_file = (
-            bundled_calibration() if name == "base" else args.out / name / "calibration.safetensors"
-        )
-        calibration = Calibration.load(calibration_file)
-        found[name] = {}
-        for routing, options in ROUTINGS.items():
-            if options is None:
-                mean, loss_C = 8.0, losses(model, ids_N)
-            else:
-                with BHRoutingIntegration(model, calibration=calibration, **options) as integrator:
-                    loss_C = losses(model, ids_N)
-                    mean = integrator.telemetry.mean_experts_per_token
-            found[name][routing] = {"experts": mean, "blocks": block_sums(loss_C.tolist())}
-            print(
-                name,
-                routing,
-                f"{mean:.3f}",
-                f"{perplexity_interval(found[name][routing]['blocks']).value:.4f}",
-                flush=True,
-            )
-        path = args.out / f"judged-{args.split}-{name}.json"
-        path.write_text(json.dumps(found[name]) + "\n", encoding="utf-8")
+    found = {}
+    for routing, options in ROUTINGS.items():
+        if options is None:
+            mean, loss_C = 8.0, losses(model, ids_N)
+        else:
+            with BHRoutingIntegration(model, calibration=calibration, **options) as integrator:
+                loss_C = losses(model, ids_N)
+                mean = integrator.telemetry.mean_experts_per_token
+        found[routing] = {"experts": mean, "blocks": block_sums(loss_C.tolist())}
+        perplexity = perplexity_interval(found[routing]["blocks"]).value
+        print(name, routing, f"{mean:.3f}", f"{perplexity:.4f}", flush=True)
+    kept.write_text(json.dumps(found) + "\n", encoding="utf-8")
+    return found
 
 
 def won_back(found: dict[str, Any], routing: str, resamples: int = 2000) -> tuple[float, float, float]:
@@ -288,42 +279,25 @@ def draw(records: dict[str, Any], found: dict[str, Any], path: Path) -> None:
 
 def main() -> None:
     parser = arguments(__doc__, threads=False, data=True)
-    add = parser.add_argument
-    add("what", choices=("train", "judge", "page"))
-    add("--arm", choices=("routed", "control"), default="routed")
-    add("--arms", nargs="+", default=["base", *ARMS], metavar="NAME", help="judge: base, and folders of OUT")
-    add("--out", type=Path, required=True)
-    add("--steps", type=int, default=1000)
-    add("--learning-rate", type=float, default=1e-3)
-    add("--full-share", type=float, default=0.0)
-    add("--distil", type=float, default=0.0)
-    add("--budget", type=float, default=0.1)
-    add("--balance", type=float, default=0.006)
-    add("--z", type=float, default=0.001)
-    add("--refit-every", type=int, default=225)
-    add("--refit-tokens", type=int, default=32_768)
-    add("--calibration-tokens", type=int, default=131_072)
-    add("--curve-tokens", type=int, default=16_384)
-    add("--log-every", type=int, default=100)
-    add("--tokens", type=int, default=131_072, help="to judge on")
-    add("--split", choices=("valid", "test"), default="test", help="to judge on")
-    add("--seed", type=int, default=0)
+    parser.add_argument("-o", "--output", type=Path, default=Path("build/finetune"), metavar="FOLDER")
+    parser.add_argument("--arm", choices=tuple(ARMS), help="only this one, and no tables")
+    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--learning-rate", type=float, default=3e-4, help="at its peak")
+    parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    args.out.mkdir(parents=True, exist_ok=True)
-    if args.what != "page":
-        (train if args.what == "train" else judge)(args)
+    args.output.mkdir(parents=True, exist_ok=True)
+    arms = [args.arm] if args.arm else list(ARMS)
+    for arm in arms:
+        if not (args.output / arm / "calibration.safetensors").exists():
+            train(args, arm)
+    found = {name: judge(args, name) for name in ("base", *arms)}
+    if args.arm:
         return
-    found = {
-        name: json.loads((args.out / f"judged-{args.split}-{name}.json").read_text(encoding="utf-8"))
-        for name in ("base", *ARMS)
-    }
     records = {
-        name: json.loads((args.out / name / "finetune.json").read_text(encoding="utf-8"))
-        for name in ("control", "routed")
+        name: json.loads((args.output / name / "finetune.json").read_text(encoding="utf-8")) for name in arms
     }
-    text = tables(found, records)
-    publish(args.write, "finetune", text)
+    publish(args.write, "finetune", tables(found, records))
     if args.write:  # the picture beside it
         draw(records, found, args.write.with_name("training.png"))
 

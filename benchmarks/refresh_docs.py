@@ -177,7 +177,7 @@ def content_of(page: Path, name: str) -> str:
 def fill(part: Part, data: Path) -> None:
     """Run a part's command; where it does not write the page itself, its one block gets what it prints."""
     printed = run(part.command, data)
-    if "--write" in part.command or "page" in part.command.split():
+    if "--write" in part.command:
         return
     ((page, name),) = part.blocks
     is_markdown = printed.lstrip().startswith("|")
