@@ -1,6 +1,7 @@
 """What fewer experts cost in llama.cpp: KL to the model itself at equal numbers of experts, which is what time follows there.
 
-    python scripts/to_gguf.py /tmp/nano.gguf && python benchmarks/llama_quality.py /tmp/nano.gguf --data DIR
+    .venv-llama/bin/python scripts/to_gguf.py build/nano.gguf
+    .venv-llama/bin/python benchmarks/llama_quality.py build/nano.gguf --data DIR [--write docs/llama_cpp.md]
 
 Sixteen windows of 512 tokens, evenly over equal parts of DIR's mixed test files and over WikiText-2's test text. min-p on the router's scores
 is what `-ser` of ik_llama.cpp does, without its floor; its p is solved on mixed valid text at each budget. `expert_used_count` is llama.cpp's own
@@ -13,7 +14,8 @@ from typing import Any
 
 import torch
 from llama_cpp import Llama
-from pages import WINDOW, arguments, markdown_table, named_text, table_row
+from machine import describe_machine
+from pages import WINDOW, arguments, markdown_table, named_text, publish
 
 from bh_routing.engines.llama_cpp import route
 from bh_routing.engines.llama_cpp.loading import load
@@ -68,7 +70,7 @@ class Counted(MinPPolicy):
 
 
 def main() -> None:
-    parser = arguments(__doc__, threads=False, write=False, data=True)
+    parser = arguments(__doc__, threads=False, data=True)
     parser.add_argument("model", help="olmoe-nano as a GGUF file")
     args = parser.parse_args()
     llm, hook, s, _ = load(Llama, args.model, dict(PLAIN))
@@ -82,21 +84,23 @@ def main() -> None:
     solved_on = windows(llm, named_text(args.data, SOLVED_ON))[:6]
     texts = {name: windows(llm, named_text(args.data, name)) for name in TEXTS}
     own = {name: [read(ids).log_softmax(-1) for ids in held] for name, held in texts.items()}
-    print(markdown_table(["text", "routing", "experts", "KL, millinats"], []))
+    rows: dict[str, list[str]] = {}
+
+    def tell(routing: str, text: str, experts: float, found: list[torch.Tensor]) -> None:
+        cells = [f"{experts:.2f}", f"{millinats(own[text], found):.1f}"]
+        print(text, routing, *cells, flush=True)
+        rows.setdefault(routing, []).extend(cells)
+
     for budget in (4, 2):
         low, high = 0.01, 0.95
         for _ in range(9):
             p = (low + high) / 2
             low, high = (p, high) if by_min_p(p, solved_on)[0] > budget else (low, p)
         for name, held in texts.items():
-            mean, found = by_min_p(p, held)
-            cells = [name, f"min-p {p:.3f}", f"{mean:.2f}", f"{millinats(own[name], found):.1f}"]
-            print(table_row(cells), flush=True)
+            tell(f"min-p {p:.3f}", name, *by_min_p(p, held))
             given = PLAIN | {"verbose": False, "logits_all": True}
             top = Llama(model_path=args.model, kv_overrides={"olmoe.expert_used_count": budget}, **given)
-            cost = millinats(own[name], predictions(top, held))
-            cells = [name, f"expert_used_count={budget}", f"{budget}.00", f"{cost:.1f}"]
-            print(table_row(cells), flush=True)
+            tell(f"`expert_used_count={budget}`", name, budget, predictions(top, held))
             for form in ("none", "mean", "linear"):
                 ours = route(
                     Llama,
@@ -106,10 +110,13 @@ def main() -> None:
                     compensation=form,
                     **given,
                 )
-                cost = millinats(own[name], predictions(ours, held))
-                mean = ours.routing.get_routing_stats()["mean_experts_per_token"]
-                cells = [name, f"BH, compensation {form}", f"{mean:.2f}", f"{cost:.1f}"]
-                print(table_row(cells), flush=True)
+                found = predictions(ours, held)
+                experts = ours.routing.get_routing_stats()["mean_experts_per_token"]
+                tell(f"BH, budget {budget}, compensation {form}", name, experts, found)
+    header = ["routing", "six domains, test: experts", "KL", "WikiText-2 test: experts", "KL"]
+    table = markdown_table(header, [[routing, *cells] for routing, cells in rows.items()])
+    note = f"{WINDOWS} windows of {WINDOW} tokens of each text; KL in millinats"
+    publish(args.write, "llama-quality", f"{table}\n\n{note}; {describe_machine(1)}.")
 
 
 if __name__ == "__main__":

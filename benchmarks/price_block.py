@@ -308,7 +308,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     calibration = Calibration.load(args.calibration)
-    asked = list(zip(args.streams or (16, 64), args.loads or (21.0, 32.0), strict=True))
+    asked = list(zip(args.streams or (16, 64), args.loads or (21.0, 34.0), strict=True))
     machine = describe_machine(args.threads)
     if args.model:
         if free_gigabytes() < (needed := 0.9 * args.model + 1.5):
