@@ -360,7 +360,7 @@ def permuted(model: Any) -> None:
 def fingerprints(bench: Bench, page: Path | None) -> None:
     """How far a changed model's answers lie from the calibration's."""
     windows = bench.windows("mixed-valid")
-    expected_LD = bench.calibration.data.fingerprint_LD
+    expected_LD = bench.calibration.fingerprint_LD
     logits = ROWS * bench.calibration.num_experts
 
     def row(label: str, change: Callable[[Any], None], make: Callable[[], Any] | None = None) -> list[str]:
@@ -406,11 +406,11 @@ def main() -> None:
     logging.getLogger("bh_routing").setLevel(logging.ERROR)  # unusual settings on purpose
     bench = Bench(args.data, args.tokens)
     start = time.perf_counter()
+    if "fingerprints" in args.parts:
+        fingerprints(bench, args.write)
     for name in args.parts:
         if name in PARTS:
             PARTS[name](bench)
-    if "fingerprints" in args.parts:
-        fingerprints(bench, args.write)
     print(f"\n{time.perf_counter() - start:.0f} seconds in all")
     if args.write and SAID:
         write_block(args.write, "calibration", "\n".join(SAID))
