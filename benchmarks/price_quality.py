@@ -31,8 +31,8 @@ from bh_routing.stats.divergence import kl_divergence
 MEASURED = (("mixed-test", 16), ("mixed-test", 64), ("wikitext2-test", 16))  # text, sequences in step
 PRICED = {16: (48, 40, 34, 28, 24, 20, 16, 13), 64: (58, 52, 48, 44, 40, 36, 32, 28)}
 OTHERS = {
-    16: ("topk:k=6", "topk:k=4", "topk:k=3", "topk:k=2", "oea:k0=4", "oea:k0=3", "oea:k0=2", "oea:k0=1", "xshare:loads=40", "xshare:loads=32", "xshare:loads=20", "batchtopk:loads=32", "batchtopk:loads=20"),
-    64: ("topk:k=4", "topk:k=3", "topk:k=2", "oea:k0=3", "oea:k0=2", "oea:k0=1", "xshare:loads=52", "xshare:loads=44", "xshare:loads=34", "batchtopk:loads=44", "batchtopk:loads=34"),
+    16: ("topk:k=8", "topk:k=6", "topk:k=4", "topk:k=3", "topk:k=2", "oea:k0=4", "oea:k0=3", "oea:k0=2", "oea:k0=1", "xshare:loads=40", "xshare:loads=32", "xshare:loads=20", "batchtopk:loads=32", "batchtopk:loads=20"),
+    64: ("topk:k=8", "bh:loads=36,min_k=1", "topk:k=4", "topk:k=3", "topk:k=2", "oea:k0=3", "oea:k0=2", "oea:k0=1", "xshare:loads=52", "xshare:loads=44", "xshare:loads=34", "batchtopk:loads=44", "batchtopk:loads=34"),
 }  # fmt: skip
 
 
@@ -106,7 +106,7 @@ def main() -> None:
         rows = []
         for point in (*curve, *measure(bench, OTHERS[streams], steps, own)):
             ours = None if point in curve else at_loads(curve, point.loads)
-            told = ["", ""] if ours is None else [f"{ours:.2f}", f"{ours / point.kl:.2f}"]
+            told = ["", ""] if ours is None or not point.kl else [f"{ours:.2f}", f"{ours / point.kl:.2f}"]
             rows.append([point.rule, f"{point.loads:.1f}", f"{point.experts:.2f}", f"{point.kl:.2f}", *told])
         note = f"{len(steps) * steps[0].numel():,} tokens of {name}, {streams} sequences in step."
         publish(args.write, f"price-{name}-{streams}", f"{markdown_table(HEADER, rows)}\n\n{note}")

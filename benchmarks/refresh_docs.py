@@ -3,7 +3,7 @@
     python benchmarks/refresh_docs.py [--data DIR] [--plan] [--force] [PART ...]
 
 A part is a command that stands beside a block of a page, `<!-- begin NAME: COMMAND -->`, called by the names of its
-blocks; and ``programs`` (what the Python of the pages prints), ``picture`` and ``notebook``. DIR holds the texts
+blocks; and ``programs`` (what the Python of the pages prints), ``picture`` and ``notebooks``. DIR holds the texts
 that commands read (mixed/ and wikitext2-test.txt.xz) and stands for the word DIR in them.
 
 What is fresh is skipped: a part's state is a digest of the package (the model and the calibration in it), of the command,
@@ -32,10 +32,12 @@ from pages import PYTHON, arguments, refresh_outputs, write_block
 
 ROOT = Path(__file__).parent.parent
 STATE = ROOT / "build" / "docs.json"
+NOTEBOOKS = ("colab.ipynb", "logs_eda.ipynb")
 PROGRAMS = ("README.md", "docs/quickstart.md", "docs/price.md", "docs/extending.md")
 BLOCK = re.compile(r"<!-- begin (\S+): ([^\n]+) -->\n(.*?)<!-- end \1 -->", re.DOTALL)
 # What a make target runs, where it is one command: with this Python, whatever environment it is of.
 MAKE = {"demo": "python -m bh_routing demo"}
+WRITE_THEMSELVES = ("make conformance", "make soak")  # the pages in which they stand
 
 
 # ------------------------------------------------------------------------------------------------------ commands
@@ -163,10 +165,10 @@ def parts() -> dict[str, Part]:
         make=programs,
         holds=lambda: [b[0] for p in PROGRAMS for b in PYTHON.finditer((ROOT / p).read_text())],
     )
-    notebooks = Part(
-        "notebook", make=notebook, holds=lambda: [(ROOT / "examples" / "colab.ipynb").read_text()]
+    run_through = Part(
+        "notebooks", make=notebooks, holds=lambda: [(ROOT / "examples" / n).read_text() for n in NOTEBOOKS]
     )
-    return {part.name: part for part in (printed, drawn, *found.values(), notebooks)}
+    return {part.name: part for part in (printed, drawn, *found.values(), run_through)}
 
 
 def content_of(page: Path, name: str) -> str:
@@ -177,7 +179,7 @@ def content_of(page: Path, name: str) -> str:
 def fill(part: Part, data: Path) -> None:
     """Run a part's command; where it does not write the page itself, its one block gets what it prints."""
     printed = run(part.command, data)
-    if "--write" in part.command:
+    if "--write" in part.command or part.command in WRITE_THEMSELVES:
         return
     ((page, name),) = part.blocks
     is_markdown = printed.lstrip().startswith("|")
@@ -195,17 +197,18 @@ def programs(data: Path) -> None:
                 os.chdir(ROOT)
 
 
-def notebook(data: Path) -> None:
+def notebooks(data: Path) -> None:
     import nbformat
     from nbclient import NotebookClient
 
-    path = ROOT / "examples" / "colab.ipynb"
-    content = nbformat.read(path, as_version=4)
-    resources = {"metadata": {"path": str(path.parent)}}
-    NotebookClient(content, timeout=600, resources=resources, coalesce_streams=True).execute()
-    for cell in content.cells:
-        cell.metadata.pop("execution", None)  # times of day
-    nbformat.write(content, path)
+    for name in NOTEBOOKS:
+        path = ROOT / "examples" / name
+        content = nbformat.read(path, as_version=4)
+        resources = {"metadata": {"path": str(path.parent)}}
+        NotebookClient(content, timeout=600, resources=resources, coalesce_streams=True).execute()
+        for cell in content.cells:
+            cell.metadata.pop("execution", None)  # times of day
+        nbformat.write(content, path)
 
 
 # ------------------------------------------------------------------------------------------------------- the run

@@ -1,6 +1,6 @@
 """A price on loads in vLLM on CPU: its experts' kernel at OLMoE-1B-7B's shape, and the embedded model end to end.
 
-    .venv-vllm/bin/python benchmarks/vllm_price.py [--sequences 16] [--loads 20] [--seconds 30] [--engine]
+    .venv-vllm/bin/python benchmarks/vllm_price.py [--sequences 16] [--loads 21] [--seconds 30] [--engine]
 
 The first table replays decode steps of the embedded model (`price_block`) in vLLM's kernel: all eight experts of every token, the
 plugin's ragged call with top-4, and with the price. ``--engine`` instead generates with a model of four such layers and random
@@ -219,7 +219,7 @@ def engine_table(found: dict[str, list[float]], sequences: int, what: str) -> st
 def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--sequences", type=int, default=16)
-    parser.add_argument("--loads", type=float, default=20.0)
+    parser.add_argument("--loads", type=float, default=21.0)
     parser.add_argument("--seconds", type=float, default=30.0)
     parser.add_argument("--engine", action="store_true", help="instead four layers in an engine (6 GB)")
     parser.add_argument("--small", action="store_true", help="instead the embedded model in an engine")

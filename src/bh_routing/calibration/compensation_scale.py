@@ -1,7 +1,7 @@
 """How strongly the compensation is applied: where the routed model predicts most like the model itself.
 
 The fit of the compensation makes the squared error of each layer's output least. What the model then predicts is
-another matter: on olmoe-nano about half of it is best, on the text it was fitted to and on others (docs/calibration.md).
+another matter: on olmoe-nano three quarters of it are best, on the text it was fitted to and on others (docs/calibration.md).
 So a calibration measures it: the Kullback-Leibler divergence of the routed model's predictions from the model's own,
 at scale 0, 1/2 and 1, and the vertex of the parabola through the three.
 

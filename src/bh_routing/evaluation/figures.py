@@ -86,7 +86,7 @@ def costs(
     multiplies (the input embedding does not, unless it is the output layer too) and for what the compensation
     multiplies; attention scores and the routing are left out. ``arithmetic_per_token``: multiplications of experts and
     compensation, in experts of the same layer, a mean over layers as the number of experts is: kept experts plus
-    r / (3 I) for each dropped pair of a linear compensation of rank r. ``bytes_per_token``: of experts and compensation,
+    the compensation's (a linear one of rank r: mainly r / (3 I) for each dropped pair). ``bytes_per_token``: of experts and compensation,
     read for one token alone, in all layers; the experts in the model's dtype, the compensation in its own.
     """
     names = ("active_parameters", "flops_per_token", "arithmetic_per_token", "bytes_per_token")

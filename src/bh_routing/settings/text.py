@@ -47,7 +47,7 @@ TEXT_OPTIONS: dict[str, Option] = {
     "pvalues": Option("robust, softmax or batch: without a calibration"),
     "clamp": Option("after or inside: when min_k and max_k bind"),
     "statistic": Option("contribution, logprob or logit"),
-    "size": Option("sensitivity, deviation or output: of the contribution"),
+    "size": Option("sensitivity, deviation, output or token: of the contribution"),
     "null": Option("unselected, all or trimmed: what the null is made of"),
     "scope": Option("model or layer: what has a null of its own"),
     "estimator": Option("empirical, kde or normal"),
