@@ -30,7 +30,7 @@ help:
 	@echo "make reliability   hostile and unusual input, counted, into docs/reliability.md (twenty minutes)"
 	@echo "make soak          a server under 16 clients for ten minutes, counted, into docs/reliability.md"
 	@echo "make bench         the benchmarks of a decision, which need no text"
-	@echo "make docs          every figure and output in README.md, docs/ and examples/ anew; what is fresh is skipped"
+	@echo "make docs          every figure and output in README.md, docs/ and examples/ anew (four hours the first time); what is fresh is skipped"
 	@echo "make lint          ruff and mypy"
 	@echo "make clean         remove everything that the other targets made"
 
