@@ -49,17 +49,16 @@ class Recorded:
 
 
 def record(calibration: Calibration, streams: int, loads: float) -> tuple[list[Recorded], PricePolicy]:
-    """Steps of the embedded model under a budget of loads, in an order that mixes layers; and its policy."""
+    """Steps of the embedded model on the bundled text under a budget of loads, in an order that mixes layers; and its policy."""
     model, tokenizer = load_model("olmoe-nano", dtype="float32")
     ids_N = tokenizer(sample_text(), return_tensors="pt", verbose=False)["input_ids"][0]
-    length = min(128, len(ids_N) // streams)
-    ids_BS = ids_N[: streams * length].view(streams, length)
+    ids_BS = ids_N.unfold(0, 128, len(ids_N) // streams)[:streams]  # from all over the text
     steps: list[Recorded] = []
     integration = BHRoutingIntegration(model, calibration=calibration, distinct_experts=loads)
 
     def see(router: Any, context: Any, decision: Any, logits_TE: Tensor) -> None:
         parts = (logits_TE, decision.own_weights_TK, decision.own_experts_TK)
-        columns = zip(*(x.view(streams, length, -1).unbind(1) for x in parts), strict=True)
+        columns = zip(*(x.view(*ids_BS.shape, -1).unbind(1) for x in parts), strict=True)
         steps.extend(Recorded(context.index, *column) for column in list(columns)[SKIPPED:])
 
     integration.watchers.append(see)
