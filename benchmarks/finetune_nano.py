@@ -33,7 +33,7 @@ from bh_routing.training.settings import FinetuneSettings
 
 EXPERTS = 3.0
 ARMS: dict[str, dict[str, Any]] = {  # what they do not share
-    "control": {"routed": False, "distil": 0.0},
+    "control": {"routed": False},
     "routed": {"refit_every": 75},
 }
 REFIT_TOKENS, CALIBRATION_TOKENS, CURVE_TOKENS, JUDGED_TOKENS = 32_768, 98_304, 16_384, 131_072
@@ -76,6 +76,7 @@ def train(args: argparse.Namespace, arm: str) -> None:
         steps=args.steps,
         experts_per_token=EXPERTS,
         learning_rate=args.learning_rate,
+        distil=0.0,
         window=WINDOW,
         seed=args.seed,
         **ARMS[arm],
