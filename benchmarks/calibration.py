@@ -72,11 +72,11 @@ def say_head(*titles: str) -> None:
 class Bench:
     """The model, the calibration that ships with it, and the texts."""
 
-    def __init__(self, data: Path, tokens: int) -> None:
+    def __init__(self, data: Path, tokens: int, page: Path | None) -> None:
         self.model, self.tokenizer = load_model("olmoe-nano", dtype="float32")
         self.calibration = Calibration.load(bundled_calibration())
         self.calibration.check(make_plan(self.model))
-        self.data, self.tokens = data, tokens
+        self.data, self.tokens, self.page = data, tokens, page
 
     def windows(self, name: str) -> list[Tensor]:
         return spread_windows(self.tokenizer, self.data, name, self.tokens)
@@ -343,7 +343,8 @@ def trained(windows: list[Tensor], steps: int, rate: float) -> Callable[[Any], N
         optimiser = torch.optim.AdamW(model.parameters(), rate)
         with torch.enable_grad():
             for step in range(steps):
-                ids = torch.cat([windows[(4 * step + i) % len(windows)] for i in range(2048 // WINDOW)])
+                first = step * (2048 // WINDOW)
+                ids = torch.cat([windows[(first + i) % len(windows)] for i in range(2048 // WINDOW)])
                 model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
                 optimiser.step()
                 optimiser.zero_grad()
@@ -357,14 +358,19 @@ def permuted(model: Any) -> None:
         layer.router.weight.copy_(layer.router.weight.roll(1, 0))
 
 
-def fingerprints(bench: Bench, page: Path | None) -> None:
-    """How far a changed model's answers lie from the calibration's."""
+def random(model: Any) -> None:
+    """Weights as they are before any training."""
+    model.load_state_dict(type(model)(model.config).state_dict())
+
+
+def fingerprints(bench: Bench) -> None:
+    """How far a changed model's answers lie from the calibration's: a block of its own."""
     windows = bench.windows("mixed-valid")
     expected_LD = bench.calibration.fingerprint_LD
     logits = ROWS * bench.calibration.num_experts
 
-    def row(label: str, change: Callable[[Any], None], make: Callable[[], Any] | None = None) -> list[str]:
-        model = make() if make else copy.deepcopy(bench.model)
+    def row(label: str, change: Callable[[Any], None]) -> list[str]:
+        model = copy.deepcopy(bench.model)
         change(model)
         found_LD = fingerprint(make_plan(model).layers)
         cells = []
@@ -376,7 +382,6 @@ def fingerprints(bench: Bench, page: Path | None) -> None:
             cells.append(f"{min(apart):.2g} to {max(apart):.2g}" + (": refused" if max(apart) > most else ""))
         return [label, *cells]
 
-    other = type(bench.model)
     rows = [
         row("bfloat16", lambda model: model.to(torch.bfloat16)),
         row("float16", lambda model: model.to(torch.float16)),
@@ -387,30 +392,28 @@ def fingerprints(bench: Bench, page: Path | None) -> None:
         row("the same at 1e-4", trained(windows, 20, 1e-4)),
         row("the same at 1e-3", trained(windows, 20, 1e-3)),
         row("every router's rows permuted", permuted),
-        row("random weights", lambda model: None, lambda: other(bench.model.config).eval()),
+        row("random weights", random),
     ]
-    publish(page, "fingerprints", markdown_table(["", "router logits", "expert's output"], rows))
+    publish(bench.page, "fingerprints", markdown_table(["", "router logits", "expert's output"], rows))
 
 
-PARTS = {part.__name__: part for part in (configurations, scales, budgets, uniformity, amounts, speed)}
+PARTS = {
+    part.__name__: part
+    for part in (fingerprints, configurations, scales, budgets, uniformity, amounts, speed)
+}
 
 
 def main() -> None:
     parser = arguments(__doc__, threads=False, data=True)
     parser.add_argument("--tokens", type=int, default=8192, help="of each text (default 8,192)")
-    parser.add_argument(
-        "--parts", nargs="+", default=[*PARTS, "fingerprints"], choices=[*PARTS, "fingerprints"]
-    )
+    parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS)
     args = parser.parse_args()
     warnings.simplefilter("ignore", CalibrationWarning)
     logging.getLogger("bh_routing").setLevel(logging.ERROR)  # unusual settings on purpose
-    bench = Bench(args.data, args.tokens)
+    bench = Bench(args.data, args.tokens, args.write)
     start = time.perf_counter()
-    if "fingerprints" in args.parts:
-        fingerprints(bench, args.write)
     for name in args.parts:
-        if name in PARTS:
-            PARTS[name](bench)
+        PARTS[name](bench)
     print(f"\n{time.perf_counter() - start:.0f} seconds in all")
     if args.write and SAID:
         write_block(args.write, "calibration", "\n".join(SAID))

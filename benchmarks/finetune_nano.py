@@ -32,10 +32,7 @@ from bh_routing.training.loop import finetune, text_windows
 from bh_routing.training.settings import FinetuneSettings
 
 EXPERTS = 3.0
-ARMS: dict[str, dict[str, Any]] = {  # what they do not share
-    "control": {"routed": False},
-    "routed": {"refit_every": 75},
-}
+ARMS = ("control", "routed")
 REFIT_TOKENS, CALIBRATION_TOKENS, CURVE_TOKENS, JUDGED_TOKENS = 32_768, 98_304, 16_384, 131_072
 LOG_EVERY = 25  # steps
 ROUTINGS: dict[str, dict[str, Any] | None] = {
@@ -76,10 +73,11 @@ def train(args: argparse.Namespace, arm: str) -> None:
         steps=args.steps,
         experts_per_token=EXPERTS,
         learning_rate=args.learning_rate,
+        routed=arm == "routed",
         distil=0.0,
+        refit_every=75,
         window=WINDOW,
         seed=args.seed,
-        **ARMS[arm],
     )
     model, tokenizer = load_model("olmoe-nano")
     size = settings.batch_tokens // WINDOW
@@ -281,14 +279,14 @@ def draw(records: dict[str, Any], found: dict[str, Any], path: Path) -> None:
 def main() -> None:
     parser = arguments(__doc__, threads=False, data=True)
     parser.add_argument("-o", "--output", type=Path, default=Path("build/finetune"), metavar="FOLDER")
-    parser.add_argument("--arm", choices=tuple(ARMS), help="only this one, and no tables")
+    parser.add_argument("--arm", choices=ARMS, help="only this one, and no tables")
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--learning-rate", type=float, default=3e-4, help="at its peak")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     torch.set_num_threads(1)
     args.output.mkdir(parents=True, exist_ok=True)
-    arms = [args.arm] if args.arm else list(ARMS)
+    arms = (args.arm,) if args.arm else ARMS
     for arm in arms:
         if not (args.output / arm / "calibration.safetensors").exists():
             train(args, arm)
